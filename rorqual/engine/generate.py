@@ -1,0 +1,202 @@
+"""A batch of prompts to completions, on a model and its cache: the plain loop everything else is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rorqual.engine.sampling import Sampler, Sampling
+from rorqual.nn import Cache, ContextError, InputError, Rows, Transformer
+
+PREFILL = 512
+"""Prompt tokens a pass: bounds the memory of activations."""
+
+
+class StreamDecoder(Protocol):
+    """Turns ids into text one at a time, never half a character."""
+
+    def push(self, token: int) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+@dataclass
+class Completion:
+    """An answer. `ids` include the end token if one was drawn; `text` (if the model has a tokenizer)
+    leaves out the end token and stop strings. `finish_reason`: "stop" or "length"."""
+
+    ids: list[int] = field(default_factory=list)
+    text: str | None = None
+    logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    drafted: int = 0
+    """Tokens that MTP drafted for this answer, and how many of them stood."""
+    accepted: int = 0
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One token as it comes: its row, id, the text it settles (may be empty), and the reason if last."""
+
+    row: int
+    id: int
+    text: str
+    finish_reason: str | None = None
+
+
+class Answer:
+    """A row under way: collects tokens, settles text, and knows when to stop."""
+
+    def __init__(self, prompt: list[int], sampling: Sampling, ends: frozenset[int], decoder: StreamDecoder | None):
+        self.prompt, self.sampling, self.ends, self.decoder = prompt, sampling, ends, decoder
+        self.done = Completion(prompt_tokens=len(prompt))
+        if decoder is not None:
+            self.done.text = ""
+        if sampling.logprobs is not False:
+            self.done.logprobs = []
+            self.done.top_logprobs = [] if sampling.logprobs is not True and sampling.logprobs else None
+        self._held = ""
+        """Text that could still turn out to begin a stop string."""
+
+    def take(self, token: int) -> str:
+        """One more token; returns the text that is now certain. Sets `done.finish_reason` at the end."""
+        self.done.ids.append(token)
+        text = ""
+        if token in self.ends and not self.sampling.ignore_eos:
+            self.done.finish_reason = "stop"
+        elif self.decoder is not None:
+            text = self._settle(self.decoder.push(token))
+        if self.done.finish_reason is None and len(self.done.ids) >= self.sampling.max_new_tokens:
+            self.done.finish_reason = "length"
+        if self.done.finish_reason is not None and self.decoder is not None:
+            text += self._flush()
+        if self.done.text is not None:
+            self.done.text += text
+        return text
+
+    def _settle(self, new: str) -> str:
+        text = self._held + new
+        found = [at for at in (text.find(s) for s in self.sampling.stop) if at >= 0]
+        if found:
+            self._held, self.done.finish_reason = "", "stop"
+            self.decoder = None
+            return text[: min(found)]
+        keep = max((_overlap(text, s) for s in self.sampling.stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _flush(self) -> str:
+        """What was still held back when the answer ended by token or length."""
+        assert self.decoder is not None
+        reason = self.done.finish_reason
+        text = self._settle(self.decoder.finish()) + self._held
+        self._held = ""
+        self.done.finish_reason = "stop" if self.done.finish_reason == "stop" else reason
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+
+
+def check_prompts(model: Transformer, prompts: list[list[int]], samplings: list[Sampling]) -> None:
+    """Refuse empty prompts, ids outside the vocabulary, and prompts that leave no room for an answer."""
+    vocab, positions = model.config.vocab, model.config.max_positions
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise InputError(f"prompt {i} is empty: give at least one token (the model's BOS, if nothing else)")
+        bad = next((t for t in prompt if not 0 <= t < vocab), None)
+        if bad is not None:
+            raise InputError(f"prompt {i} holds token id {bad}, outside the vocabulary of {vocab}: wrong tokenizer?")
+        if len(prompt) >= positions:
+            raise ContextError(
+                f"prompt {i} has {len(prompt)} tokens, this model has {positions} positions: shorten the prompt"
+            )
+    if len(samplings) != len(prompts):
+        raise InputError(f"{len(prompts)} prompts but {len(samplings)} samplings: give one, or one a prompt")
+
+
+def fit(prompt: list[int], sampling: Sampling, positions: int) -> Sampling:
+    """`sampling` with `max_new_tokens` cut to the model's positions and a seed of its own kept."""
+    return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, positions - len(prompt)))
+
+
+def prefill(model: Transformer, prompts: list[list[int]], cache: Cache) -> Iterator[tuple[Tensor, Rows]]:
+    """Run the prompts through the model in passes of `PREFILL` tokens: each pass's state and rows.
+
+    Rows whose prompt has ended bring no tokens to later passes.
+    """
+    longest = max(map(len, prompts))
+    for start in range(0, longest, PREFILL):
+        counts = [min(max(len(p) - start, 0), PREFILL) for p in prompts]
+        width = max(counts)
+        starts = [min(len(p), start) for p in prompts]
+        ids = torch.tensor(
+            [p[start : start + width] + [0] * (width - c) for p, c in zip(prompts, counts, strict=True)],
+            device=model.device,
+        )
+        rows = Rows(starts, counts, width, model.device)
+        yield model.run(ids, rows, cache), rows
+
+
+def last_states(state: Tensor, rows: Rows, before: Tensor | None) -> Tensor:
+    """The state of each row's last real token `[B, 1, ...]`; rows without one keep `before`."""
+    column = torch.tensor([max(c - 1, 0) for c in rows.counts], device=state.device)
+    last = state[torch.arange(len(rows), device=state.device), column][:, None]
+    if before is None:
+        return last
+    fresh = torch.tensor([c > 0 for c in rows.counts], device=state.device)
+    return torch.where(fresh.view(-1, *[1] * (last.dim() - 1)), last, before)
+
+
+def note_logprobs(answers: list[Answer], rows: list[int], logits_BV: Tensor, tokens: list[int]) -> None:
+    """Write down the log-probability of each row's token, and the likeliest alternatives, where asked."""
+    if not any(answers[r].done.logprobs is not None for r in rows):
+        return
+    logp = logits_BV.float().log_softmax(-1)
+    for b, (r, token) in enumerate(zip(rows, tokens, strict=True)):
+        done = answers[r].done
+        if done.logprobs is not None:
+            done.logprobs.append(float(logp[b, token]))
+        if done.top_logprobs is not None:
+            best = logp[b].topk(min(int(answers[r].sampling.logprobs), logp.shape[1]))
+            done.top_logprobs.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+
+
+@torch.inference_mode()
+def generate(model: Transformer, answers: list[Answer]) -> Iterator[Delta]:
+    """Answer every row token by token, yielding each as it is drawn. Rows that end leave the batch."""
+    active = list(range(len(answers)))
+    prompts = [a.prompt for a in answers]
+    sampler = Sampler([a.sampling for a in answers], prompts, model.config.vocab, model.device)
+    cache = model.new_cache(len(answers), max(len(a.prompt) + a.sampling.max_new_tokens for a in answers))
+    state = None
+    for chunk, rows in prefill(model, prompts, cache):
+        state = last_states(chunk, rows, state)
+    assert state is not None
+    while True:
+        logits_BV = model.logits(model.finish(state))[:, -1]
+        drawn = sampler.draw(logits_BV)
+        tokens = drawn.tolist()
+        sampler.saw(tokens)
+        note_logprobs(answers, active, logits_BV, tokens)
+        for r, token in zip(active, tokens, strict=True):
+            text = answers[r].take(token)
+            yield Delta(r, token, text, answers[r].done.finish_reason)
+        keep = [b for b, r in enumerate(active) if answers[r].done.finish_reason is None]
+        if not keep:
+            return
+        if len(keep) < len(active):
+            active = [active[b] for b in keep]
+            sampler.select(keep)
+            cache.select(keep)
+            drawn = drawn[keep]
+        rows = Rows(cache.lengths, [1] * len(active), 1, model.device)
+        state = model.run(drawn[:, None], rows, cache)

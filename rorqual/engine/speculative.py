@@ -1,0 +1,132 @@
+"""Speculative decoding with the model's own MTP module (V3 report sections 2.2 and 5.4.3).
+
+Every pass takes the last token and one drafted token. The draft stands with probability
+min(1, p / q), else the token is drawn from what p has over q; so the answers have exactly the
+distribution of the plain loop, and greedy ones are the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rorqual.engine.generate import Answer, Delta, last_states, note_logprobs, prefill
+from rorqual.engine.sampling import Sampler
+from rorqual.nn import InputError, Rows, Transformer
+
+
+@torch.inference_mode()
+def generate_speculative(model: Transformer, answers: list[Answer]) -> Iterator[Delta]:
+    """Like `generate`, with one token drafted a pass by MTP module 0."""
+    if not len(model.mtp):
+        raise InputError("speculative decoding needs an MTP module, and this checkpoint has none")
+    run = _Run(model, answers)
+    yield from run.deliver([[(token, run.first_logits[b])] for b, token in enumerate(run.last)])
+    while run.active:
+        run.draft()
+        yield from run.deliver(run.verify())
+
+
+class _Run:
+    """The rows under way: what the main cache holds, the last token (not yet in it), the MTP state.
+
+    `last[b]` is the newest token of row b; the main cache holds everything before it, and the MTP cache
+    one pair (state of token i, id of token i + 1) for every token but the last.
+    """
+
+    def __init__(self, model: Transformer, answers: list[Answer]) -> None:
+        self.model, self.answers = model, answers
+        self.active = list(range(len(answers)))
+        prompts = [a.prompt for a in answers]
+        room = max(len(a.prompt) + a.sampling.max_new_tokens for a in answers) + 1
+        self.cache, self.mtp_cache = model.new_cache(len(answers), room), model.new_mtp_cache(len(answers), room)
+        self.sampler = Sampler([a.sampling for a in answers], prompts, model.config.vocab, model.device)
+        state = None
+        for chunk, rows in prefill(model, prompts, self.cache):
+            self._feed_prompt(self._mtp_state(chunk), rows, prompts)
+            state = last_states(chunk, rows, state)
+        assert state is not None
+        self.first_logits = model.logits(model.finish(state))[:, -1]
+        self.last: list[int] = self.sampler.draw(self.first_logits).tolist()
+        self.sampler.saw(list(self.last))
+        # Pairs that MTP has not seen yet: states [B, t, ...], the ids that follow them, and how many are real.
+        self.pending = (self._mtp_state(state), [[t] for t in self.last], [1] * len(answers))
+
+    def _mtp_state(self, state: Tensor) -> Tensor:
+        """What MTP reads: V4's raw streams, or V3's hidden state after the final norm."""
+        return state if self.model.config.residual is not None else self.model.finish(state)
+
+    def _feed_prompt(self, state: Tensor, rows: Rows, prompts: list[list[int]]) -> None:
+        """Give MTP every pair of this prompt chunk whose next token is in the prompt."""
+        counts = [
+            min(count, max(len(p) - 1 - start, 0))
+            for p, start, count in zip(prompts, rows.starts, rows.counts, strict=True)
+        ]
+        if not max(counts):
+            return
+        following = [p[s + 1 : s + 1 + c] for p, s, c in zip(prompts, rows.starts, counts, strict=True)]
+        self._further(state, following, counts)
+
+    def _further(self, state: Tensor, following: list[list[int]], counts: list[int]) -> tuple[Tensor, Rows]:
+        width = max(counts)
+        ids = torch.tensor([f[:width] + [0] * (width - len(f)) for f in following], device=self.model.device)
+        rows = Rows(self.mtp_cache.lengths, counts, width, self.model.device)
+        return self.model.predict_further(state[:, :width], ids, rows, cache=self.mtp_cache)[0], rows
+
+    def draft(self) -> None:
+        """Draw one drafted token of each row from MTP's distribution q."""
+        state, following, counts = self.pending
+        logits, rows = self._further(state, following, counts)
+        self.q_BV = self.sampler.distribution(last_states(logits, rows, None)[:, 0])
+        self.drafts: list[int] = self.sampler.draw_from(self.q_BV).tolist()
+
+    def verify(self) -> list[list[tuple[int, Tensor]]]:
+        """One pass over (last, draft): each row's one or two new tokens with the logits they came from."""
+        device, batch = self.model.device, len(self.active)
+        ids = torch.tensor(list(zip(self.last, self.drafts, strict=True)), device=device)
+        before = list(self.cache.lengths)
+        state = self.model.run(ids, Rows(before, [2] * batch, 2, device), self.cache)
+        logits = self.model.logits(self.model.finish(state))
+        p_BV = self.sampler.distribution(logits[:, 0])
+        row, drafts = torch.arange(batch, device=device), ids[:, 1]
+        stands = (self.sampler.uniforms() * self.q_BV[row, drafts] < p_BV[row, drafts]).tolist()
+        # A refused draft gives way to a token from what p has over q; if rounding leaves nothing, from p.
+        rest = (p_BV - self.q_BV).clamp(min=0)
+        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_BV)
+        instead = self.sampler.draw_from(rest).tolist()
+        self.sampler.saw([d if ok else t for d, t, ok in zip(self.drafts, instead, stands, strict=True)])
+        bonus = self.sampler.draw_from(self.sampler.distribution(logits[:, 1])).tolist()
+        self.sampler.saw([t if ok else None for t, ok in zip(bonus, stands, strict=True)])
+        new = []
+        for b, ok in enumerate(stands):
+            done = self.answers[self.active[b]].done
+            done.drafted, done.accepted = done.drafted + 1, done.accepted + ok
+            first = (self.drafts[b] if ok else instead[b], logits[b, 0])
+            new.append([first, (bonus[b], logits[b, 1])] if ok else [first])
+        self.last = [tokens[-1][0] for tokens in new]
+        self.cache.truncate([n + len(tokens) for n, tokens in zip(before, new, strict=True)])
+        self.pending = (self._mtp_state(state), [[t for t, _ in tokens] for tokens in new], [len(t) for t in new])
+        return new
+
+    def deliver(self, new: list[list[tuple[int, Tensor]]]) -> Iterator[Delta]:
+        """Hand the new tokens to their answers; rows that end leave the batch."""
+        for b, tokens in enumerate(new):
+            r = self.active[b]
+            for token, logits_V in tokens:
+                note_logprobs(self.answers, [r], logits_V[None], [token])
+                text = self.answers[r].take(token)
+                yield Delta(r, token, text, self.answers[r].done.finish_reason)
+                if self.answers[r].done.finish_reason is not None:
+                    break
+        keep = [b for b, r in enumerate(self.active) if self.answers[r].done.finish_reason is None]
+        if len(keep) < len(self.active):
+            self.active = [self.active[b] for b in keep]
+            self.last = [self.last[b] for b in keep]
+            state, following, counts = self.pending
+            self.pending = (state[keep], [following[b] for b in keep], [counts[b] for b in keep])
+            if keep:
+                self.sampler.select(keep)
+                self.cache.select(keep)
+                self.mtp_cache.select(keep)

@@ -1,0 +1,41 @@
+"""The facts: config parts, the released models by name, and the hub's config.json in both directions."""
+
+from rorqual.family.parts import (
+    GQA,
+    MLA,
+    Compress,
+    CompressedAttention,
+    ConfigError,
+    HyperConnection,
+    Index,
+    Layer,
+    LinearScaling,
+    Llama3Scaling,
+    ModelConfig,
+    MoE,
+    Quantization,
+    Rope,
+    Router,
+    SwiGLU,
+    Yarn,
+)
+
+__all__ = [
+    "GQA",
+    "MLA",
+    "Compress",
+    "CompressedAttention",
+    "ConfigError",
+    "HyperConnection",
+    "Index",
+    "Layer",
+    "LinearScaling",
+    "Llama3Scaling",
+    "ModelConfig",
+    "MoE",
+    "Quantization",
+    "Rope",
+    "Router",
+    "SwiGLU",
+    "Yarn",
+]

@@ -1,0 +1,62 @@
+"""One transformer layer: norm, attention, residual; norm, feed-forward, residual."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from rorqual.family import parts
+from rorqual.family.parts import Layer, ModelConfig
+from rorqual.nn.cache import LayerCache
+from rorqual.nn.compressed import CompressedAttention
+from rorqual.nn.errors import InputError
+from rorqual.nn.gqa import GQA
+from rorqual.nn.hyper import Mix
+from rorqual.nn.mla import MLA
+from rorqual.nn.mlp import SwiGLU
+from rorqual.nn.moe import MoE
+from rorqual.nn.norm import RMSNorm
+from rorqual.nn.step import Step
+
+AttentionBrick = GQA | MLA | CompressedAttention
+
+
+def build_attention(hidden: int, part: parts.Attention, eps: float) -> AttentionBrick:
+    """The brick of an attention part."""
+    match part:
+        case parts.GQA():
+            return GQA(hidden, part, eps)
+        case parts.MLA():
+            return MLA(hidden, part, eps)
+        case parts.CompressedAttention():
+            return CompressedAttention(hidden, part, eps)
+    raise InputError(f"no brick for attention part {part!r}")
+
+
+class Block(nn.Module):
+    """Attention and feed-forward on a residual: plain `[B, T, D]`, or streams `[B, T, n, D]` (V4)."""
+
+    def __init__(self, config: ModelConfig, layer: Layer) -> None:
+        super().__init__()
+        hidden, eps = config.hidden, config.norm_eps
+        self.attention_norm = RMSNorm(hidden, eps)
+        self.attention = build_attention(hidden, layer.attention, eps)
+        self.ff_norm = RMSNorm(hidden, eps)
+        self.ff: SwiGLU | MoE
+        if isinstance(layer.ff, parts.MoE):
+            self.ff = MoE(hidden, config.vocab, layer.ff)
+        else:
+            self.ff = SwiGLU(hidden, layer.ff.width, layer.ff.limit)
+        self.attention_mix = Mix(hidden, config.residual, eps) if config.residual else None
+        self.ff_mix = Mix(hidden, config.residual, eps) if config.residual else None
+
+    def forward(self, x: Tensor, ids_BT: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
+        if self.attention_mix is None or self.ff_mix is None:
+            x = x + self.attention(self.attention_norm(x), step, cache)
+            return x + self._feed(self.ff_norm(x), ids_BT, step)
+        inner, post, comb = self.attention_mix.read(x)
+        x = self.attention_mix.write(x, self.attention(self.attention_norm(inner), step, cache), post, comb)
+        inner, post, comb = self.ff_mix.read(x)
+        return self.ff_mix.write(x, self._feed(self.ff_norm(inner), ids_BT, step), post, comb)
+
+    def _feed(self, x_BTD: Tensor, ids_BT: Tensor, step: Step) -> Tensor:
+        return self.ff(x_BTD, ids_BT, step) if isinstance(self.ff, MoE) else self.ff(x_BTD)

@@ -1,0 +1,143 @@
+"""What attention keeps between passes: growing slots, a fixed tail, and the cache of a whole model."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rorqual.nn.errors import ContextError
+from rorqual.nn.step import Rows
+
+ROLLBACK = 16
+"""A pass of at most this many tokens can be taken back token by token (speculative decoding)."""
+
+
+class Slots:
+    """One item a position, growing: storage `[B, capacity, *shape]`, the item of position p in slot p."""
+
+    def __init__(self, batch: int, capacity: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        self.items = torch.zeros(batch, capacity, *shape, dtype=dtype, device=device)
+
+    def append(self, new_BT: Tensor, rows: Rows) -> Tensor:
+        """Store the real items of `new_BT` [B, T, *shape]; returns all slots up to the longest row's end.
+
+        Slots past a shorter row's end hold anything; causality hides them.
+        """
+        self._reserve(rows.end)
+        if rows.uniform:
+            self.items[:, rows.starts[0] : rows.end] = new_BT
+        else:
+            row, column, position = rows.where
+            self.items[row, position] = new_BT[row, column]
+        return self.items[:, : rows.end]
+
+    def _reserve(self, size: int) -> None:
+        batch, capacity, *shape = self.items.shape
+        if size > capacity:
+            grown = self.items.new_zeros(batch, max(size, capacity + capacity // 2, 16), *shape)
+            grown[:, :capacity] = self.items
+            self.items = grown
+
+    def select(self, rows_B: Tensor) -> None:
+        """Keep (and repeat, reorder) only the given rows of the batch."""
+        self.items = self.items[rows_B]
+
+    def bytes_per_item(self) -> int:
+        """Bytes that one item of one row takes."""
+        return self.items[0, 0].numel() * self.items.element_size() if self.items.shape[1] else 0
+
+
+class Tail:
+    """The last `keep` items of each row, right-aligned `[B, keep, width]`; `fill` stands before position 0.
+
+    The items of the newest pass stay behind them until the next one says where it starts, so up to
+    `ROLLBACK` tokens can be taken back without a copy having been made.
+    """
+
+    def __init__(self, batch: int, keep: int, width: int, dtype: torch.dtype, device: torch.device, fill: float = 0.0):
+        self.keep = keep
+        self.items = torch.full((batch, keep, width), fill, dtype=dtype, device=device)
+        self.starts = [0] * batch
+
+    def extend(self, new_BTW: Tensor, rows: Rows) -> Tensor:
+        """`[B, keep + T, width]`: column keep + t holds the item of position `starts[b]` + t."""
+        joined = torch.cat((self._aligned(rows.starts), new_BTW.to(self.items.dtype)), 1)
+        self.items, self.starts = joined, list(rows.starts)
+        if rows.width > ROLLBACK:
+            self.items, self.starts = self._aligned(rows.ends).clone(), list(rows.ends)
+        return joined
+
+    def _aligned(self, starts: list[int]) -> Tensor:
+        """The `keep` items before each position in `starts`."""
+        shift = [new - old for new, old in zip(starts, self.starts, strict=True)]
+        room = self.items.shape[1] - self.keep
+        if min(shift) < 0 or max(shift) > room:
+            raise ContextError(
+                f"the cache can't go back that far: rows may move by 0 to {room} tokens, asked {shift}; "
+                "start a new cache"
+            )
+        if len(set(shift)) == 1:
+            return self.items[:, shift[0] : shift[0] + self.keep]
+        index = torch.tensor(shift, device=self.items.device)[:, None] + torch.arange(
+            self.keep, device=self.items.device
+        )
+        return self.items.gather(1, index[..., None].expand(-1, -1, self.items.shape[2]))
+
+    def select(self, rows_B: Tensor) -> None:
+        """Keep (and repeat, reorder) only the given rows of the batch."""
+        self.items = self.items[rows_B]
+        self.starts = [self.starts[i] for i in rows_B.tolist()]
+
+    def bytes_per_row(self) -> int:
+        """Bytes that the kept items of one row take."""
+        return self.keep * self.items.shape[2] * self.items.element_size()
+
+
+class LayerCache(Protocol):
+    """What one attention brick keeps. The engine asks only this much of it."""
+
+    def select(self, rows_B: Tensor) -> None:
+        """Keep (and repeat, reorder) only the given rows of the batch."""
+
+    def growing_bytes(self, length: int) -> int:
+        """Bytes that a row of `length` tokens fills and that grow with it."""
+
+    def fixed_bytes(self) -> int:
+        """Bytes a row takes whatever its length."""
+
+
+class Cache:
+    """The cache of a model for a batch of sequences: one `LayerCache` a layer, and each row's length."""
+
+    def __init__(self, layers: list[LayerCache], batch: int) -> None:
+        self.layers = layers
+        self.lengths = [0] * batch
+        """Tokens that each row holds."""
+
+    def truncate(self, lengths: list[int]) -> None:
+        """Forget the tokens past `lengths`. Any length for GQA, MLA and DSA; V4's window and pooling
+        state go back only within the last pass, and only if it had at most `ROLLBACK` tokens (the next
+        pass raises `ContextError` otherwise)."""
+        if any(new > old or new < 0 for new, old in zip(lengths, self.lengths, strict=True)):
+            raise ContextError(f"truncate can only shorten: rows hold {self.lengths} tokens, asked {lengths}")
+        self.lengths = list(lengths)
+
+    def select(self, rows: list[int]) -> None:
+        """Keep (and repeat, reorder) only the given rows of the batch."""
+        device = next(t.device for layer in self.layers for t in _tensors(layer))
+        index = torch.tensor(rows, device=device)
+        for layer in self.layers:
+            layer.select(index)
+        self.lengths = [self.lengths[i] for i in rows]
+
+    def used_bytes(self) -> int:
+        """Bytes that the tokens held now fill (facts 2.3), capacity not yet used left out."""
+        return sum(
+            layer.growing_bytes(length) + layer.fixed_bytes() for layer in self.layers for length in self.lengths
+        )
+
+
+def _tensors(layer: LayerCache) -> list[Tensor]:
+    return [value.items for value in vars(layer).values() if isinstance(value, Slots | Tail)]

@@ -1,0 +1,209 @@
+"""V4's attention: a sliding window beside compressed entries, in one softmax with a sink
+(V4 report section 2.3; facts 3.9). SWA, CSA and HCA differ only in what the compressor part says."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rorqual.family import parts
+from rorqual.kernels.simulate import fake_fp4, fake_fp8, hadamard
+from rorqual.nn.cache import Tail
+from rorqual.nn.compressor import Compressor, PoolState
+from rorqual.nn.indexer import choose_in_blocks, gather_blocks, query_blocks
+from rorqual.nn.linear import Linear
+from rorqual.nn.norm import RMSNorm, unit_rms, upcast
+from rorqual.nn.rope import rotate_tail
+from rorqual.nn.step import Step
+
+
+class CompressedCache:
+    """The last `window` raw entries, and by kind the compressor's and the indexer's state."""
+
+    def __init__(
+        self, part: parts.CompressedAttention, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.window = Tail(batch, part.window, part.head_dim, dtype, device)
+        c = part.compress
+        self.pool = PoolState(c, part.head_dim, batch, capacity, dtype, device) if c else None
+        self.index = PoolState(c, c.index.dim, batch, capacity, dtype, device) if c and c.index else None
+
+    def _pools(self) -> list[PoolState]:
+        return [pool for pool in (self.pool, self.index) if pool is not None]
+
+    def select(self, rows_B: Tensor) -> None:
+        self.window.select(rows_B)
+        for pool in self._pools():
+            pool.select(rows_B)
+
+    def growing_bytes(self, length: int) -> int:
+        return sum(pool.growing_bytes(length) for pool in self._pools())
+
+    def fixed_bytes(self) -> int:
+        return self.window.bytes_per_row() + sum(pool.fixed_bytes() for pool in self._pools())
+
+
+class EntryIndexer(nn.Module):
+    """CSA's indexer: small queries against small keys from a compressor of its own."""
+
+    def __init__(self, hidden: int, part: parts.CompressedAttention, eps: float) -> None:
+        super().__init__()
+        assert part.compress is not None and part.compress.index is not None
+        self.part = part.compress.index
+        self.rope = part.rope
+        self.q_b = Linear(part.q_rank, self.part.heads * self.part.dim)
+        self.w = Linear(hidden, self.part.heads)
+        self.compressor = Compressor(hidden, self.part.dim, part.compress, part.rope, eps)
+        self.simulate = False
+        """Round queries and keys as the released kernels do: Hadamard, then FP4 in blocks of 32."""
+
+    def forward(
+        self, x_BTD: Tensor, qr_BTC: Tensor, limit_BT: Tensor, step: Step, state: PoolState | None
+    ) -> Tensor:
+        """Entries each token attends, `[B, T, min(top_k, E)]`, -1 where fewer are finished."""
+        p = self.part
+        k_BEd = self.compressor(x_BTD, step, state)
+        cos, sin = step.rotation(self.rope)
+        q = rotate_tail(self.q_b(qr_BTC).unflatten(-1, (p.heads, p.dim)), (cos[:, :, None], sin[:, :, None]))
+        if self.simulate:
+            q, k_BEd = fake_fp4(hadamard(q), 32), fake_fp4(hadamard(k_BEd), 32)
+        full = upcast(x_BTD)
+        w = F.linear(full, self.w.matrix(full.dtype)) * (p.heads**-0.5 * p.dim**-0.5)
+        return choose_in_blocks(q, k_BEd, w, limit_BT, p.top_k)
+
+
+class CompressedAttention(nn.Module):
+    """Shared key-value attention: one `head_dim`-wide entry is key and value of every head."""
+
+    def __init__(self, hidden: int, part: parts.CompressedAttention, eps: float) -> None:
+        super().__init__()
+        p = self.part = part
+        self.eps = eps
+        self.q_a = Linear(hidden, p.q_rank)
+        self.q_a_norm = RMSNorm(p.q_rank, eps)
+        self.q_b = Linear(p.q_rank, p.heads * p.head_dim)
+        self.kv = Linear(hidden, p.head_dim)
+        self.kv_norm = RMSNorm(p.head_dim, eps)
+        self.o_a = Linear(p.heads * p.head_dim // p.o_groups, p.o_groups * p.o_rank)
+        self.o_b = Linear(p.o_groups * p.o_rank, hidden)
+        self.sink = nn.Parameter(torch.empty(p.heads, dtype=torch.float32))
+        self.compressor = Compressor(hidden, p.head_dim, p.compress, p.rope, eps) if p.compress else None
+        self.index = EntryIndexer(hidden, p, eps) if p.compress and p.compress.index else None
+        self.simulate = False
+        """Round the non-rotary channels of entries to FP8 in blocks of 64, as the released cache holds them."""
+
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> CompressedCache:
+        return CompressedCache(self.part, batch, capacity, dtype, device)
+
+    def forward(self, x_BTD: Tensor, step: Step, cache: CompressedCache | None) -> Tensor:
+        p = self.part
+        cos, sin = step.rotation(p.rope)
+        qr_BTC = self.q_a_norm(self.q_a(x_BTD))
+        q_BTHd = unit_rms(self.q_b(qr_BTC).unflatten(-1, (p.heads, p.head_dim)), self.eps)
+        q_BTHd = rotate_tail(q_BTHd, (cos[:, :, None], sin[:, :, None]))
+        kv_BTd = self._stored(rotate_tail(self.kv_norm(self.kv(x_BTD)), (cos, sin)))
+        if cache is not None:
+            recent = cache.window.extend(kv_BTd, step.rows)
+        else:
+            recent = F.pad(kv_BTd, (0, 0, p.window, 0))
+        entries, chosen = self._compressed(x_BTD, qr_BTC, step, cache)
+        o_BTHd = self._attend(q_BTHd, recent, entries, chosen, step)
+        o_BTHd = rotate_tail(o_BTHd, (cos[:, :, None], sin[:, :, None]), inverse=True)
+        return self._project_out(o_BTHd)
+
+    def _stored(self, entry: Tensor) -> Tensor:
+        if not self.simulate:
+            return entry
+        plain = entry.shape[-1] - self.part.rope.dim
+        return torch.cat((fake_fp8(entry[..., :plain], 64), entry[..., plain:]), -1)
+
+    def _compressed(
+        self, x_BTD: Tensor, qr_BTC: Tensor, step: Step, cache: CompressedCache | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Compressed entries [B, E, d], and for CSA which of them each token attends [B, T, k]."""
+        if self.compressor is None:
+            return None, None
+        entries = self._stored(self.compressor(x_BTD, step, cache.pool if cache else None))
+        if self.index is None:
+            return entries, None
+        limit_BT = self._finished_BT(step).clamp(max=entries.shape[1])
+        chosen = self.index(x_BTD, qr_BTC, limit_BT, step, cache.index if cache else None)
+        if step.trace is not None:
+            step.trace.selected[step.layer] = chosen
+        return entries, chosen
+
+    def _finished_BT(self, step: Step) -> Tensor:
+        """Entries finished, and so visible, at each token: floor((t + 1) / ratio)."""
+        assert self.part.compress is not None
+        return (step.rows.positions_BT + 1) // self.part.compress.ratio
+
+    def _attend(
+        self, q_BTHd: Tensor, recent: Tensor, entries: Tensor | None, chosen: Tensor | None, step: Step
+    ) -> Tensor:
+        """One softmax over window, entries and sink, for blocks of queries: [B, T, H, d]."""
+        p, rows = self.part, step.rows
+        batch, time = q_BTHd.shape[:2]
+        if entries is None or entries.shape[1] == 0:
+            entries = chosen = None
+        if chosen is not None and entries is not None:
+            blocks = gather_blocks(entries, chosen)
+        else:
+            seen = 0 if entries is None else entries.shape[1]
+            per_query = batch * p.heads * (2 * p.window + seen) * 4
+            blocks = ((b, entries, None) for b in query_blocks(time, per_query))  # type: ignore[misc]
+        starts = rows.starts_B[:, None, None]
+        sink = self.sink.to(upcast(q_BTHd[:, :1]).dtype)[:, None]
+        out = []
+        for block, values, exists in blocks:
+            for part_of_block in _at_most(block, p.window):
+                q = q_BTHd[:, part_of_block]
+                first, last = part_of_block.start, part_of_block.stop
+                # Column j of `recent` holds position start - window + j; query t sees columns t+1 .. t+window.
+                near = recent[:, first + 1 : p.window + last]
+                column = torch.arange(first + 1, p.window + last, device=q.device)
+                own = torch.arange(first, last, device=q.device)[:, None]
+                mask = (column > own) & (column <= own + p.window) & (column >= p.window - starts)
+                scores = [_masked(_dots(q, near), mask)]
+                if values is not None and exists is not None:
+                    inside = slice(first - block.start, last - block.start)
+                    far = values[:, inside]
+                    scores.append(_masked(q @ far.transpose(-1, -2), exists[:, inside]))
+                elif values is not None:
+                    far = values
+                    entry = torch.arange(far.shape[1], device=q.device)
+                    scores.append(_masked(_dots(q, far), entry < self._finished_BT(step)[:, part_of_block, None]))
+                logits = torch.cat([*(s * p.head_dim**-0.5 for s in scores), sink.expand(*q.shape[:3], 1)], -1)
+                weight = logits.softmax(-1)[..., :-1].to(q.dtype)
+                o = _sum(weight[..., : near.shape[1]], near)
+                if values is not None:
+                    w_far = weight[..., near.shape[1] :]
+                    o = o + (w_far @ far if exists is not None else _sum(w_far, far))
+                out.append(o)
+        return torch.cat(out, 1)
+
+    def _project_out(self, o_BTHd: Tensor) -> Tensor:
+        """Groups of heads to `o_rank` each, then all groups to the hidden width."""
+        p = self.part
+        o_BTgi = o_BTHd.flatten(2).unflatten(-1, (p.o_groups, -1))
+        w_gri = self.o_a.matrix(o_BTHd.dtype).unflatten(0, (p.o_groups, p.o_rank))
+        low = torch.einsum("btgi,gri->btgr", o_BTgi, w_gri)
+        return self.o_b(low.flatten(2))
+
+
+def _at_most(block: slice, size: int) -> list[slice]:
+    return [slice(a, min(a + size, block.stop)) for a in range(block.start, block.stop, size)]
+
+
+def _dots(q_BTHd: Tensor, k_BKd: Tensor) -> Tensor:
+    """Shared-key scores [B, T, H, K]."""
+    return (q_BTHd.flatten(1, 2) @ k_BKd.transpose(1, 2)).unflatten(1, q_BTHd.shape[1:3])
+
+
+def _masked(score_BTHK: Tensor, visible_BTK: Tensor) -> Tensor:
+    return upcast(score_BTHK).masked_fill(~visible_BTK[:, :, None], float("-inf"))
+
+
+def _sum(weight_BTHK: Tensor, v_BKd: Tensor) -> Tensor:
+    """Weighted sum of shared values [B, T, H, d]."""
+    return (weight_BTHK.flatten(1, 2) @ v_BKd).unflatten(1, weight_BTHK.shape[1:3])

@@ -1,0 +1,114 @@
+"""V4's compressor: many tokens pooled into one cache entry (V4 report section 2.3; facts 3.9)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rorqual.family.parts import Compress, Rope
+from rorqual.nn.cache import Slots, Tail
+from rorqual.nn.linear import Linear
+from rorqual.nn.norm import RMSNorm, upcast
+from rorqual.nn.rope import rotate_tail, rotation
+from rorqual.nn.step import Rows, Step
+
+
+class PoolState:
+    """What an unfinished window needs: the projections and gates of the last tokens, fp32, and the
+    finished entries. With overlap two windows are kept, else one."""
+
+    def __init__(self, part: Compress, dim: int, batch: int, capacity: int, dtype: torch.dtype, device: torch.device):
+        kept, width = (2 * part.ratio, 2 * dim) if part.overlap else (part.ratio, dim)
+        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.kv = Tail(batch, kept, width, state_dtype, device)
+        self.gate = Tail(batch, kept, width, state_dtype, device, fill=float("-inf"))
+        self.entries = Slots(batch, -(-capacity // part.ratio), (dim,), dtype, device)
+        self.ratio = part.ratio
+
+    def select(self, rows_B: Tensor) -> None:
+        for kept in (self.kv, self.gate, self.entries):
+            kept.select(rows_B)
+
+    def growing_bytes(self, length: int) -> int:
+        return length // self.ratio * self.entries.bytes_per_item()
+
+    def fixed_bytes(self) -> int:
+        return self.kv.bytes_per_row() + self.gate.bytes_per_row()
+
+
+class Windows(NamedTuple):
+    """Projections and gates by window, `[B, N, slots, dim]`, and the entries they finish."""
+
+    kv: Tensor
+    gate: Tensor
+    rows: Rows
+
+
+class Compressor(nn.Module):
+    """One entry for every `ratio` tokens: a softmax over the window's slots, separately for each channel.
+
+    With overlap (CSA) a token has two halves: the first goes into the next window's entry, the second
+    into its own. Entry i stands at position ratio * i and is complete after token ratio * (i + 1) - 1.
+    """
+
+    def __init__(self, hidden: int, dim: int, part: Compress, rope: Rope, eps: float) -> None:
+        super().__init__()
+        self.dim, self.part, self.rope = dim, part, rope
+        width = 2 * dim if part.overlap else dim
+        self.kv = Linear(hidden, width)
+        self.gate = Linear(hidden, width)
+        self.ape = nn.Parameter(torch.empty(part.ratio, width, dtype=torch.float32))
+        self.norm = RMSNorm(dim, eps)
+
+    def forward(self, x_BTD: Tensor, step: Step, state: PoolState | None) -> Tensor:
+        """All finished entries up to the longest row, `[B, E, dim]` (E may be 0)."""
+        full = upcast(x_BTD)
+        kv_BTW = nn.functional.linear(full, self.kv.matrix(full.dtype))
+        gate_BTW = nn.functional.linear(full, self.gate.matrix(full.dtype))
+        gate_BTW = gate_BTW + self.ape[step.rows.positions_BT % self.part.ratio]
+        windows = self._windows(kv_BTW, gate_BTW, step.rows, state)
+        pooled = (windows.kv * windows.gate.softmax(2)).sum(2)
+        turn = rotation(self.rope, windows.rows.positions_BT * self.part.ratio)
+        entries = rotate_tail(self.norm(pooled.to(x_BTD.dtype)), turn)
+        if state is None:
+            return entries
+        return state.entries.append(entries, windows.rows)
+
+    def _windows(self, kv_BTW: Tensor, gate_BTW: Tensor, rows: Rows, state: PoolState | None) -> Windows:
+        """Tokens of this pass, behind those kept from earlier ones, cut at window borders."""
+        ratio, overlap = self.part.ratio, self.part.overlap
+        kept = 2 * ratio if overlap else ratio
+        if state is not None:
+            kv, gate = state.kv.extend(kv_BTW, rows), state.gate.extend(gate_BTW, rows)
+        else:
+            batch, _, width = kv_BTW.shape
+            kv = torch.cat((kv_BTW.new_zeros(batch, kept, width), kv_BTW), 1)
+            gate = torch.cat((gate_BTW.new_full((batch, kept, width), float("-inf")), gate_BTW), 1)
+        first = [start // ratio for start in rows.starts]
+        finished = [end // ratio - f for end, f in zip(rows.ends, first, strict=True)]
+        count = max(finished)
+        entry_rows = Rows(first, finished, count, rows.device)
+        # Column `kept + t` holds position start + t, so window `first` begins `start % ratio` before it.
+        begin = [kept - start % ratio for start in rows.starts]
+        kv, gate = (_cut(z, begin, ratio, count, overlap) for z in (kv, gate))
+        if overlap:
+            kv = torch.cat((kv[:, :-1, :, : self.dim], kv[:, 1:, :, self.dim :]), 2)
+            gate = torch.cat((gate[:, :-1, :, : self.dim], gate[:, 1:, :, self.dim :]), 2)
+        return Windows(kv, gate, entry_rows)
+
+
+def _cut(z_BXW: Tensor, begin: list[int], ratio: int, count: int, overlap: bool) -> Tensor:
+    """`count` windows of `ratio` columns from `begin[b]` on, and the one before them if `overlap`:
+    `[B, count (+ 1), ratio, W]`. Rows with fewer finished windows are padded by repeating columns."""
+    if overlap:
+        begin, count = [b - ratio for b in begin], count + 1
+    columns = count * ratio
+    if len(set(begin)) == 1 and begin[0] + columns <= z_BXW.shape[1]:
+        cut = z_BXW[:, begin[0] : begin[0] + columns]
+    else:
+        index = torch.tensor(begin, device=z_BXW.device)[:, None] + torch.arange(columns, device=z_BXW.device)
+        index = index.clamp(max=z_BXW.shape[1] - 1)
+        cut = z_BXW.gather(1, index[..., None].expand(-1, -1, z_BXW.shape[2]))
+    return cut.unflatten(1, (count, ratio))

@@ -1,0 +1,114 @@
+"""The lightning indexer: which earlier positions a token attends (V3.2 report section 2.1; facts 3.8)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from rorqual.family import parts
+from rorqual.kernels.simulate import fake_fp8, hadamard
+from rorqual.nn.cache import Slots
+from rorqual.nn.linear import Linear
+from rorqual.nn.norm import LayerNorm, upcast
+from rorqual.nn.rope import rotate
+from rorqual.nn.step import Step
+
+BLOCK_BYTES = 64 * 2**20
+"""Queries are worked in blocks so that gathered entries and scores stay near this size."""
+
+
+def query_blocks(time: int, bytes_per_query: int) -> Iterator[slice]:
+    """Slices over `time` queries, each of about `BLOCK_BYTES`."""
+    size = max(1, BLOCK_BYTES // max(1, bytes_per_query))
+    for start in range(0, time, size):
+        yield slice(start, min(start + size, time))
+
+
+def gather_blocks(entries_BKC: Tensor, chosen_BTk: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For blocks of queries: the slice of T, their chosen entries [B, t, k, C], and which exist [B, t, k]."""
+    batch, time, k = chosen_BTk.shape
+    width = entries_BKC.shape[-1]
+    rows = torch.arange(batch, device=chosen_BTk.device)[:, None, None]
+    for block in query_blocks(time, batch * k * width * entries_BKC.element_size()):
+        chosen = chosen_BTk[:, block]
+        yield block, entries_BKC[rows, chosen.clamp(min=0)], chosen >= 0
+
+
+def index_scores(q_BTHd: Tensor, k_BKd: Tensor, w_BTH: Tensor) -> Tensor:
+    """I_{t,s} = sum_h w_{t,h} ReLU(q_{t,h} . k_s), fp32 [B, T, K]. `w` carries all scales."""
+    q, k = upcast(q_BTHd), upcast(k_BKd)
+    dots = (q.flatten(1, 2) @ k.transpose(1, 2)).unflatten(1, q.shape[1:3]).relu()
+    return (w_BTH[..., None, :] @ dots).squeeze(-2)
+
+
+def choose(scores_BTK: Tensor, limit_BT: Tensor, k: int) -> Tensor:
+    """The `k` best-scored positions below each query's `limit`, best first; -1 where fewer exist.
+
+    Equal scores go to the lowest position (a stable sort), so a choice never depends on how many keys
+    lie behind the limit.
+    """
+    keys = scores_BTK.shape[-1]
+    position = torch.arange(keys, device=scores_BTK.device)
+    hidden = position >= limit_BT[..., None]
+    ranked = scores_BTK.masked_fill(hidden, float("-inf"))
+    best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., : min(k, keys)]
+    return best.masked_fill(best >= limit_BT[..., None], -1)
+
+
+@torch.no_grad()
+def choose_in_blocks(q_BTHd: Tensor, k_BKd: Tensor, w_BTH: Tensor, limit_BT: Tensor, k: int) -> Tensor:
+    """`choose(index_scores(...))` for a few queries at a time, so the [T, H, K] dots never stand at once."""
+    batch, time, heads = w_BTH.shape
+    blocks = [
+        choose(index_scores(q_BTHd[:, b], k_BKd, w_BTH[:, b]), limit_BT[:, b], k)
+        for b in query_blocks(time, batch * heads * k_BKd.shape[1] * 4)
+    ]
+    return torch.cat(blocks, 1)
+
+
+class Indexer(nn.Module):
+    """Small queries from the query latent, one small key a token; rotary on the first channels, half-split
+    (unlike MLA's own interleaved layout)."""
+
+    def __init__(self, hidden: int, part: parts.MLA) -> None:
+        super().__init__()
+        assert part.index is not None and part.q_rank is not None
+        self.part = part.index
+        self.rope = replace(part.rope, interleaved=False)
+        self.q_b = Linear(part.q_rank, self.part.heads * self.part.dim)
+        self.k = Linear(hidden, self.part.dim)
+        self.k_norm = LayerNorm(self.part.dim, 1e-6)
+        self.w = Linear(hidden, self.part.heads)
+        self.simulate = False
+        """Round queries and keys as the released kernels do: Hadamard, then FP8 with one scale a vector."""
+
+    def forward(self, x_BTD: Tensor, c_q_BTC: Tensor, step: Step, keys: Slots | None) -> Tensor:
+        """Positions each token attends, `[B, T, min(top_k, K)]` int64, -1 where fewer exist."""
+        p = self.part
+        q_BTHd, k_BTd, w_BTH = self.project(x_BTD, c_q_BTC, step)
+        k_BKd = keys.append(k_BTd, step.rows) if keys is not None else k_BTd
+        limit_BT = (step.rows.positions_BT + 1).clamp(max=k_BKd.shape[1])
+        chosen = choose_in_blocks(q_BTHd, k_BKd, w_BTH, limit_BT, p.top_k)
+        if step.trace is not None:
+            step.trace.selected[step.layer] = chosen
+        return chosen
+
+    def project(self, x_BTD: Tensor, c_q_BTC: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Index queries [B, T, Hi, di], keys [B, T, di] and fp32 head weights [B, T, Hi] with all scales."""
+        p = self.part
+        cos, sin = step.rotation(self.rope)
+        q = self.q_b(c_q_BTC).unflatten(-1, (p.heads, p.dim))
+        q = self._rotate_head(q, (cos[:, :, None], sin[:, :, None]))
+        k = self._rotate_head(self.k_norm(self.k(x_BTD)), (cos, sin))
+        if self.simulate:
+            q, k = fake_fp8(hadamard(q), p.dim), fake_fp8(hadamard(k), p.dim)
+        full = upcast(x_BTD)
+        w = nn.functional.linear(full, self.w.matrix(full.dtype)) * (p.heads**-0.5 * p.dim**-0.5)
+        return q, k, w
+
+    def _rotate_head(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        moving, still = x.split((self.rope.dim, x.shape[-1] - self.rope.dim), -1)
+        return torch.cat((rotate(moving, turn, interleaved=False), still), -1)

@@ -1,0 +1,90 @@
+"""Matrices: plain, stacked by expert, and held as the codes of a quantised checkpoint."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rorqual.kernels.quant import dequantize_fp4, dequantize_fp8
+
+FP4_BLOCK = 32
+"""Inputs that share one scale in an FP4 matrix."""
+
+
+class Matrix(nn.Module):
+    """A weight `[..., out, in]` that may be held as codes and scales.
+
+    Plain: `.weight` in the model's type, `.scale` is None. Held as codes (`hold_codes`): `.weight` has
+    the checkpoint's FP8 codes, or two FP4 codes a byte, and `.scale` one number a block; `matrix()`
+    multiplies them out. Codes take no gradient.
+    """
+
+    scale: nn.Parameter | None
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape))
+        self.register_parameter("scale", None)
+        self.block: tuple[int, int] | None = None
+        self.fp4 = False
+
+    @property
+    def held_as_codes(self) -> bool:
+        """Whether the weight is stored quantised."""
+        return self.scale is not None
+
+    def hold_codes(
+        self, code_dtype: torch.dtype, scale_dtype: torch.dtype, block: tuple[int, int], packed_fp4: bool = False
+    ) -> None:
+        """Replace the weight by room for codes and scales, on the same device.
+
+        FP8: codes `[..., out, in]`, scales `[..., ceil(out/block0), ceil(in/block1)]`.
+        FP4: codes `[..., out, in/2]` (two a byte), scales `[..., out, in/32]`.
+        """
+        *lead, rows, columns = self.weight.shape
+        device = self.weight.device
+        if packed_fp4:
+            codes, scales = (*lead, rows, columns // 2), (*lead, rows, columns // FP4_BLOCK)
+        else:
+            codes, scales = (*lead, rows, columns), (*lead, -(-rows // block[0]), -(-columns // block[1]))
+        self.weight = nn.Parameter(torch.empty(codes, dtype=code_dtype, device=device), requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(scales, dtype=scale_dtype, device=device), requires_grad=False)
+        self.block, self.fp4 = block, packed_fp4
+
+    def matrix(self, dtype: torch.dtype, index: int | None = None) -> Tensor:
+        """The weight in `dtype`, multiplied out if held as codes; only row `index` of a stack if given."""
+        weight = self.weight if index is None else self.weight[index]
+        if self.scale is None:
+            return weight if weight.dtype == dtype else weight.to(dtype)
+        scale = self.scale if index is None else self.scale[index]
+        if self.fp4:
+            return dequantize_fp4(weight, scale, dtype)
+        assert self.block is not None
+        return dequantize_fp8(weight, scale, self.block, dtype)
+
+
+class Linear(Matrix):
+    """x `[..., in]` -> `[..., out]`. `.weight` is `[out, in]`."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+        super().__init__(outputs, inputs)
+        self.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.matrix(x.dtype), self.bias)
+
+
+class GroupedLinear(Matrix):
+    """One matrix an expert: `.weight` is `[experts, out, in]`. Used by `Experts`."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int) -> None:
+        super().__init__(experts, outputs, inputs)
+
+    def apply_expert(self, x: Tensor, expert: int) -> Tensor:
+        """x `[n, in]` through one expert's matrix -> `[n, out]`."""
+        return F.linear(x, self.matrix(x.dtype, expert))

@@ -1,0 +1,142 @@
+"""Multi-head latent attention, dense and sparse (V2 report section 2.1, V3.2 report section 2; facts 3.1, 3.8).
+
+One brick, two forms of one function. Expanded: keys and values of every head are made from the latent
+(training, long prefill). Absorbed: the queries are moved into latent space and every head reads the one
+cached latent (decoding, sparse attention). The cache never holds expanded keys or values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rorqual.family import parts
+from rorqual.nn.cache import Slots
+from rorqual.nn.gqa import attend
+from rorqual.nn.indexer import Indexer, gather_blocks
+from rorqual.nn.linear import Linear
+from rorqual.nn.norm import RMSNorm, upcast
+from rorqual.nn.rope import rotate
+from rorqual.nn.step import Step
+
+
+class MLACache:
+    """The latent and rotary key of every token, side by side `[B, capacity, kv_rank + rope_dim]`; with
+    sparse attention also one index key."""
+
+    def __init__(self, part: parts.MLA, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.latent = Slots(batch, capacity, (part.kv_rank + part.rope_dim,), dtype, device)
+        self.index = Slots(batch, capacity, (part.index.dim,), dtype, device) if part.index else None
+
+    def select(self, rows_B: Tensor) -> None:
+        self.latent.select(rows_B)
+        if self.index is not None:
+            self.index.select(rows_B)
+
+    def growing_bytes(self, length: int) -> int:
+        index = self.index.bytes_per_item() if self.index is not None else 0
+        return length * (self.latent.bytes_per_item() + index)
+
+    def fixed_bytes(self) -> int:
+        return 0
+
+
+class MLA(nn.Module):
+    """Attention whose keys and values are read from one low-rank latent a token."""
+
+    def __init__(self, hidden: int, part: parts.MLA, eps: float) -> None:
+        super().__init__()
+        p = self.part = part
+        if p.q_rank is None:
+            self.q = Linear(hidden, p.heads * p.qk_dim)
+        else:
+            self.q_a = Linear(hidden, p.q_rank)
+            self.q_a_norm = RMSNorm(p.q_rank, eps)
+            self.q_b = Linear(p.q_rank, p.heads * p.qk_dim)
+        self.kv_a = Linear(hidden, p.kv_rank + p.rope_dim)
+        self.kv_a_norm = RMSNorm(p.kv_rank, eps)
+        self.kv_b = Linear(p.kv_rank, p.heads * (p.nope_dim + p.v_dim))
+        self.o = Linear(p.heads * p.v_dim, hidden)
+        self.index = Indexer(hidden, p) if p.index is not None else None
+        expanding = p.kv_rank * (p.nope_dim + p.v_dim)
+        self.absorb_up_to = expanding // (2 * p.kv_rank + p.rope_dim - p.qk_dim - p.v_dim + 1) if (
+            2 * p.kv_rank + p.rope_dim > p.qk_dim + p.v_dim) else 2**31
+        """Queries a pass up to which absorbing costs less arithmetic than expanding the cached latents."""
+
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> MLACache:
+        return MLACache(self.part, batch, capacity, dtype, device)
+
+    def forward(self, x_BTD: Tensor, step: Step, cache: MLACache | None, absorb: bool | None = None) -> Tensor:
+        """`absorb` forces the absorbed (True) or expanded (False) form; by default the cheaper one with a
+        cache, the expanded one without. Sparse attention is always absorbed."""
+        p = self.part
+        turn = step.rotation(p.rope)
+        if p.q_rank is None:
+            c_q, q = None, self.q(x_BTD)
+        else:
+            c_q = self.q_a_norm(self.q_a(x_BTD))
+            q = self.q_b(c_q)
+        q_nope, q_rope = q.unflatten(-1, (p.heads, p.qk_dim)).split((p.nope_dim, p.rope_dim), -1)
+        q_rope = rotate(q_rope, (turn[0][:, :, None], turn[1][:, :, None]), p.rope.interleaved)
+        c_kv, k_rope = self.kv_a(x_BTD).split((p.kv_rank, p.rope_dim), -1)
+        latent_BKC = torch.cat((self.kv_a_norm(c_kv), rotate(k_rope, turn, p.rope.interleaved)), -1)
+        if cache is not None:
+            latent_BKC = cache.latent.append(latent_BKC, step.rows)
+        if self.index is not None:
+            assert c_q is not None
+            keys = cache.index if cache is not None else None
+            chosen_BTk = self.index(x_BTD, c_q, step, keys)
+            o = self._sparse(q_nope, q_rope, latent_BKC, chosen_BTk)
+        else:
+            if absorb is None:
+                absorb = cache is not None and not step.from_zero and step.rows.width <= self.absorb_up_to
+            form = self._absorbed if absorb else self._expanded
+            o = form(q_nope, q_rope, latent_BKC, step)
+        return self.o(o.flatten(2))
+
+    def _up(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W_UK [H, nope, kv_rank] and W_UV [H, v, kv_rank]."""
+        p = self.part
+        w = self.kv_b.matrix(dtype).view(p.heads, p.nope_dim + p.v_dim, p.kv_rank)
+        return w[:, : p.nope_dim], w[:, p.nope_dim :]
+
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent_BKC: Tensor, step: Step) -> Tensor:
+        p = self.part
+        c_kv, k_rope = latent_BKC.split((p.kv_rank, p.rope_dim), -1)
+        k_nope, v = self.kv_b(c_kv).unflatten(-1, (p.heads, -1)).split((p.nope_dim, p.v_dim), -1)
+        k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, p.heads, -1)), -1)
+        return attend(torch.cat((q_nope, q_rope), -1), k, v, step, p.scale)
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent_BKC: Tensor, step: Step) -> Tensor:
+        p = self.part
+        q_BTHC, w_uv = self._absorb_queries(q_nope, q_rope)
+        batch, time = q_BTHC.shape[:2]
+        score = q_BTHC.flatten(1, 2) @ latent_BKC.transpose(1, 2)
+        score = upcast(score.unflatten(1, (time, p.heads))) * p.scale
+        if not step.all_visible:
+            score = score.masked_fill(~step.visible_BTK(latent_BKC.shape[1])[:, :, None], float("-inf"))
+        weight = score.softmax(-1).to(latent_BKC.dtype)
+        u = weight.flatten(1, 2) @ latent_BKC[..., : p.kv_rank]
+        return _into_values(u.view(batch, time, p.heads, p.kv_rank), w_uv)
+
+    def _sparse(self, q_nope: Tensor, q_rope: Tensor, latent_BKC: Tensor, chosen_BTk: Tensor) -> Tensor:
+        """Absorbed attention of each query to its own chosen positions (-1: none), gathered in blocks."""
+        p = self.part
+        q_BTHC, w_uv = self._absorb_queries(q_nope, q_rope)
+        out = []
+        for block, seen, mask in gather_blocks(latent_BKC, chosen_BTk):
+            score = upcast(q_BTHC[:, block] @ seen.transpose(-1, -2)) * p.scale
+            weight = score.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).to(seen.dtype)
+            out.append(weight @ seen[..., : p.kv_rank])
+        return _into_values(torch.cat(out, 1), w_uv)
+
+    def _absorb_queries(self, q_nope: Tensor, q_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries in latent space beside their rotary part [B, T, H, kv_rank + rope], and W_UV."""
+        w_uk, w_uv = self._up(q_nope.dtype)
+        q_latent = (q_nope.transpose(1, 2) @ w_uk).transpose(1, 2)
+        return torch.cat((q_latent, q_rope), -1), w_uv
+
+
+def _into_values(u_BTHc: Tensor, w_uv: Tensor) -> Tensor:
+    """Attended latents to value space: [B, T, H, kv_rank] -> [B, T, H, v]."""
+    return (u_BTHc.transpose(1, 2) @ w_uv.transpose(-1, -2)).transpose(1, 2)

@@ -1,0 +1,29 @@
+"""The feed-forward brick every generation uses: SwiGLU."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rorqual.nn.linear import Linear
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
+    """silu(gate) * up. With `limit` (V4) gate is clamped from above, up on both sides."""
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return F.silu(gate) * up
+
+
+class SwiGLU(nn.Module):
+    """x `[..., D]` -> `[..., D]` through `width` gated channels."""
+
+    def __init__(self, hidden: int, width: int, limit: float | None = None) -> None:
+        super().__init__()
+        self.gate = Linear(hidden, width)
+        self.up = Linear(hidden, width)
+        self.down = Linear(width, hidden)
+        self.limit = limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate(x), self.up(x), self.limit))

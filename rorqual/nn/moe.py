@@ -1,0 +1,70 @@
+"""Mixture of experts: fine-grained routed experts beside shared ones (DeepSeekMoE; facts 3.3, 3.9)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rorqual.family import parts
+from rorqual.nn.linear import GroupedLinear
+from rorqual.nn.mlp import SwiGLU, swiglu
+from rorqual.nn.router import Router
+from rorqual.nn.step import Step
+
+
+class Experts(nn.Module):
+    """`E` SwiGLU experts with stacked matrices."""
+
+    def __init__(self, experts: int, hidden: int, width: int, limit: float | None) -> None:
+        super().__init__()
+        self.gate = GroupedLinear(experts, hidden, width)
+        self.up = GroupedLinear(experts, hidden, width)
+        self.down = GroupedLinear(experts, width, hidden)
+        self.limit = limit
+
+    def forward(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Sum over each token's experts of weight * expert(x): `[N, D]`.
+
+        Pairs (token, expert) are sorted by expert, and each expert that has any works on its slice. The
+        sum over a token's experts is taken in fp32 in the order of its choice, so it does not depend on
+        what else is in the batch.
+        """
+        (tokens, chosen), experts = ids_NK.shape, self.gate.weight.shape[0]
+        order = ids_NK.flatten().argsort(stable=True)
+        x_PD = x_ND[order // chosen]
+        weight_P1 = weights_NK.flatten()[order][:, None].to(x_ND.dtype)
+        parts_PD = []
+        start = 0
+        for expert, count in enumerate(ids_NK.flatten().bincount(minlength=experts).tolist()):
+            if count:
+                mine = slice(start, start + count)
+                inner = swiglu(
+                    self.gate.apply_expert(x_PD[mine], expert), self.up.apply_expert(x_PD[mine], expert), self.limit
+                )
+                parts_PD.append(self.down.apply_expert(inner * weight_P1[mine], expert))
+                start += count
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.numel(), device=order.device)
+        y_NKD = torch.cat(parts_PD)[back].unflatten(0, (tokens, chosen))
+        full = y_NKD if y_NKD.dtype == torch.float64 else y_NKD.float()
+        return full.sum(1).to(x_ND.dtype)
+
+
+class MoE(nn.Module):
+    """Router, routed experts and the shared experts (kept as one SwiGLU of their joint width)."""
+
+    def __init__(self, hidden: int, vocab: int, part: parts.MoE) -> None:
+        super().__init__()
+        self.router = Router(hidden, vocab, part)
+        self.experts = Experts(part.routed, hidden, part.width, part.limit)
+        self.shared = SwiGLU(hidden, part.shared * part.width, part.limit) if part.shared else None
+
+    def forward(self, x_BTD: Tensor, ids_BT: Tensor, step: Step) -> Tensor:
+        x_ND = x_BTD.flatten(0, 1)
+        choice = self.router(x_ND, ids_BT.flatten())
+        if step.trace is not None:
+            step.trace.experts[step.layer] = (choice.ids, choice.weights, choice.logits)
+        y_ND = self.experts(x_ND, choice.ids, choice.weights)
+        if self.shared is not None:
+            y_ND = y_ND + self.shared(x_ND)
+        return y_ND.view_as(x_BTD)

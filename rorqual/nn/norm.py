@@ -1,0 +1,44 @@
+"""Normalisation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in fp32, or in fp64 if it is fp64 already: where the family computes in full precision."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in fp32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def unit_rms(x: Tensor, eps: float) -> Tensor:
+    """RMS normalisation without a weight, in fp32, back in x's type (V4's query heads)."""
+    return F.rms_norm(x, x.shape[-1:], None, eps)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with weight and bias, computed in fp32 (the sparse indexer's keys)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        full = upcast(x)
+        y = F.layer_norm(full, self.weight.shape, self.weight.to(full.dtype), self.bias.to(full.dtype), self.eps)
+        return y.to(x.dtype)

@@ -1,0 +1,79 @@
+"""How tokens choose experts: one brick for every generation, driven by `family.Router` (facts 3.3, 3.9)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rorqual.family.parts import MoE
+from rorqual.nn.errors import InputError
+from rorqual.nn.norm import upcast
+
+
+class Choice(NamedTuple):
+    """Experts of each token: `ids` [N, K] int64, `weights` [N, K] fp32, raw `logits` [N, E] fp32."""
+
+    ids: Tensor
+    weights: Tensor
+    logits: Tensor
+
+
+def scores(logits: Tensor, kind: str) -> Tensor:
+    """Affinities [N, E] from logits: "softmax", "sigmoid" or "sqrtsoftplus"."""
+    if kind == "softmax":
+        return logits.softmax(-1)
+    if kind == "sigmoid":
+        return logits.sigmoid()
+    return F.softplus(logits).sqrt()
+
+
+def keep_best_groups(ranked_NE: Tensor, groups: int, keep: int, group_score: str) -> Tensor:
+    """`ranked_NE` with -inf outside the `keep` best of `groups` contiguous groups of experts."""
+    grouped = ranked_NE.unflatten(-1, (groups, -1))
+    worth_NG = grouped.amax(-1) if group_score == "max" else grouped.topk(2, -1).values.sum(-1)
+    kept = torch.zeros_like(worth_NG, dtype=torch.bool).scatter_(-1, worth_NG.topk(keep, -1).indices, True)
+    return grouped.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
+
+
+class Router(nn.Module):
+    """Scores every expert for a token and takes `top_k`, all in fp32.
+
+    The balance `bias` counts for choosing only, never in the weights, and takes no gradient: see
+    `rorqual.nn.balance`. A hashed router looks the experts up by token id in `table` [V, K].
+    """
+
+    bias: Tensor | None
+    table: Tensor | None
+
+    def __init__(self, hidden: int, vocab: int, part: MoE) -> None:
+        super().__init__()
+        self.part = part.router
+        self.top_k = part.top_k
+        self.weight = nn.Parameter(torch.empty(part.routed, hidden))
+        bias = torch.empty(part.routed, dtype=torch.float32) if part.router.bias else None
+        self.register_buffer("bias", bias)
+        table = torch.empty(vocab, part.top_k, dtype=torch.int64) if part.router.hashed else None
+        self.register_buffer("table", table)
+
+    def forward(self, x_ND: Tensor, token_N: Tensor | None = None) -> Choice:
+        """x `[N, D]`, and for a hashed router the token ids `[N]`."""
+        r = self.part
+        full = upcast(x_ND)
+        logits = F.linear(full, self.weight.to(full.dtype))
+        score = scores(logits, r.score)
+        if self.table is not None:
+            if token_N is None:
+                raise InputError("a hash-routed layer needs the token ids beside the hidden states")
+            ids = self.table[token_N]
+        else:
+            ranked = score if self.bias is None else score + self.bias
+            if r.groups > 1:
+                ranked = keep_best_groups(ranked, r.groups, r.keep, r.group_score)
+            ids = ranked.topk(self.top_k, -1).indices
+        weights = score.gather(-1, ids)
+        if r.normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return Choice(ids, weights * r.scale, logits)

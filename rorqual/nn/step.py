@@ -1,0 +1,111 @@
+"""What one forward pass brings: new items for each row of a batch, and what bricks share during it.
+
+Tokens stand in a row without holes: the item at position p of a row is its p-th real token, whatever
+padding the caller had. So a row is described by where its new items start and how many there are, and
+causality alone keeps padding out of sight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rorqual.family.parts import Rope
+from rorqual.nn.rope import Rotation, rotation
+
+
+class Rows:
+    """New items of a batch: row b brings `counts[b]` items at positions `starts[b]`, `starts[b]` + 1, …
+
+    In tensors the items of row b are the first `counts[b]` of `width` columns; what stands to the right
+    is padding: computed, never stored, never seen by a real item.
+    """
+
+    def __init__(self, starts: list[int], counts: list[int], width: int, device: torch.device) -> None:
+        self.starts, self.counts, self.width, self.device = starts, counts, width, device
+        self.ends = [s + c for s, c in zip(starts, counts, strict=True)]
+        self.uniform = len(set(starts)) == 1 and all(c == width for c in counts)
+        """Every row starts at one position and fills every column: slices do, no index is needed."""
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def end(self) -> int:
+        """Items that the longest row holds after this pass."""
+        return max(self.ends)
+
+    @cached_property
+    def starts_B(self) -> Tensor:
+        """`starts` as a tensor [B]."""
+        return torch.tensor(self.starts, device=self.device)
+
+    @cached_property
+    def positions_BT(self) -> Tensor:
+        """Position of every column [B, T]; padding columns count on."""
+        return self.starts_B[:, None] + torch.arange(self.width, device=self.device)
+
+    @cached_property
+    def real_BT(self) -> Tensor:
+        """True where a column holds a real item [B, T]."""
+        counts_B = torch.tensor(self.counts, device=self.device)
+        return torch.arange(self.width, device=self.device) < counts_B[:, None]
+
+    @cached_property
+    def where(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, column and position of every real item, flat."""
+        row, column = self.real_BT.nonzero(as_tuple=True)
+        return row, column, self.positions_BT[row, column]
+
+
+@dataclass
+class Trace:
+    """What a pass chose, by layer, for those who want to look inside (`model(ids, trace=Trace())`).
+
+    `hidden[0]` is the embedding, `hidden[i]` the residual stream after i layers, the last one after the
+    final norm. `experts[i]`: ids [N, K], weights [N, K] and router logits [N, E] of layer i, N counting
+    batch and time row-major. `selected[i]`: positions (DSA) or entries (CSA) each token attends
+    [B, T, k], -1 where fewer exist.
+    """
+
+    hidden: list[Tensor] = field(default_factory=list)
+    experts: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    selected: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Step:
+    """One forward pass: its rows, and rotations and masks shared by all layers."""
+
+    def __init__(self, rows: Rows, trace: Trace | None = None) -> None:
+        self.rows, self.trace = rows, trace
+        self.layer = 0
+        self._rotations: dict[Rope, Rotation] = {}
+        self._mask: tuple[int, Tensor] | None = None
+
+    def rotation(self, rope: Rope) -> Rotation:
+        """cos and sin of the new tokens, `[B, T, dim / 2]` (`[1, T, ...]` if all rows are alike)."""
+        if rope not in self._rotations:
+            positions = self.rows.positions_BT[:1] if self.rows.uniform else self.rows.positions_BT
+            self._rotations[rope] = rotation(rope, positions)
+        return self._rotations[rope]
+
+    @property
+    def all_visible(self) -> bool:
+        """Every key up to `rows.end` is visible to every query: one new token in rows of one length."""
+        return self.rows.uniform and self.rows.width == 1
+
+    @property
+    def from_zero(self) -> bool:
+        """No row has a past: keys are the new tokens themselves and a plain causal mask serves."""
+        return not any(self.rows.starts)
+
+    def visible_BTK(self, keys: int) -> Tensor:
+        """True where key position k is not after the query's position; `[1, T, K]` if rows are alike."""
+        if self._mask is None or self._mask[0] != keys:
+            positions = self.rows.positions_BT[:1] if self.rows.uniform else self.rows.positions_BT
+            mask = torch.arange(keys, device=positions.device) <= positions[..., None]
+            self._mask = (keys, mask)
+        return self._mask[1]

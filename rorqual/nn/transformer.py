@@ -1,0 +1,221 @@
+"""The model: embedding, a plan of layers, head. Every family member is this class with another config."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rorqual.family.parts import ModelConfig
+from rorqual.nn.block import Block
+from rorqual.nn.cache import Cache
+from rorqual.nn.errors import ContextError, InputError
+from rorqual.nn.hyper import MixHead
+from rorqual.nn.init import init_weights
+from rorqual.nn.linear import Linear
+from rorqual.nn.mtp import MTP
+from rorqual.nn.norm import RMSNorm
+from rorqual.nn.step import Rows, Step, Trace
+
+__all__ = ["Transformer"]
+
+
+class Transformer(nn.Module):
+    """A family member. `Transformer(config)` has fresh weights; `rorqual.load` fills in released ones.
+
+    On the meta device nothing is initialised. Parameters that the family keeps in fp32 (stream mixing,
+    pooling positions, sinks, router biases) are fp32 whatever `dtype` says.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        dtype = dtype or getattr(torch, config.dtype)
+        with torch.device(device), _default_dtype(dtype):
+            self.embed = nn.Module()
+            self.embed.weight = nn.Parameter(torch.empty(config.vocab, config.hidden))
+            self.layers = nn.ModuleList(Block(config, layer) for layer in config.layers)
+            self.norm = RMSNorm(config.hidden, config.norm_eps)
+            self.mix_head = MixHead(config.hidden, config.residual, config.norm_eps) if config.residual else None
+            self.head = None if config.tied else Linear(config.hidden, config.vocab)
+            self.mtp = nn.ModuleList(MTP(config, layer) for layer in config.mtp)
+        if torch.device(device).type != "meta":
+            init_weights(self, seed)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type activations flow in."""
+        return self.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.embed.weight.device
+
+    # ------------------------------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        mask_BT: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        trace: Trace | None = None,
+    ) -> Tensor:
+        """Logits `[B, T, V]` of token ids `[B, T]` (int64).
+
+        `mask_BT` marks real tokens (1 or True) in a left- or right-padded batch; logits of padding are
+        zero. With `cache` (from `new_cache`) the tokens come after those it holds, which it then holds
+        too; any cut of a sequence into passes gives the same logits.
+
+        Raises `InputError` for ids outside the vocabulary or wrong shapes, `ContextError` past
+        `config.max_positions`.
+        """
+        self._check(ids_BT, mask_BT)
+        packed = _Packed(ids_BT, mask_BT)
+        starts = cache.lengths if cache is not None else [0] * ids_BT.shape[0]
+        rows = self._rows(starts, packed)
+        state = self.run(packed.ids_BT, rows, cache, trace)
+        logits = self.logits(self.finish(state, trace))
+        return packed.unpack(logits)
+
+    def _rows(self, starts: list[int], packed: _Packed) -> Rows:
+        if len(starts) != packed.ids_BT.shape[0]:
+            raise InputError(f"the cache holds {len(starts)} rows, the batch has {packed.ids_BT.shape[0]}")
+        rows = Rows(list(starts), packed.counts, packed.ids_BT.shape[1], packed.ids_BT.device)
+        if rows.end > self.config.max_positions:
+            raise ContextError(
+                f"the sequence would be {rows.end} tokens long, but this model has {self.config.max_positions} "
+                "positions: shorten the prompt or generate fewer tokens"
+            )
+        return rows
+
+    def run(self, ids_BT: Tensor, rows: Rows, cache: Cache | None = None, trace: Trace | None = None) -> Tensor:
+        """The layers alone, on ids whose real tokens come first in each row (unchecked): the residual
+        state before the final norm, `[B, T, D]` or streams `[B, T, n, D]`. The cache's lengths move on."""
+        step = Step(rows, trace)
+        x = F.embedding(ids_BT, self.embed.weight)
+        if self.config.residual is not None:
+            x = x[:, :, None].expand(-1, -1, self.config.residual.streams, -1)
+        for index, layer in enumerate(self.layers):
+            step.layer = index
+            if trace is not None:
+                trace.hidden.append(x)
+            x = layer(x, ids_BT, step, cache.layers[index] if cache is not None else None)
+        if cache is not None:
+            cache.lengths = list(rows.ends)
+        return x
+
+    def finish(self, state: Tensor, trace: Trace | None = None) -> Tensor:
+        """Residual state -> normed hidden state `[B, T, D]`, what the head reads."""
+        hidden = self.norm(state if self.mix_head is None else self.mix_head(state))
+        if trace is not None:
+            trace.hidden.append(hidden)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Normed hidden states `[..., D]` -> logits `[..., V]`; V4's head works in fp32."""
+        weight = self.embed.weight if self.head is None else self.head.matrix(hidden.dtype)
+        if self.config.residual is not None and hidden.dtype != torch.float64:
+            return F.linear(hidden.float(), weight.float())
+        return F.linear(hidden, weight)
+
+    def predict_further(
+        self, state: Tensor, next_ids_BT: Tensor, rows: Rows, depth: int = 0, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """MTP module `depth`: from the `state` of token i and the id of token i + 1, logits of token
+        i + 2 `[B, T, V]` and the state for the next depth.
+
+        At depth 0 `state` is what the final norm gave (`finish`), or V4's raw streams (`run`). `cache` is
+        one of `new_mtp_cache`.
+        """
+        step = Step(rows)
+        step.layer = len(self.layers) + depth
+        embed = F.embedding(next_ids_BT, self.embed.weight)
+        layer_cache = cache.layers[depth] if cache is not None else None
+        hidden, state = self.mtp[depth](state, embed, next_ids_BT, step, layer_cache)
+        if cache is not None:
+            cache.lengths = list(rows.ends)
+        return self.logits(hidden), state
+
+    # -------------------------------------------------------------------------------------- cache
+
+    def new_cache(self, batch: int = 1, capacity: int = 0) -> Cache:
+        """An empty cache for `batch` sequences; room for `capacity` tokens at once (it grows as needed)."""
+        return self._cache(list(self.layers), batch, capacity)
+
+    def new_mtp_cache(self, batch: int = 1, capacity: int = 0) -> Cache:
+        """The same for the MTP modules."""
+        return self._cache([module.block for module in self.mtp], batch, capacity)
+
+    def _cache(self, blocks: list[nn.Module], batch: int, capacity: int) -> Cache:
+        capacity = min(capacity, self.config.max_positions)
+        made = [block.attention.new_cache(batch, capacity, self.dtype, self.device) for block in blocks]
+        return Cache(made, batch)
+
+    # --------------------------------------------------------------------------------------- misc
+
+    def simulate_released_rounding(self, on: bool = True) -> None:
+        """Round cached entries and index vectors as the released FP8/FP4 kernels of V3.2 and V4 do (facts
+        3.8, 3.9). Off by default: then results equal the plain equations."""
+        for module in self.modules():
+            if hasattr(module, "simulate"):
+                module.simulate = on
+
+    def _check(self, ids_BT: Tensor, mask_BT: Tensor | None) -> None:
+        if not isinstance(ids_BT, Tensor) or ids_BT.dtype not in (torch.int64, torch.int32):
+            found = ids_BT.dtype if isinstance(ids_BT, Tensor) else type(ids_BT).__name__
+            raise InputError(f"token ids must be an int64 tensor [batch, time], got {found}")
+        if ids_BT.dim() != 2 or ids_BT.numel() == 0:
+            raise InputError(f"token ids must be [batch, time] with at least one token, got {tuple(ids_BT.shape)}")
+        low, high = (int(v) for v in ids_BT.aminmax())
+        if low < 0 or high >= self.config.vocab:
+            bad = low if low < 0 else high
+            raise InputError(f"token id {bad} is outside the vocabulary of {self.config.vocab}: wrong tokenizer?")
+        if mask_BT is not None and mask_BT.shape != ids_BT.shape:
+            raise InputError(f"the mask is {tuple(mask_BT.shape)}, the token ids are {tuple(ids_BT.shape)}")
+
+
+class _Packed:
+    """A padded batch with each row's real tokens moved to the front, and the way back."""
+
+    def __init__(self, ids_BT: Tensor, mask_BT: Tensor | None) -> None:
+        batch, time = ids_BT.shape
+        if mask_BT is None or bool(mask_BT.all()):
+            self.ids_BT, self.counts, self.order_BT = ids_BT.long(), [time] * batch, None
+            return
+        real = mask_BT.bool()
+        self.counts = real.sum(1).tolist()
+        if min(self.counts) == 0:
+            raise InputError(f"row {self.counts.index(0)} of the batch has no real token")
+        self.real_BT, self.time = real, time
+        self.order_BT = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(self.counts)]
+        self.ids_BT = ids_BT.long().gather(1, self.order_BT)
+
+    def unpack(self, y_BTV: Tensor) -> Tensor:
+        """Back to the caller's columns; padding columns are zero."""
+        if self.order_BT is None:
+            return y_BTV
+        out = y_BTV.new_zeros(y_BTV.shape[0], self.time, y_BTV.shape[2])
+        rows = torch.arange(out.shape[0], device=out.device)[:, None]
+        out[rows, self.order_BT] = y_BTV
+        return out * self.real_BT[..., None]
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
