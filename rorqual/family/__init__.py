@@ -1,5 +1,7 @@
 """The facts: config parts, the released models by name, and the hub's config.json in both directions."""
 
+from rorqual.family.cards import Card
+from rorqual.family.hub import from_hub, to_hub
 from rorqual.family.parts import (
     GQA,
     MLA,
@@ -19,10 +21,12 @@ from rorqual.family.parts import (
     SwiGLU,
     Yarn,
 )
+from rorqual.family.registry import card, config, models
 
 __all__ = [
     "GQA",
     "MLA",
+    "Card",
     "Compress",
     "CompressedAttention",
     "ConfigError",
@@ -31,11 +35,16 @@ __all__ = [
     "Layer",
     "LinearScaling",
     "Llama3Scaling",
-    "ModelConfig",
     "MoE",
+    "ModelConfig",
     "Quantization",
     "Rope",
     "Router",
     "SwiGLU",
     "Yarn",
+    "card",
+    "config",
+    "from_hub",
+    "models",
+    "to_hub",
 ]

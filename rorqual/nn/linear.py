@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rorqual.kernels.linear import Pack, linear
 from rorqual.kernels.quant import dequantize_fp4, dequantize_fp8
 
 FP4_BLOCK = 32
@@ -72,11 +72,12 @@ class Linear(Matrix):
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__(outputs, inputs)
         self.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
+        self.pack = Pack()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scale is None:
-            return F.linear(x, self.weight, self.bias)
-        return F.linear(x, self.matrix(x.dtype), self.bias)
+            return linear(x, self.weight, self.bias, self.pack)
+        return linear(x, self.matrix(x.dtype), self.bias)
 
 
 class GroupedLinear(Matrix):
@@ -87,4 +88,4 @@ class GroupedLinear(Matrix):
 
     def apply_expert(self, x: Tensor, expert: int) -> Tensor:
         """x `[n, in]` through one expert's matrix -> `[n, out]`."""
-        return F.linear(x, self.matrix(x.dtype, expert))
+        return linear(x, self.matrix(x.dtype, expert))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.family.parts import ModelConfig
+from rorqual.kernels.linear import Pack, linear
 from rorqual.nn.block import Block
 from rorqual.nn.cache import Cache
 from rorqual.nn.errors import ContextError, InputError
@@ -48,6 +49,7 @@ class Transformer(nn.Module):
             self.mix_head = MixHead(config.hidden, config.residual, config.norm_eps) if config.residual else None
             self.head = None if config.tied else Linear(config.hidden, config.vocab)
             self.mtp = nn.ModuleList(MTP(config, layer) for layer in config.mtp)
+        self._tied_pack = Pack()
         if torch.device(device).type != "meta":
             init_weights(self, seed)
 
@@ -124,10 +126,10 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed hidden states `[..., D]` -> logits `[..., V]`; V4's head works in fp32."""
-        weight = self.embed.weight if self.head is None else self.head.matrix(hidden.dtype)
-        if self.config.residual is not None and hidden.dtype != torch.float64:
-            return F.linear(hidden.float(), weight.float())
-        return F.linear(hidden, weight)
+        if self.config.residual is not None and hidden.dtype not in (torch.float32, torch.float64):
+            weight = self.embed.weight if self.head is None else self.head.matrix(torch.float32)
+            return linear(hidden.float(), weight.float())
+        return linear(hidden, self.embed.weight, None, self._tied_pack) if self.head is None else self.head(hidden)
 
     def predict_further(
         self, state: Tensor, next_ids_BT: Tensor, rows: Rows, depth: int = 0, cache: Cache | None = None

@@ -1,0 +1,39 @@
+"""From a name to a directory on this machine."""
+
+from __future__ import annotations
+
+import re
+from os import PathLike
+from pathlib import Path
+
+from rorqual.weights.errors import CheckpointError
+
+PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+"""What a checkpoint needs of a hub repository."""
+
+
+def resolve(path_or_hub_id: str | PathLike[str], revision: str | None = None) -> Path:
+    """An existing path as it is, never touching the network; a hub id downloaded (with progress bars) or
+    found in the hub's cache.
+
+    Raises CheckpointError if it is neither, or the hub can't be reached and its cache has no copy.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.exists():
+        return path
+    name = str(path_or_hub_id)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or path.suffix in (
+        ".gguf",
+        ".safetensors",
+    ):
+        raise CheckpointError(f"{name} does not exist, and is not a hub id (owner/name)")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+    except Exception as error:  # the hub client raises many kinds, of its own and of its transports
+        at = f" at revision {revision}" if revision else ""
+        raise CheckpointError(
+            f"{name}{at} is neither a path on this machine nor a repository that could be had from the hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
+        ) from error
