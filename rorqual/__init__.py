@@ -1,8 +1,8 @@
 """rorqual: the DeepSeek model family, V1 to V4, as one PyTorch code base.
 
-    import rorqual
-    model = rorqual.load("path/or/hub-id/or/file.gguf")
-    print(model.generate("The sea is", rorqual.Sampling(temperature=0.0)).text)
+import rorqual
+model = rorqual.load("path/or/hub-id/or/file.gguf")
+print(model.generate("The sea is", rorqual.Sampling(temperature=0.0)).text)
 """
 
 from rorqual.engine import Completion, Sampling
@@ -11,4 +11,14 @@ from rorqual.model import Model, load, save
 from rorqual.nn import Transformer
 
 __version__ = "0.1.0"
-__all__ = ["Completion", "Model", "ModelConfig", "Sampling", "Transformer", "config", "load", "models", "save"]
+__all__ = [
+    "Completion",
+    "Model",
+    "ModelConfig",
+    "Sampling",
+    "Transformer",
+    "config",
+    "load",
+    "models",
+    "save",
+]

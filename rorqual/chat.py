@@ -101,7 +101,9 @@ class Chat:
         now = time.perf_counter()
         wait = (first or now) - begun
         rate = (len(done.ids) - 1) / (now - first) if first and len(done.ids) > 1 and now > first else 0.0
-        ending = {"length": ", cut at the length limit", "stopped": ", stopped"}.get(done.finish_reason or "", "")
+        ending = {"length": ", cut at the length limit", "stopped": ", stopped"}.get(
+            done.finish_reason or "", ""
+        )
         self.console.print(
             f"{done.prompt_tokens} tokens in, {len(done.ids)} out, first after {wait:.2f} s, "
             f"{rate:.1f} tokens/s{ending}",
@@ -137,7 +139,9 @@ class Chat:
                 self.console.print("a new conversation", style="dim")
             case "/system":
                 self.start(rest or None)
-                self.console.print("a new conversation, system prompt " + ("set" if rest else "removed"), style="dim")
+                self.console.print(
+                    "a new conversation, system prompt " + ("set" if rest else "removed"), style="dim"
+                )
             case "/retry":
                 self.retry()
             case "/think" if rest in ("on", "off"):

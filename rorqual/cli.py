@@ -147,7 +147,7 @@ def generate(
     Parameters
     ----------
     model
-        A checkpoint directory, a .gguf file, a hub id, or "smollm2" (the demo model).
+        A checkpoint directory, a .gguf file, a hub id, a name of `rorqual models`, or "smollm2".
     prompt
         The text to continue; "-" reads standard input.
     draw
@@ -184,7 +184,7 @@ def chat(
     Parameters
     ----------
     model
-        A checkpoint directory, a .gguf file, a hub id, or "smollm2" (the demo model).
+        A checkpoint directory, a .gguf file, a hub id, a name of `rorqual models`, or "smollm2".
     system
         The system prompt.
     think
@@ -208,14 +208,11 @@ def chat(
 def _load(model: str, dtype: str | None, device: str | None) -> rorqual.Model:
     import torch
 
-    from rorqual.demo import smollm2
-
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
-    place: str | Path = smollm2() if model == "smollm2" and not Path(model).exists() else model
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with Console(stderr=True).status(f"loading {model}"):
-        return rorqual.load(place, dtype=getattr(torch, dtype) if dtype else None, device=device)
+        return rorqual.load(model, dtype=getattr(torch, dtype) if dtype else None, device=device)
 
 
 def main() -> None:

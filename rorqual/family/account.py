@@ -232,7 +232,7 @@ def mha_elements(config: ModelConfig) -> int:
 
 
 def gqa_elements(config: ModelConfig, groups: int = 8) -> int:
-    """Cache elements a token with `groups` key-value heads of this width (128 for V4, as its report has it)."""
+    """Cache elements a token with `groups` key-value heads of this width (of 128 for V4, as its report)."""
     out = 0
     for layer in config.layers:
         a = layer.attention
@@ -251,7 +251,7 @@ def _pair(a: Attention) -> int:
 
 @dataclass(frozen=True)
 class Flops:
-    """Forward FLOPs of one token: `matmul` with the parameters, `attention` over the cache, `index` scores."""
+    """Forward FLOPs of a token: `matmul` with parameters, `attention` over the cache, `index` for scores."""
 
     matmul: int
     attention: int

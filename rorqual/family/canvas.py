@@ -15,7 +15,7 @@ def number(value: float) -> str:
 
 
 class Canvas:
-    """An SVG of `width` by `height` units, on its own light ground so that dark viewers don't swallow the ink.
+    """An SVG of `width` by `height` units, on its own light ground so that dark viewers can't swallow ink.
 
     `title` and `description` are read aloud by screen readers.
     """

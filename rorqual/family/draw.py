@@ -62,14 +62,15 @@ def draw(config: ModelConfig, title: str = "") -> str:
     """
     p = account.parameters(config)
     title = title or config.name or config.model_type
-    kinds = _kinds(config)
+    attention = ", ".join(NAMES[kind] for kind in _kinds(config))
     described = (
         f"{len(config.layers)} layers, {config.hidden} wide, {words.count(p.total)} parameters of which"
-        f" {words.count(p.active)} are active for a token. Attention: {', '.join(NAMES[kind] for kind in kinds)}."
+        f" {words.count(p.active)} are active for a token. Attention: {attention}."
         f" Cache: {words.per_token(account.cache(config))} bytes a token."
     )
     canvas = Canvas(WIDTH, HEIGHT, title, described)
-    canvas.text(40, 54, title, size=26, weight=700)
+    shown = title if len(title) <= 56 else f"\u2026{title[-55:]}"
+    canvas.text(40, 54, shown, size=26, weight=700)
     summary = f"{words.count(p.total)} parameters, {words.count(p.active)} active a token"
     shape = f"{len(config.layers)} layers, {config.hidden:,} wide, {config.max_positions:,} positions"
     canvas.text(40, 80, f"{summary}; {shape}", size=14, fill=SOFT)
@@ -278,7 +279,7 @@ def _mla_cache(canvas: Canvas, a: MLA, y: float, colour: str) -> float:
     )
     kept = f"{total} values a token and layer"
     if a.index is not None:
-        kept = f"{total} + {a.index.dim} values a token and layer; {a.index.heads} index heads pick {a.index.top_k:,}"
+        kept = f"{total} + {a.index.dim} values a token and layer; the indexer picks {a.index.top_k:,}"
     canvas.text(PANEL_X, y + 60, kept, size=12.5, weight=600)
     return y + 64
 
@@ -290,7 +291,7 @@ def _v4_cache(canvas: Canvas, config: ModelConfig, y: float) -> float:
         if isinstance(layer.attention, CompressedAttention):
             parts.setdefault(layer.attention.kind, layer.attention)
     one = next(iter(parts.values()))
-    note = f"one {one.head_dim}-wide key that is the value too; the last {one.window} tokens in full, and"
+    note = f"one {one.head_dim}-wide key is the value too; the last {one.window} tokens, and"
     canvas.text(PANEL_X, y + 6, note, size=12.5, fill=SOFT)
     row = y + 18
     for kind in ("CSA", "HCA", "SWA"):
@@ -320,7 +321,7 @@ def _v4_cache(canvas: Canvas, config: ModelConfig, y: float) -> float:
 
 
 def _expert_panel(canvas: Canvas, config: ModelConfig, y: float) -> float:
-    """The experts of a layer with those of one token lit, or the width of a dense layer. Returns the lower edge."""
+    """A layer's experts with those of one token lit, or a dense layer's width. Returns the lower edge."""
     moe = next((layer.ff for layer in reversed(config.layers) if isinstance(layer.ff, MoE)), None)
     if moe is None:
         dense = config.layers[0].ff

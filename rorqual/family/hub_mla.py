@@ -113,7 +113,10 @@ def read_mla(fields: Fields, model_type: str) -> MLA:
     if model_type == "deepseek_v32":
         fields.only("indexer_rope_interleave", False)
         for kind in fields.text_list("layer_types") or []:
-            if kind != "indexed_attention":
+            if kind not in (
+                "indexed_attention",
+                "deepseek_sparse_attention",
+            ):  # two spellings of transformers
                 raise fields.error("layer_types", f'"{kind}" is not supported: only "indexed_attention" is')
         index = read_index(fields)
     if not fields.given("q_lora_rank"):

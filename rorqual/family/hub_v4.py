@@ -7,7 +7,7 @@ from typing import Any
 from rorqual.family.fields import Fields
 from rorqual.family.hub_dense import layer_count
 from rorqual.family.hub_mla import mtp_count, read_index, read_moe, read_router, write_index, write_moe
-from rorqual.family.hub_rope import THETA, plain, read_scaling, write_scaling
+from rorqual.family.hub_rope import THETA, Scaling, plain, read_scaling, write_scaling
 from rorqual.family.parts import (
     Compress,
     CompressedAttention,
@@ -149,64 +149,66 @@ def _ropes(fields: Fields) -> tuple[Rope, Rope]:
     dim = _rotary_dim(fields)
     theta = fields.maybe_number("rope_theta", above=0)
     far = fields.maybe_number("compress_rope_theta", above=0)
-    nested = fields.inner("rope_parameters")
-    flat = fields.inner("rope_scaling")
-    scaling = None
-    if flat is not None:
-        scaling = read_scaling(flat, amplitude=1.0)
-        fields.close(flat)
-    if nested is not None and ("main" in nested or "compress" in nested):
-        main, compress = nested.inner("main"), nested.inner("compress")
+    found: list[Scaling | None] = []
+    for name in ("rope_scaling", "rope_parameters"):
+        table = fields.inner(name)
+        if table is None:
+            continue
+        main, compress = table.inner("main"), table.inner("compress")
+        if main is None and compress is None:  # flat: the base is the main one, the scaling is the other's
+            main = compress = table
         if main is not None:
-            theta = _agree(fields, "rope_theta", theta, main.maybe_number("rope_theta", above=0))
-            main.only("rope_type", "default")
-            _agree(fields, "qk_rope_head_dim", dim, _fraction(fields, main))
-            nested.close(main)
+            theta = _agree(fields, "rope_theta", theta, main, "rope_theta")
+            _fraction(fields, main, dim)
+            if main is not compress:
+                main.only("rope_type", "default")
+                table.close(main)
         if compress is not None:
-            far = _agree(fields, "compress_rope_theta", far, compress.maybe_number("rope_theta", above=0))
-            inside = read_scaling(compress, amplitude=1.0)
-            if flat is not None and scaling != inside:
-                raise fields.error("rope_scaling", "contradicts rope_parameters.compress: keep one of them")
-            scaling = inside
-            _agree(fields, "qk_rope_head_dim", dim, _fraction(fields, compress))
-            nested.close(compress)
-        fields.close(nested)
-    elif nested is not None:
-        if flat is not None:
-            raise fields.error("rope_scaling", "and a flat rope_parameters contradict: keep one of them")
-        scaling = read_scaling(nested, amplitude=1.0)
-        theta = _agree(fields, "rope_theta", theta, nested.maybe_number("rope_theta", above=0))
-        _agree(fields, "qk_rope_head_dim", dim, _fraction(fields, nested))
-        fields.close(nested)
+            if main is not compress:
+                far = _agree(fields, "compress_rope_theta", far, compress, "rope_theta")
+            _fraction(fields, compress, dim)
+            found.append(read_scaling(compress, amplitude=1.0))
+            if compress is not table:
+                table.close(compress)
+        fields.close(table)
+    if len(found) == 2 and found[0] != found[1]:
+        raise fields.error("rope_scaling", "contradicts rope_parameters: keep one of them")
     if far is None:
         raise fields.error("compress_rope_theta", "is missing")
-    main_rope = Rope(dim, THETA if theta is None else theta, None, interleaved=True)
-    return main_rope, Rope(dim, far, scaling, interleaved=True)
+    near = Rope(dim, THETA if theta is None else theta, None, interleaved=True)
+    return near, Rope(dim, far, found[0] if found else None, interleaved=True)
 
 
 def _rotary_dim(fields: Fields) -> int:
     """`qk_rope_head_dim`, or the fraction of the head that `partial_rotary_factor` says."""
-    given = fields.maybe_whole("qk_rope_head_dim", least=1)
-    dim = _agree(fields, "qk_rope_head_dim", given, _fraction(fields, fields))
+    dim = _fraction(fields, fields, fields.maybe_whole("qk_rope_head_dim", least=1))
     if dim is None:
         raise fields.error("qk_rope_head_dim", "is missing, and so is partial_rotary_factor")
     head_dim = fields.size("head_dim")
-    if dim % 2 or dim > head_dim:
+    if dim % 2 or dim < 2 or dim > head_dim:
         raise fields.error("qk_rope_head_dim", f"must be even and at most head_dim ({head_dim}), got {dim}")
-    return int(dim)
+    return dim
 
 
-def _fraction(fields: Fields, table: Fields) -> int | None:
-    """The rotary channels of a head by `partial_rotary_factor` of `table`."""
+def _fraction(fields: Fields, table: Fields, dim: int | None) -> int | None:
+    """The rotary channels of a head, which `partial_rotary_factor` of `table` must agree with."""
     part = table.maybe_number("partial_rotary_factor", above=0)
-    return None if part is None else int(fields.size("head_dim") * part)
+    if part is None:
+        return dim
+    if part > 1:
+        raise table.error("partial_rotary_factor", f"must be at most 1, got {part}")
+    ours = int(fields.size("head_dim") * part)
+    if dim is not None and dim != ours:
+        raise table.error("partial_rotary_factor", f"means {ours} channels, which contradicts {dim}")
+    return ours
 
 
-def _agree(fields: Fields, name: str, one: float | None, other: float | None) -> float | None:
-    """Whichever is given; both must be equal."""
-    if one is not None and other is not None and one != other:
-        raise fields.error(name, f"is {plain(one)} in one place and {plain(other)} in another")
-    return other if one is None else one
+def _agree(fields: Fields, name: str, value: float | None, table: Fields, inner: str) -> float | None:
+    """Whichever of `value` (of field `name`) and the number in `table` is given; they must be equal."""
+    other = table.maybe_number(inner, above=0)
+    if value is not None and other is not None and value != other:
+        raise table.error(inner, f"{plain(other)} contradicts {name} {plain(value)}")
+    return value if other is None else other
 
 
 # ----------------------------------------------------------------------------------------- writing

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from rorqual.family.account import cache
-from rorqual.family.parts import MLA, ConfigError, ModelConfig, MoE, SwiGLU
+from rorqual.family.parts import MLA, ConfigError, ModelConfig, MoE, SwiGLU, require
 from rorqual.family.pieces import all_mtp_pieces, main_pieces
 
 PRECISIONS = {"bf16": ("bf16", "bf16"), "fp8": ("fp8", "fp8"), "fp4": ("fp8", "fp4")}
@@ -21,8 +21,11 @@ PREFILL = 2048
 
 @dataclass(frozen=True)
 class Device:
-    """A place to serve from: `memory` in bytes (marketing gigabytes of 10^9), `usable` share of it for us, and
-    the most of them that are worth joining."""
+    """A place to serve from.
+
+    `memory` is in bytes (marketing gigabytes of 10^9), `usable` the share of it that is ours, `most` how many
+    of them are worth joining.
+    """
 
     name: str
     memory: int
@@ -130,8 +133,7 @@ def serving(config: ModelConfig, *, context: int, batch: int = 1, precision: str
     Raises:
         ConfigError: an unknown precision, or a context or batch below one.
     """
-    if context < 1 or batch < 1:
-        raise ConfigError(f"context and batch must be at least 1, got {context} and {batch}")
+    require(context >= 1 and batch >= 1, f"context and batch must be at least 1, got {context} and {batch}")
     weights = weight_bytes(config, precision)
     kept = cache(config, "serving").at(context, batch)
     activations = activation_bytes(config, context, batch)

@@ -33,7 +33,9 @@ def _positive(owner: object, *names: str) -> None:
         if value is None:
             continue
         whole = isinstance(value, int) and not isinstance(value, bool)
-        require(whole and value > 0, f"{type(owner).__name__}.{name} must be a positive integer, got {value!r}")
+        require(
+            whole and value > 0, f"{type(owner).__name__}.{name} must be a positive integer, got {value!r}"
+        )
 
 
 # --------------------------------------------------------------------------------------- positions
@@ -173,7 +175,10 @@ class MLA:
         _positive(self, "heads", "kv_rank", "nope_dim", "rope_dim", "v_dim", "q_rank")
         require(self.rope.dim == self.rope_dim, f"MLA rope dim {self.rope_dim} differs from {self.rope.dim}")
         if self.index is not None:
-            require(self.q_rank is not None, "sparse attention (DSA) reads the query latent: q_lora_rank is needed")
+            require(
+                self.q_rank is not None,
+                "sparse attention (DSA) reads the query latent: q_lora_rank is needed",
+            )
             require(
                 self.index.dim >= self.rope_dim,
                 f"index_head_dim ({self.index.dim}) must hold the {self.rope_dim} rotary channels",
@@ -242,7 +247,7 @@ class CompressedAttention:
 
     @property
     def kind(self) -> str:
-        """"SWA", "CSA" or "HCA"."""
+        """ "SWA", "CSA" or "HCA"."""
         if self.compress is None:
             return "SWA"
         return "CSA" if self.compress.index is not None else "HCA"
@@ -292,7 +297,10 @@ class Router:
             self.score in ("softmax", "sigmoid", "sqrtsoftplus"),
             f"router score {self.score!r} is unknown: use softmax, sigmoid or sqrtsoftplus",
         )
-        require(self.group_score in ("max", "top2"), f"group score {self.group_score!r} is unknown: use max or top2")
+        require(
+            self.group_score in ("max", "top2"),
+            f"group score {self.group_score!r} is unknown: use max or top2",
+        )
         _positive(self, "groups", "keep")
         require(self.keep <= self.groups, f"topk_group ({self.keep}) exceeds n_group ({self.groups})")
         require(math.isfinite(self.scale), f"routed scaling factor must be finite, got {self.scale}")
@@ -412,9 +420,14 @@ class ModelConfig:
             f"dtype {self.dtype!r} is unknown: use float32, bfloat16 or float16",
         )
         compressed = [isinstance(layer.attention, CompressedAttention) for layer in (*self.layers, *self.mtp)]
-        require(all(compressed) or not any(compressed), "V4 attention can't be mixed with other kinds in one model")
         require(
-            not any(self.layers[0].attention.__class__ is not layer.attention.__class__ for layer in self.mtp),
+            all(compressed) or not any(compressed),
+            "V4 attention can't be mixed with other kinds in one model",
+        )
+        require(
+            not any(
+                self.layers[0].attention.__class__ is not layer.attention.__class__ for layer in self.mtp
+            ),
             "an MTP layer must use the attention kind of the main layers",
         )
 

@@ -30,11 +30,10 @@ from rorqual.family.parts import (
 class Piece:
     """`copies` tensors of `rows` x `cols`, `active` of which one token uses.
 
-    `part` is what it belongs to: embedding, head, attention, index, compressor, dense, routed, shared, router,
-    norm, residual, mtp (what only MTP has) or copy (MTP's own embedding and head in V3 files).
-    `store` is how released files keep it where they are quantised: linear (FP8 in blocks), expert (FP8, or FP4
-    in V4), bf16, fp32, or int64 for the hash tables, which are no parameters. `product` marks matrices a token
-    is multiplied with.
+    `part` is what it belongs to: embedding, head, attention, index, compressor, dense, routed, shared,
+    router, norm, residual, mtp (what only MTP has) or copy (MTP's own embedding and head in V3 files).
+    `store` is how quantised files keep it: linear (FP8 in blocks), expert (FP8, or FP4 in V4), bf16, fp32, or
+    int64 for the hash tables, which are no parameters. `product` marks matrices a token is multiplied with.
     """
 
     part: str
@@ -201,7 +200,7 @@ def outer_pieces(config: ModelConfig) -> tuple[Piece, ...]:
 
 
 def mtp_pieces(config: ModelConfig, layer: Layer) -> tuple[Piece, ...]:
-    """The tensors of one MTP layer beside its block; V3 files carry their own copies of embedding and head."""
+    """The tensors of one MTP layer beside its block; V3 files also carry copies of embedding and head."""
     d = config.hidden
     norms = (_norm(d), _norm(d), _norm(d))
     if config.residual is not None:

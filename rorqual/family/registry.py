@@ -39,7 +39,7 @@ def card(name: str) -> Card:
     if found is not None:
         return found
     close = difflib.get_close_matches(key, _BY_NAME, n=4, cutoff=0.5)
-    close += difflib.get_close_matches(f"deepseek-{key}", _BY_NAME, n=4)
+    close += difflib.get_close_matches(f"deepseek-{key}", _BY_NAME, n=4, cutoff=0.8)
     hint = f"did you mean {', '.join(dict.fromkeys(close))}?" if close else "rorqual.models() lists them all"
     raise ConfigError(f"no model is called {name!r}: {hint}")
 

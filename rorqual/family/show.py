@@ -13,7 +13,7 @@ from rich.text import Text
 
 from rorqual.family import account, memory, words
 from rorqual.family.cards import MODEL_LICENCE, Card
-from rorqual.family.parts import CompressedAttention, ModelConfig
+from rorqual.family.parts import CompressedAttention, ModelConfig, require
 from rorqual.family.pieces import runs
 from rorqual.family.registry import models
 
@@ -150,8 +150,8 @@ def as_dict(subject: Card | ModelConfig, *, context: int | None = None, batch: i
         ConfigError: a context or batch below one.
     """
     card, config = _split(subject)
-    context = _context(subject) if context is None else context
-    p, f = account.parameters(config), account.flops(config, max(context, 1))
+    context = _checked(subject, context, batch)
+    p, f = account.parameters(config), account.flops(config, context)
     return {
         "model": _summary(card) if card is not None else {"name": config.name, "parameters": p.total},
         "context": context,
@@ -203,8 +203,12 @@ def as_dict(subject: Card | ModelConfig, *, context: int | None = None, batch: i
     }
 
 
-def _context(subject: Card | ModelConfig) -> int:
-    return subject.context if isinstance(subject, Card) else subject.max_positions
+def _checked(subject: Card | ModelConfig, context: int | None, batch: int) -> int:
+    """The context to show, the advertised one by default."""
+    if context is None:
+        context = subject.context if isinstance(subject, Card) else subject.max_positions
+    require(context >= 1 and batch >= 1, f"context and batch must be at least 1, got {context} and {batch}")
+    return context
 
 
 def _caches(config: ModelConfig, context: int, batch: int) -> Iterator[tuple[str, float, int]]:
@@ -240,7 +244,7 @@ def show_inspect(
         ConfigError: a context or batch below one.
     """
     card, config = _split(subject)
-    context = _context(subject) if context is None else context
+    context = _checked(subject, context, batch)
     sections = [
         _title(card, config),
         _section("Layers", _layers(config)),
@@ -274,8 +278,8 @@ def _title(card: Card | None, config: ModelConfig) -> RenderableType:
     if card is not None:
         head.append(f"  {card.hub_id}, {card.released}, {_licence(card)}", style="not bold dim")
     lines = [
-        f"{words.count(p.total)} parameters, {words.count(p.active)} active a token; {len(config.layers)} layers,"
-        f" {config.hidden:,} wide, {config.vocab:,} tokens",
+        f"{words.count(p.total)} parameters, {words.count(p.active)} active a token;"
+        f" {len(config.layers)} layers, {config.hidden:,} wide, {config.vocab:,} tokens",
     ]
     context = f"{config.max_positions:,} positions"
     if card is not None:
@@ -394,5 +398,5 @@ def _serving_table(config: ModelConfig, context: int, batch: int) -> RenderableT
     for fits in zip(*(s.fits for s in options), strict=True):
         counts = ("-" if fit.count is None else f"{fit.count}" for fit in fits)
         table.add_row(fits[0].device.name, *counts)
-    note = f"Released as {memory.released(config)}. Devices: how many are needed, weights and cache spread evenly."
+    note = f"Released as {memory.released(config)}. Devices: how many it takes, all spread evenly."
     return Group(table, Text(note, style="dim"))

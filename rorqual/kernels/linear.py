@@ -1,51 +1,61 @@
-"""Matrix times a few rows on the CPU, where PyTorch's own choice leaves half the memory rate unused.
+"""Matrices times a few rows on the CPU, where PyTorch's own choice leaves half the memory rate unused.
 
-`F.linear` is the reference. On CPUs with oneDNN its inner product is called directly: in fp32 on the
-weight as it lies, in bf16 on a copy in oneDNN's blocked layout. Measured on two EPYC cores, one row, width
-576 x 1536: fp32 7.6 -> 16.9 GB/s, bf16 8.3 -> 12.7 GB/s (docs/benchmarks.md).
+`reference` is the definition. Without gradients, on CPUs with oneDNN, its inner product is called directly:
+in fp32 on the weight as it lies, in bf16 on a copy in oneDNN's blocked layout; matrices that read the same
+rows (query, key and value; gate and up) stand in one such copy and take one call. What it brings is
+measured in docs/benchmarks.md.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 PACK_LIMIT = 2**33
-"""Bytes of blocked bf16 copies kept at most (8 GiB): beyond it bf16 matrices are used as they lie."""
+"""Bytes of such copies kept at most (8 GiB): beyond it matrices are used as they lie."""
 
 _packed_bytes = 0
 
 
 class Pack:
-    """The blocked copy of one bf16 weight, made at first use and anew when the weight changes."""
+    """A copy of one or more weights in the layout their product runs fastest in; made at first use, and
+    anew when a weight changes."""
 
-    __slots__ = ("blocked", "seen", "size")
+    __slots__ = ("seen", "size", "tensor")
 
     def __init__(self) -> None:
-        self.blocked: Tensor | None = None
-        self.seen: tuple[int, int] | None = None
+        self.tensor: Tensor | None = None
+        self.seen: list[tuple[int, int]] = []
         self.size = 0
 
-    def of(self, weight: Tensor) -> Tensor | None:
-        """The blocked copy, or None if there is no room for one."""
+    def of(self, weights: Sequence[Tensor]) -> Tensor | None:
+        """The copy of `weights` `[out_i, in]`, joined along `out`; None if there is no room for one."""
         global _packed_bytes
-        now = (weight.data_ptr(), weight._version)
+        now = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
         if self.seen != now:
             self.drop()
-            size = weight.numel() * weight.element_size()
+            size = sum(weight.numel() * weight.element_size() for weight in weights)
             if _packed_bytes + size > PACK_LIMIT:
                 return None
-            self.blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
-            self.seen, self.size = now, size
+            joined = (
+                torch.cat([weight.detach() for weight in weights])
+                if len(weights) > 1
+                else weights[0].detach()
+            )
+            if joined.dtype == torch.bfloat16:
+                joined = torch.ops.mkldnn._reorder_linear_weight(joined, 1)
+            self.tensor, self.seen, self.size = joined, now, size
             _packed_bytes += size
-        return self.blocked
+        return self.tensor
 
     def drop(self) -> None:
         """Give the copy's memory back."""
         global _packed_bytes
         _packed_bytes -= self.size
-        self.blocked, self.seen, self.size = None, None, 0
+        self.tensor, self.seen, self.size = None, [], 0
 
     def __del__(self) -> None:
         self.drop()
@@ -57,27 +67,42 @@ class Pack:
         return Pack, ()
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x `[..., in]`, weight `[out, in]` -> `[..., out]`."""
-    return F.linear(x, weight, bias)
+def reference(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """x `[..., in]` through each weight `[out_i, in]` (+ bias `[out_i]`): a list of `[..., out_i]`."""
+    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, pack: Pack | None = None) -> Tensor:
-    """`reference`, by the fastest way at hand. `pack` holds the blocked copy of a bf16 weight between calls."""
-    if x.device.type != "cpu" or torch.is_grad_enabled() or not _usable(x, weight):
-        return reference(x, weight, bias)
+    """`reference` for one weight, by the fastest way at hand; `pack` keeps its copy between calls."""
+    if not _usable(x, (weight,)):
+        return F.linear(x, weight, bias)
     if weight.dtype == torch.bfloat16:
-        blocked = pack.of(weight) if pack is not None else None
+        blocked = pack.of((weight,)) if pack is not None else None
         if blocked is None:
-            return reference(x, weight, bias)
+            return F.linear(x, weight, bias)
         weight = blocked
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _usable(x: Tensor, weight: Tensor) -> bool:
-    kinds = (torch.float32, torch.bfloat16)
-    return _ONEDNN and x.dtype == weight.dtype and x.dtype in kinds and x.numel() > 0 and type(weight) in _PLAIN
+def linears(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], pack: Pack
+) -> Sequence[Tensor]:
+    """`reference` for several weights that read the same rows; `pack` keeps their joint copy between calls.
+    The results may be views of one tensor."""
+    joined = pack.of(weights) if _usable(x, weights) else None
+    if joined is None:
+        return reference(x, weights, biases)
+    y = torch.ops.mkldnn._linear_pointwise(x, joined, None, "none", [], "")
+    parts = y.split([weight.shape[0] for weight in weights], -1)
+    return [part if bias is None else part + bias for part, bias in zip(parts, biases, strict=True)]
+
+
+def _usable(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    if x.device.type != "cpu" or not _ONEDNN or torch.is_grad_enabled() or x.numel() == 0:
+        return False
+    return x.dtype in _TYPES and all(w.dtype == x.dtype and type(w) in _PLAIN for w in weights)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_TYPES = (torch.float32, torch.bfloat16)
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -17,7 +17,9 @@ ROLLBACK = 16
 class Slots:
     """One item a position, growing: storage `[B, capacity, *shape]`, the item of position p in slot p."""
 
-    def __init__(self, batch: int, capacity: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, batch: int, capacity: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ):
         self.items = torch.zeros(batch, capacity, *shape, dtype=dtype, device=device)
 
     def append(self, new_BT: Tensor, rows: Rows) -> Tensor:
@@ -56,7 +58,9 @@ class Tail:
     `ROLLBACK` tokens can be taken back without a copy having been made.
     """
 
-    def __init__(self, batch: int, keep: int, width: int, dtype: torch.dtype, device: torch.device, fill: float = 0.0):
+    def __init__(
+        self, batch: int, keep: int, width: int, dtype: torch.dtype, device: torch.device, fill: float = 0.0
+    ):
         self.keep = keep
         self.items = torch.full((batch, keep, width), fill, dtype=dtype, device=device)
         self.starts = [0] * batch
@@ -135,7 +139,9 @@ class Cache:
     def used_bytes(self) -> int:
         """Bytes that the tokens held now fill (facts 2.3), capacity not yet used left out."""
         return sum(
-            layer.growing_bytes(length) + layer.fixed_bytes() for layer in self.layers for length in self.lengths
+            layer.growing_bytes(length) + layer.fixed_bytes()
+            for layer in self.layers
+            for length in self.lengths
         )
 
 

@@ -22,7 +22,12 @@ class CompressedCache:
     """The last `window` raw entries, and by kind the compressor's and the indexer's state."""
 
     def __init__(
-        self, part: parts.CompressedAttention, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self,
+        part: parts.CompressedAttention,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.window = Tail(batch, part.window, part.head_dim, dtype, device)
         c = part.compress
@@ -93,7 +98,9 @@ class CompressedAttention(nn.Module):
         self.simulate = False
         """Round the non-rotary channels of entries to FP8 in blocks of 64, as the released cache holds them."""
 
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> CompressedCache:
+    def new_cache(
+        self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> CompressedCache:
         return CompressedCache(self.part, batch, capacity, dtype, device)
 
     def forward(self, x_BTD: Tensor, step: Step, cache: CompressedCache | None) -> Tensor:
@@ -172,8 +179,12 @@ class CompressedAttention(nn.Module):
                 elif values is not None:
                     far = values
                     entry = torch.arange(far.shape[1], device=q.device)
-                    scores.append(_masked(_dots(q, far), entry < self._finished_BT(step)[:, part_of_block, None]))
-                logits = torch.cat([*(s * p.head_dim**-0.5 for s in scores), sink.expand(*q.shape[:3], 1)], -1)
+                    scores.append(
+                        _masked(_dots(q, far), entry < self._finished_BT(step)[:, part_of_block, None])
+                    )
+                logits = torch.cat(
+                    [*(s * p.head_dim**-0.5 for s in scores), sink.expand(*q.shape[:3], 1)], -1
+                )
                 weight = logits.softmax(-1)[..., :-1].to(q.dtype)
                 o = _sum(weight[..., : near.shape[1]], near)
                 if values is not None:

@@ -19,7 +19,9 @@ class PoolState:
     """What an unfinished window needs: the projections and gates of the last tokens, fp32, and the
     finished entries. With overlap two windows are kept, else one."""
 
-    def __init__(self, part: Compress, dim: int, batch: int, capacity: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, part: Compress, dim: int, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ):
         kept, width = (2 * part.ratio, 2 * dim) if part.overlap else (part.ratio, dim)
         state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.kv = Tail(batch, kept, width, state_dtype, device)

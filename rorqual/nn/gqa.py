@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.family import parts
+from rorqual.kernels.linear import Pack
 from rorqual.nn.cache import Slots
-from rorqual.nn.linear import Linear
+from rorqual.nn.linear import Linear, together
 from rorqual.nn.norm import RMSNorm
 from rorqual.nn.rope import rotate
 from rorqual.nn.step import Step
@@ -17,7 +18,9 @@ from rorqual.nn.step import Step
 class GQACache:
     """Keys and values of every token, `[B, capacity, kv_heads, head_dim]` each."""
 
-    def __init__(self, part: parts.GQA, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, part: parts.GQA, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.k = Slots(batch, capacity, (part.kv_heads, part.head_dim), dtype, device)
         self.v = Slots(batch, capacity, (part.kv_heads, part.head_dim), dtype, device)
 
@@ -42,6 +45,7 @@ class GQA(nn.Module):
         self.k = Linear(hidden, part.kv_heads * part.head_dim, part.qkv_bias)
         self.v = Linear(hidden, part.kv_heads * part.head_dim, part.qkv_bias)
         self.o = Linear(part.heads * part.head_dim, hidden, part.out_bias)
+        self.pack = Pack()
         self.q_norm = RMSNorm(part.head_dim, eps) if part.qk_norm else None
         self.k_norm = RMSNorm(part.head_dim, eps) if part.qk_norm else None
 
@@ -50,9 +54,10 @@ class GQA(nn.Module):
 
     def forward(self, x_BTD: Tensor, step: Step, cache: GQACache | None) -> Tensor:
         p = self.part
-        q_BTHd = self.q(x_BTD).unflatten(-1, (p.heads, p.head_dim))
-        k_BTGd = self.k(x_BTD).unflatten(-1, (p.kv_heads, p.head_dim))
-        v_BTGd = self.v(x_BTD).unflatten(-1, (p.kv_heads, p.head_dim))
+        q, k, v = together(x_BTD, self.pack, self.q, self.k, self.v)
+        q_BTHd = q.unflatten(-1, (p.heads, p.head_dim))
+        k_BTGd = k.unflatten(-1, (p.kv_heads, p.head_dim))
+        v_BTGd = v.unflatten(-1, (p.kv_heads, p.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHd, k_BTGd = self.q_norm(q_BTHd), self.k_norm(k_BTGd)
         q_BTHd, k_BTGd = self._rotate(q_BTHd, step), self._rotate(k_BTGd, step)
@@ -80,7 +85,9 @@ def attend(q_BTHd: Tensor, k_BKGd: Tensor, v_BKGe: Tensor, step: Step, scale: fl
     q, k, v = q_BTHd.transpose(1, 2), k_BKGd.transpose(1, 2), v_BKGe.transpose(1, 2)
     if step.all_visible:
         # One query a row sees every key: the query heads of a group stand as rows of one small matrix.
-        o = F.scaled_dot_product_attention(q.reshape(q.shape[0], groups, heads // groups, -1), k, v, scale=scale)
+        o = F.scaled_dot_product_attention(
+            q.reshape(q.shape[0], groups, heads // groups, -1), k, v, scale=scale
+        )
         return o.reshape(q.shape[0], heads, 1, -1).transpose(1, 2)
     grouped = heads != groups
     if step.from_zero:

@@ -8,32 +8,32 @@ from torch import nn
 from rorqual.nn.compressed import CompressedAttention
 from rorqual.nn.compressor import Compressor
 from rorqual.nn.hyper import Mix, MixHead
-from rorqual.nn.linear import Matrix
+from rorqual.nn.linear import Embedding, Linear, Matrix
 from rorqual.nn.norm import LayerNorm, RMSNorm
 from rorqual.nn.router import Router
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int | None = None) -> None:
-    """Matrices normal with the config's `init_std`, norms one, biases zero.
+def init_weights(model: nn.Module, std: float, device: torch.device, seed: int | None = None) -> None:
+    """Matrices normal of deviation `std`, norms one, biases zero.
 
     Hyper-connections start as a plain residual: streams read alike, written alike and mostly kept apart.
     Hash tables spread token ids evenly, with distinct experts in a row.
     """
-    std = model.config.init_std
-    generator = torch.Generator(device=model.device)
+    generator = torch.Generator(device=device)
     generator.manual_seed(torch.initial_seed() % 2**63 if seed is None else seed)
 
     def normal(p: torch.Tensor) -> None:
         p.normal_(0.0, std, generator=generator)
 
-    normal(model.embed.weight)
     for module in model.modules():
         match module:
-            case Matrix():
+            case Linear():
                 normal(module.weight)
-                if getattr(module, "bias", None) is not None:
+                if module.bias is not None:
                     module.bias.zero_()
+            case Matrix() | Embedding():
+                normal(module.weight)
             case LayerNorm():
                 module.weight.fill_(1.0)
                 module.bias.zero_()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rorqual.kernels.linear import Pack, linear
+from rorqual.kernels.linear import Pack, linear, linears
 from rorqual.kernels.quant import dequantize_fp4, dequantize_fp8
 
 FP4_BLOCK = 32
@@ -35,7 +38,11 @@ class Matrix(nn.Module):
         return self.scale is not None
 
     def hold_codes(
-        self, code_dtype: torch.dtype, scale_dtype: torch.dtype, block: tuple[int, int], packed_fp4: bool = False
+        self,
+        code_dtype: torch.dtype,
+        scale_dtype: torch.dtype,
+        block: tuple[int, int],
+        packed_fp4: bool = False,
     ) -> None:
         """Replace the weight by room for codes and scales, on the same device.
 
@@ -64,6 +71,17 @@ class Matrix(nn.Module):
         return dequantize_fp8(weight, scale, self.block, dtype)
 
 
+class Embedding(nn.Module):
+    """Token ids `[...]` -> rows of `.weight` `[V, D]`."""
+
+    def __init__(self, vocab: int, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab, hidden))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
 class Linear(Matrix):
     """x `[..., in]` -> `[..., out]`. `.weight` is `[out, in]`."""
 
@@ -78,6 +96,13 @@ class Linear(Matrix):
         if self.scale is None:
             return linear(x, self.weight, self.bias, self.pack)
         return linear(x, self.matrix(x.dtype), self.bias)
+
+
+def together(x: Tensor, pack: Pack, *layers: Linear) -> Sequence[Tensor]:
+    """x through several `Linear`s that read the same input; on the CPU in one product."""
+    if any(layer.scale is not None for layer in layers):
+        return [layer(x) for layer in layers]
+    return linears(x, [layer.weight for layer in layers], [layer.bias for layer in layers], pack)
 
 
 class GroupedLinear(Matrix):

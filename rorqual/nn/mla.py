@@ -24,7 +24,9 @@ class MLACache:
     """The latent and rotary key of every token, side by side `[B, capacity, kv_rank + rope_dim]`; with
     sparse attention also one index key."""
 
-    def __init__(self, part: parts.MLA, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, part: parts.MLA, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.latent = Slots(batch, capacity, (part.kv_rank + part.rope_dim,), dtype, device)
         self.index = Slots(batch, capacity, (part.index.dim,), dtype, device) if part.index else None
 
@@ -59,14 +61,19 @@ class MLA(nn.Module):
         self.o = Linear(p.heads * p.v_dim, hidden)
         self.index = Indexer(hidden, p) if p.index is not None else None
         expanding = p.kv_rank * (p.nope_dim + p.v_dim)
-        self.absorb_up_to = expanding // (2 * p.kv_rank + p.rope_dim - p.qk_dim - p.v_dim + 1) if (
-            2 * p.kv_rank + p.rope_dim > p.qk_dim + p.v_dim) else 2**31
+        self.absorb_up_to = (
+            expanding // (2 * p.kv_rank + p.rope_dim - p.qk_dim - p.v_dim + 1)
+            if (2 * p.kv_rank + p.rope_dim > p.qk_dim + p.v_dim)
+            else 2**31
+        )
         """Queries a pass up to which absorbing costs less arithmetic than expanding the cached latents."""
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> MLACache:
         return MLACache(self.part, batch, capacity, dtype, device)
 
-    def forward(self, x_BTD: Tensor, step: Step, cache: MLACache | None, absorb: bool | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, step: Step, cache: MLACache | None, absorb: bool | None = None
+    ) -> Tensor:
         """`absorb` forces the absorbed (True) or expanded (False) form; by default the cheaper one with a
         cache, the expanded one without. Sparse attention is always absorbed."""
         p = self.part

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rorqual.nn.linear import Linear
+from rorqual.kernels.linear import Pack
+from rorqual.nn.linear import Linear, together
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
@@ -24,6 +25,8 @@ class SwiGLU(nn.Module):
         self.up = Linear(hidden, width)
         self.down = Linear(width, hidden)
         self.limit = limit
+        self.pack = Pack()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate(x), self.up(x), self.limit))
+        gate, up = together(x, self.pack, self.gate, self.up)
+        return self.down(swiglu(gate, up, self.limit))

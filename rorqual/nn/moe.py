@@ -39,7 +39,9 @@ class Experts(nn.Module):
             if count:
                 mine = slice(start, start + count)
                 inner = swiglu(
-                    self.gate.apply_expert(x_PD[mine], expert), self.up.apply_expert(x_PD[mine], expert), self.limit
+                    self.gate.apply_expert(x_PD[mine], expert),
+                    self.up.apply_expert(x_PD[mine], expert),
+                    self.limit,
                 )
                 parts_PD.append(self.down.apply_expert(inner * weight_P1[mine], expert))
                 start += count

@@ -40,5 +40,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         full = upcast(x)
-        y = F.layer_norm(full, self.weight.shape, self.weight.to(full.dtype), self.bias.to(full.dtype), self.eps)
+        y = F.layer_norm(
+            full, self.weight.shape, self.weight.to(full.dtype), self.bias.to(full.dtype), self.eps
+        )
         return y.to(x.dtype)

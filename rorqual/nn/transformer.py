@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.family.parts import ModelConfig
 from rorqual.kernels.linear import Pack, linear
 from rorqual.nn.block import Block
 from rorqual.nn.cache import Cache
+from rorqual.nn.compressed import CompressedAttention, EntryIndexer
 from rorqual.nn.errors import ContextError, InputError
 from rorqual.nn.hyper import MixHead
+from rorqual.nn.indexer import Indexer
 from rorqual.nn.init import init_weights
-from rorqual.nn.linear import Linear
+from rorqual.nn.linear import Embedding, Linear
 from rorqual.nn.mtp import MTP
 from rorqual.nn.norm import RMSNorm
 from rorqual.nn.step import Rows, Step, Trace
@@ -42,16 +44,17 @@ class Transformer(nn.Module):
         self.config = config
         dtype = dtype or getattr(torch, config.dtype)
         with torch.device(device), _default_dtype(dtype):
-            self.embed = nn.Module()
-            self.embed.weight = nn.Parameter(torch.empty(config.vocab, config.hidden))
+            self.embed = Embedding(config.vocab, config.hidden)
             self.layers = nn.ModuleList(Block(config, layer) for layer in config.layers)
             self.norm = RMSNorm(config.hidden, config.norm_eps)
-            self.mix_head = MixHead(config.hidden, config.residual, config.norm_eps) if config.residual else None
+            self.mix_head = (
+                MixHead(config.hidden, config.residual, config.norm_eps) if config.residual else None
+            )
             self.head = None if config.tied else Linear(config.hidden, config.vocab)
             self.mtp = nn.ModuleList(MTP(config, layer) for layer in config.mtp)
         self._tied_pack = Pack()
         if torch.device(device).type != "meta":
-            init_weights(self, seed)
+            init_weights(self, config.init_std, self.device, seed)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,11 +104,13 @@ class Transformer(nn.Module):
             )
         return rows
 
-    def run(self, ids_BT: Tensor, rows: Rows, cache: Cache | None = None, trace: Trace | None = None) -> Tensor:
+    def run(
+        self, ids_BT: Tensor, rows: Rows, cache: Cache | None = None, trace: Trace | None = None
+    ) -> Tensor:
         """The layers alone, on ids whose real tokens come first in each row (unchecked): the residual
         state before the final norm, `[B, T, D]` or streams `[B, T, n, D]`. The cache's lengths move on."""
         step = Step(rows, trace)
-        x = F.embedding(ids_BT, self.embed.weight)
+        x = self.embed(ids_BT)
         if self.config.residual is not None:
             x = x[:, :, None].expand(-1, -1, self.config.residual.streams, -1)
         for index, layer in enumerate(self.layers):
@@ -129,7 +134,11 @@ class Transformer(nn.Module):
         if self.config.residual is not None and hidden.dtype not in (torch.float32, torch.float64):
             weight = self.embed.weight if self.head is None else self.head.matrix(torch.float32)
             return linear(hidden.float(), weight.float())
-        return linear(hidden, self.embed.weight, None, self._tied_pack) if self.head is None else self.head(hidden)
+        return (
+            linear(hidden, self.embed.weight, None, self._tied_pack)
+            if self.head is None
+            else self.head(hidden)
+        )
 
     def predict_further(
         self, state: Tensor, next_ids_BT: Tensor, rows: Rows, depth: int = 0, cache: Cache | None = None
@@ -142,9 +151,8 @@ class Transformer(nn.Module):
         """
         step = Step(rows)
         step.layer = len(self.layers) + depth
-        embed = F.embedding(next_ids_BT, self.embed.weight)
         layer_cache = cache.layers[depth] if cache is not None else None
-        hidden, state = self.mtp[depth](state, embed, next_ids_BT, step, layer_cache)
+        hidden, state = self.mtp[depth](state, self.embed(next_ids_BT), next_ids_BT, step, layer_cache)
         if cache is not None:
             cache.lengths = list(rows.ends)
         return self.logits(hidden), state
@@ -153,15 +161,16 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch: int = 1, capacity: int = 0) -> Cache:
         """An empty cache for `batch` sequences; room for `capacity` tokens at once (it grows as needed)."""
-        return self._cache(list(self.layers), batch, capacity)
+        return self._cache([layer.attention for layer in self.layers], batch, capacity)
 
     def new_mtp_cache(self, batch: int = 1, capacity: int = 0) -> Cache:
         """The same for the MTP modules."""
-        return self._cache([module.block for module in self.mtp], batch, capacity)
+        modules: Any = self.mtp
+        return self._cache([module.block.attention for module in modules], batch, capacity)
 
-    def _cache(self, blocks: list[nn.Module], batch: int, capacity: int) -> Cache:
+    def _cache(self, bricks: list[Any], batch: int, capacity: int) -> Cache:
         capacity = min(capacity, self.config.max_positions)
-        made = [block.attention.new_cache(batch, capacity, self.dtype, self.device) for block in blocks]
+        made = [brick.new_cache(batch, capacity, self.dtype, self.device) for brick in bricks]
         return Cache(made, batch)
 
     # --------------------------------------------------------------------------------------- misc
@@ -170,7 +179,7 @@ class Transformer(nn.Module):
         """Round cached entries and index vectors as the released FP8/FP4 kernels of V3.2 and V4 do (facts
         3.8, 3.9). Off by default: then results equal the plain equations."""
         for module in self.modules():
-            if hasattr(module, "simulate"):
+            if isinstance(module, CompressedAttention | EntryIndexer | Indexer):
                 module.simulate = on
 
     def _check(self, ids_BT: Tensor, mask_BT: Tensor | None) -> None:
@@ -178,11 +187,15 @@ class Transformer(nn.Module):
             found = ids_BT.dtype if isinstance(ids_BT, Tensor) else type(ids_BT).__name__
             raise InputError(f"token ids must be an int64 tensor [batch, time], got {found}")
         if ids_BT.dim() != 2 or ids_BT.numel() == 0:
-            raise InputError(f"token ids must be [batch, time] with at least one token, got {tuple(ids_BT.shape)}")
+            raise InputError(
+                f"token ids must be [batch, time] with at least one token, got {tuple(ids_BT.shape)}"
+            )
         low, high = (int(v) for v in ids_BT.aminmax())
         if low < 0 or high >= self.config.vocab:
             bad = low if low < 0 else high
-            raise InputError(f"token id {bad} is outside the vocabulary of {self.config.vocab}: wrong tokenizer?")
+            raise InputError(
+                f"token id {bad} is outside the vocabulary of {self.config.vocab}: wrong tokenizer?"
+            )
         if mask_BT is not None and mask_BT.shape != ids_BT.shape:
             raise InputError(f"the mask is {tuple(mask_BT.shape)}, the token ids are {tuple(ids_BT.shape)}")
 

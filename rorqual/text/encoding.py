@@ -178,7 +178,6 @@ class Encoding:
         )
 
 
-def system_text(messages: Sequence[Message], default: str | None = None) -> str:
-    """The text of all system messages joined by a blank line, or `default` when there is none."""
-    texts = [message.text for message in messages if message.role == "system"]
-    return "\n\n".join(texts) if texts else default or ""
+def system_text(messages: Sequence[Message]) -> str:
+    """The texts of all system messages, joined by a blank line; empty ones leave no trace."""
+    return "\n\n".join(message.text for message in messages if message.role == "system" and message.text)

@@ -8,6 +8,7 @@ from rorqual.text.parser import CallReader
 from rorqual.text.tokens import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEP
 
 _TOKEN = "<｜tool▁"  # how every token of this kind begins
+_TYPE = "function"
 _FENCE, _FENCE_END = "```json\n", "\n```"
 
 
@@ -16,7 +17,7 @@ def write_marked(calls: Sequence[ToolCall], *, fenced: bool) -> str:
     JSON)."""
     if not calls:
         return ""
-    head, gap, tail = ("function" + SEP, "\n" + _FENCE, _FENCE_END) if fenced else ("", SEP, "")
+    head, gap, tail = (_TYPE + SEP, "\n" + _FENCE, _FENCE_END) if fenced else ("", SEP, "")
     written = [f"{CALL_BEGIN}{head}{call.name}{gap}{call.arguments}{tail}{CALL_END}" for call in calls]
     return CALLS_BEGIN + ("\n" if fenced else "").join(written) + CALLS_END
 
@@ -143,6 +144,8 @@ class FencedReader(MarkedReader):
     fence_ends = (_FENCE_END + _TOKEN, _FENCE_END + "\n" + _TOKEN)
 
     def _named(self, before_separator: str) -> None:
+        if before_separator != _TYPE:
+            self.parser.fault(f"the type of a call is not {_TYPE!r}", before_separator)
         self._read = self._name_line
 
     def _name_line(self) -> bool:

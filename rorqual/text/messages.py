@@ -225,6 +225,8 @@ def _calls(index: int, raw: object) -> tuple[ToolCall, ...]:
         field = f"tool_calls[{number}].function"
         if not isinstance(call, Mapping) or not isinstance(function, Mapping):
             raise _error(index, field, _kind(function), "it must be an object with name and arguments")
+        if call.get("type", "function") != "function":
+            raise _error(index, f"tool_calls[{number}].type", repr(call["type"]), "it must be 'function'")
         name, arguments = function.get("name"), function.get("arguments", "{}")
         if not isinstance(name, str) or not name:
             raise _error(index, f"{field}.name", _kind(name), "it must be a non-empty string")

@@ -236,7 +236,9 @@ class StreamParser:
             self._reasoning_text.append(text)
             self._events.append(ReasoningDelta(text))
         if marker is None:
-            self._truncated |= self.final
+            if self.final:
+                self._truncated = True
+                self.fault("the text ended inside the reasoning")
             return False
         if marker in ends:
             self._state = self._after_reasoning
@@ -292,14 +294,14 @@ class StreamParser:
         return True
 
     def _check_end(self) -> None:
-        if self.strict:
-            if self._truncated or (not self._stopped and not self.calls):
-                raise ToolCallError("the turn is unfinished: it ended without its end token")
-            for special in self.grammar.special:
-                if special in "".join(self._reasoning_text) or special in "".join(self._content_text):
-                    raise ToolCallError(f"the special token {special!r} stands inside the text")
-        elif self._truncated and not self._problems:
-            self._problems.append("the text ended inside the reasoning")
+        """Strict mode's last demands: an end token (optional after calls), no special token in the text."""
+        if not self.strict:
+            return
+        if not self._stopped and not self.calls:
+            raise ToolCallError("the turn is unfinished: it ended without its end token")
+        for special in self.grammar.special:
+            if special in "".join(self._reasoning_text) or special in "".join(self._content_text):
+                raise ToolCallError(f"the special token {special!r} stands inside the text")
 
     # ---- what states and call readers share
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from rorqual.family import GQA, ModelConfig
 from rorqual.family.hub import from_hub
 from rorqual.nn import Transformer
-from rorqual.weights.assign import assign, put
+from rorqual.weights.assign import assign, put, room
 from rorqual.weights.errors import CheckpointError, Problems
 
 ARCHITECTURES = ("llama", "qwen2")
@@ -48,7 +48,10 @@ def gguf_fields(path: str | PathLike[str]) -> dict[str, Any]:
 
     Raises CheckpointError for a file that can't be read, or if the `gguf` package is not installed.
     """
-    return _open(Path(path)).fields
+    path = Path(path)
+    if path.is_file() and _recent.key == _key(path):
+        return dict(_recent.fields)
+    return dict(_open(path).fields)
 
 
 def load_gguf(
@@ -70,7 +73,7 @@ def load_gguf(
         problems.add("unexpected tensors", name)
     problems.raise_if_any(path)
     for name, (ours, tensor) in wanted.items():
-        slot = torch.empty(tensor.shape, dtype=dtype, device=device)
+        slot = room(tuple(tensor.shape), dtype, device)
         put(slot, _half_split(file.values(name), ours, config), f"{name} in {path.name}")
         assign(model, ours, slot)
     return model
@@ -100,7 +103,24 @@ class _File:
             raise CheckpointError(
                 f"{self.path}: {name} has the type {kind}, which can't be read: {error}"
             ) from error
-        return torch.from_numpy(values).reshape(self.shape(name))
+        owned = values if values.flags.writeable else values.copy()
+        return torch.from_numpy(owned).reshape(self.shape(name))
+
+
+@dataclass
+class _Recent:
+    """The metadata of the file read last: parsing takes seconds, and its weights and its tokenizer both ask."""
+
+    key: tuple[str, int, int] | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+_recent = _Recent()
+
+
+def _key(path: Path) -> tuple[str, int, int]:
+    found = path.stat()
+    return str(path.resolve()), found.st_size, found.st_mtime_ns
 
 
 def _open(path: Path) -> _File:
@@ -114,7 +134,7 @@ def _open(path: Path) -> _File:
         ) from error
     try:
         reader = GGUFReader(path)
-        fields = {name: _plain(field.contents()) for name, field in reader.fields.items()}
+        fields = {name: _plain(entry.contents()) for name, entry in reader.fields.items()}
     except Exception as error:  # the reader raises whatever its parsing of a bad file runs into
         raise CheckpointError(
             f"{path}: truncated, corrupt or of an unknown type: {type(error).__name__}: {error}"
@@ -124,6 +144,7 @@ def _open(path: Path) -> _File:
         end = int(tensor.data_offset) + int(tensor.n_bytes)
         if end > size:
             raise CheckpointError(f"{path}: truncated: {tensor.name} ends at byte {end}, the file has {size}")
+    _recent.key, _recent.fields = _key(path), fields
     return _File(path, fields, {tensor.name: tensor for tensor in reader.tensors})
 
 

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from os import PathLike
 from pathlib import Path
 
+from rorqual.family import ConfigError, card
 from rorqual.weights.errors import CheckpointError
+from rorqual.weights.packaged import PACKAGED, packaged
 
 PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 """What a checkpoint needs of a hub repository."""
 
 
 def resolve(path_or_hub_id: str | PathLike[str], revision: str | None = None) -> Path:
-    """An existing path as it is, never touching the network; a hub id downloaded (with progress bars) or
-    found in the hub's cache.
+    """An existing path as it is, never touching the network; a hub id or a name of `rorqual models`
+    downloaded (with progress bars) or found in the hub's cache; or a packaged model such as "smollm2".
 
-    Raises CheckpointError if it is neither, or the hub can't be reached and its cache has no copy.
+    Raises CheckpointError if it is none of them, or the hub can't be reached and its cache has no copy.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.exists():
         return path
     name = str(path_or_hub_id)
+    if name in PACKAGED:
+        return packaged(name)
+    with contextlib.suppress(ConfigError):
+        name = card(name).hub_id
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or path.suffix in (
         ".gguf",
         ".safetensors",

@@ -20,7 +20,7 @@ from rorqual.kernels.quant import FP4_BLOCK, dequantize_fp4, dequantize_fp8
 from rorqual.nn import Transformer
 from rorqual.nn.linear import Matrix
 from rorqual.weights import names
-from rorqual.weights.assign import assign, put
+from rorqual.weights.assign import assign, put, room
 from rorqual.weights.errors import CheckpointError, some
 from rorqual.weights.plan import FLOATS, Target, match, model_dtype, published_names, without_absent_mtp
 from rorqual.weights.released import Released
@@ -262,7 +262,7 @@ class _Filler:
         with self.lock:
             whole = self.room.get(ours)
             if whole is None:
-                whole = self.room[ours] = torch.empty(shape, dtype=dtype, device=device or self.device)
+                whole = self.room[ours] = room(shape, dtype, device or self.device)
                 if device is not None:
                     self.released.scales[ours] = whole
                 else:

@@ -161,9 +161,11 @@ def _take(
         fp4 = target.stacked and config.quantization.experts == "fp4"
         wanted = (FP4,) if fp4 else (FP8,)
         shape = (shape[0], shape[1] // 2) if fp4 else shape
-        if part.dtype in wanted and scale is None:
+        if part.dtype not in wanted:
+            pass  # told below
+        elif scale is None:
             problems.add("quantised weights without scales", f"{part} (expected {scale_hub})")
-        elif scale is not None:
+        else:
             _check_scale(target.part_shape, scale, config, fp4, problems)
             target.scales.append(scale)
     else:

@@ -33,7 +33,9 @@ def silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
 
 
-def swiglu(x: Tensor, w: Weights, name: str, parts: tuple[str, str, str], limit: float | None = None) -> Tensor:
+def swiglu(
+    x: Tensor, w: Weights, name: str, parts: tuple[str, str, str], limit: float | None = None
+) -> Tensor:
     gate, up = w[f"{name}{parts[0]}.weight"] @ x, w[f"{name}{parts[1]}.weight"] @ x
     if limit is not None:
         gate, up = torch.minimum(gate, torch.tensor(limit).double()), up.clamp(-limit, limit)
@@ -94,7 +96,16 @@ def moe_v3(x: Tensor, w: Weights, name: str, *, top_k: int, groups: int, keep: i
 
 
 def mla(
-    xs: list[Tensor], w: Weights, name: str, *, heads: int, nope: int, rope: int, v: int, theta: float, eps: float
+    xs: list[Tensor],
+    w: Weights,
+    name: str,
+    *,
+    heads: int,
+    nope: int,
+    rope: int,
+    v: int,
+    theta: float,
+    eps: float,
 ) -> list[Tensor]:
     """V2 report equations 9-19, keys and values made anew for every query."""
     rank = w[f"{name}kv_a_layernorm.weight"].numel()
@@ -122,7 +133,9 @@ def mla(
 # ------------------------------------------------------------------------------------------------ V4
 
 
-def hyper_read(streams: Tensor, w: Weights, name: str, iterations: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def hyper_read(
+    streams: Tensor, w: Weights, name: str, iterations: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Input of a sub-layer, and the weights to write its output back: facts 3.9."""
     n = streams.shape[0]
     flat = streams.flatten()
@@ -152,7 +165,16 @@ def hyper_head(streams: Tensor, w: Weights, name: str, eps: float) -> Tensor:
 
 
 def window_attention(
-    xs: list[Tensor], w: Weights, name: str, *, heads: int, rope: int, window: int, groups: int, theta: float, eps: float
+    xs: list[Tensor],
+    w: Weights,
+    name: str,
+    *,
+    heads: int,
+    rope: int,
+    window: int,
+    groups: int,
+    theta: float,
+    eps: float,
 ) -> list[Tensor]:
     """V4's attention in a layer without compression."""
     head = w[f"{name}kv_norm.weight"].numel()
@@ -161,7 +183,8 @@ def window_attention(
         return torch.cat((x[:-rope], turn(x[-rope:], position, theta, True)))
 
     entries = [
-        end_turned(rms(w[f"{name}wkv.weight"] @ x, w[f"{name}kv_norm.weight"], eps), s) for s, x in enumerate(xs)
+        end_turned(rms(w[f"{name}wkv.weight"] @ x, w[f"{name}kv_norm.weight"], eps), s)
+        for s, x in enumerate(xs)
     ]
     out = []
     for t, x in enumerate(xs):
@@ -176,7 +199,8 @@ def window_attention(
         o = torch.cat(joined)
         wide, rank = o.numel() // groups, w[f"{name}wo_a.weight"].shape[0] // groups
         low = [
-            w[f"{name}wo_a.weight"][g * rank : (g + 1) * rank] @ o[g * wide : (g + 1) * wide] for g in range(groups)
+            w[f"{name}wo_a.weight"][g * rank : (g + 1) * rank] @ o[g * wide : (g + 1) * wide]
+            for g in range(groups)
         ]
         out.append(w[f"{name}wo_b.weight"] @ torch.cat(low))
     return out

@@ -94,7 +94,9 @@ def test_mtp_of_v3(tmp_path: Path) -> None:
     normed = [f.rms(x, w[f"{name}post_attention_layernorm.weight"], EPS) for x in xs]
     moe = [f.moe_v3(n, w, f"{name}mlp.", top_k=3, groups=4, keep=2, scale=2.5) for n in normed]
     xs = [x + m for x, m in zip(xs, moe, strict=True)]
-    logits = torch.stack([w["lm_head.weight"] @ f.rms(x, w[f"{name}shared_head.norm.weight"], EPS) for x in xs])
+    logits = torch.stack(
+        [w["lm_head.weight"] @ f.rms(x, w[f"{name}shared_head.norm.weight"], EPS) for x in xs]
+    )
     assert largest(ours[0], logits) < 1e-6
 
 
@@ -105,7 +107,15 @@ def test_mtp_of_v4(tmp_path: Path) -> None:
     router = Router("sqrtsoftplus", bias=True, normalize=True, scale=1.5)
     layer = Layer(attention, MoE(5, 2, 9, 1, router, limit=0.8))
     config = ModelConfig(
-        "deepseek_v4", 40, 16, (layer,), 64, EPS, residual=HyperConnection(4, 20, 1e-6), mtp=(layer,), dtype="float64"
+        "deepseek_v4",
+        40,
+        16,
+        (layer,),
+        64,
+        EPS,
+        residual=HyperConnection(4, 20, 1e-6),
+        mtp=(layer,),
+        dtype="float64",
     )
     model, w = published(config, tmp_path)
     ids = tokens(40)

@@ -64,7 +64,9 @@ def test_router_choices_and_index_sets(pair: Pair) -> None:
     for name, module in pair.theirs.named_modules():
         kind = type(module).__name__
         if kind.lower().endswith("router") or kind.endswith("Indexer"):
-            hooks.append(module.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out})))
+            hooks.append(
+                module.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out}))
+            )
     ids = tokens(2, LENGTH)
     pair.reference(ids)
     for hook in hooks:
@@ -146,7 +148,9 @@ def test_gradients(pair: Pair) -> None:
     ours = rorqual.load(pair.directory, dtype=torch.float32)
     logits = ours(ids)
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-    theirs = sum(float(p.grad.double().square().sum()) for p in pair.theirs.parameters() if p.grad is not None)
+    theirs = sum(
+        float(p.grad.double().square().sum()) for p in pair.theirs.parameters() if p.grad is not None
+    )
     total = sum(float(p.grad.double().square().sum()) for p in ours.parameters() if p.grad is not None)
     assert total == pytest.approx(theirs, rel=1e-4)
     assert largest(ours.embed.weight.grad, pair.theirs.get_input_embeddings().weight.grad) < 1e-5

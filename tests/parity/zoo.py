@@ -23,7 +23,12 @@ DENSE = dict(IDS, hidden_size=48, intermediate_size=112, num_hidden_layers=3, nu
 def yarn(mscale: float | None = None, **more: Any) -> dict[str, Any]:
     scales = {} if mscale is None else dict(mscale=mscale, mscale_all_dim=mscale)
     return dict(
-        rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32, **scales, **more
+        rope_type="yarn",
+        rope_theta=10000.0,
+        factor=4.0,
+        original_max_position_embeddings=32,
+        **scales,
+        **more,
     )
 
 
@@ -65,7 +70,11 @@ def llama_gqa_llama3() -> Any:
     )
     return hf.LlamaForCausalLM(
         hf.LlamaConfig(
-            **DENSE, num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, rope_parameters=rope
+            **DENSE,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            rms_norm_eps=1e-5,
+            rope_parameters=rope,
         )
     )
 
@@ -74,7 +83,11 @@ def llama_mqa_tied() -> Any:
     rope = dict(rope_type="default", rope_theta=10000.0)
     return hf.LlamaForCausalLM(
         hf.LlamaConfig(
-            **DENSE, num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True, rope_parameters=rope
+            **DENSE,
+            num_key_value_heads=1,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            rope_parameters=rope,
         )
     )
 
@@ -83,7 +96,11 @@ def qwen2() -> Any:
     rope = dict(rope_type="default", rope_theta=10000.0)
     return hf.Qwen2ForCausalLM(
         hf.Qwen2Config(
-            **DENSE, num_key_value_heads=2, max_position_embeddings=256, use_sliding_window=False, rope_parameters=rope
+            **DENSE,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            use_sliding_window=False,
+            rope_parameters=rope,
         )
     )
 
@@ -97,19 +114,28 @@ def qwen3() -> Any:
 
 
 def v2_lite() -> Any:
-    greedy = dict(n_routed_experts=8, topk_method="greedy", n_group=1, topk_group=1, routed_scaling_factor=1.0)
+    greedy = dict(
+        n_routed_experts=8, topk_method="greedy", n_group=1, topk_group=1, routed_scaling_factor=1.0
+    )
     return hf.DeepseekV2ForCausalLM(hf.DeepseekV2Config(**V2, **greedy, q_lora_rank=None))
 
 
 def v2() -> Any:
     limited = dict(n_routed_experts=12, topk_method="group_limited_greedy", n_group=4, topk_group=2)
-    return hf.DeepseekV2ForCausalLM(hf.DeepseekV2Config(**V2, **limited, routed_scaling_factor=16.0, q_lora_rank=40))
+    return hf.DeepseekV2ForCausalLM(
+        hf.DeepseekV2Config(**V2, **limited, routed_scaling_factor=16.0, q_lora_rank=40)
+    )
 
 
 def v3() -> Any:
     return hf.DeepseekV3ForCausalLM(
         hf.DeepseekV3Config(
-            **V3, q_lora_rank=40, n_group=4, topk_group=2, num_nextn_predict_layers=0, rope_parameters=yarn(1.0)
+            **V3,
+            q_lora_rank=40,
+            n_group=4,
+            topk_group=2,
+            num_nextn_predict_layers=0,
+            rope_parameters=yarn(1.0),
         )
     )
 
@@ -126,12 +152,18 @@ def v3_no_query_latent() -> Any:
 def v32() -> Any:
     index = dict(index_topk=7, index_head_dim=16, index_n_heads=16)
     return hf.DeepseekV32ForCausalLM(
-        hf.DeepseekV32Config(**V3, **index, q_lora_rank=40, n_group=4, topk_group=2, rope_parameters=yarn(1.0))
+        hf.DeepseekV32Config(
+            **V3, **index, q_lora_rank=40, n_group=4, topk_group=2, rope_parameters=yarn(1.0)
+        )
     )
 
 
 def v4() -> Any:
-    sliding, sparse, heavy = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+    sliding, sparse, heavy = (
+        "sliding_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+    )
     layers = [sliding, sparse, heavy, sparse, heavy]
     config = hf.DeepseekV4Config(
         **IDS,

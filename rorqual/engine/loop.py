@@ -53,7 +53,9 @@ class Delta:
 class Answer:
     """A row under way: collects tokens, settles text, and knows when to stop."""
 
-    def __init__(self, prompt: list[int], sampling: Sampling, ends: frozenset[int], decoder: StreamDecoder | None):
+    def __init__(
+        self, prompt: list[int], sampling: Sampling, ends: frozenset[int], decoder: StreamDecoder | None
+    ):
         self.prompt, self.sampling, self.ends, self.decoder = prompt, sampling, ends, decoder
         self.done = Completion(prompt_tokens=len(prompt))
         if decoder is not None:
@@ -111,10 +113,14 @@ def check_prompts(model: Transformer, prompts: list[list[int]], samplings: list[
     vocab, positions = model.config.vocab, model.config.max_positions
     for i, prompt in enumerate(prompts):
         if not prompt:
-            raise InputError(f"prompt {i} is empty: give at least one token (the model's BOS, if nothing else)")
+            raise InputError(
+                f"prompt {i} is empty: give at least one token (the model's BOS, if nothing else)"
+            )
         bad = next((t for t in prompt if not 0 <= t < vocab), None)
         if bad is not None:
-            raise InputError(f"prompt {i} holds token id {bad}, outside the vocabulary of {vocab}: wrong tokenizer?")
+            raise InputError(
+                f"prompt {i} holds token id {bad}, outside the vocabulary of {vocab}: wrong tokenizer?"
+            )
         if len(prompt) >= positions:
             raise ContextError(
                 f"prompt {i} has {len(prompt)} tokens, this model has {positions} positions: shorten the prompt"

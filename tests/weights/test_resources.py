@@ -1,0 +1,116 @@
+"""What loading costs: memory of the model and little more, and about the time of reading the bytes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from rorqual.family.hub import from_hub
+from rorqual.nn import Transformer
+from rorqual.weights import load, save
+from tests.weights.tiny import CONFIGS
+
+DENSE = dict(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=16, vocab_size=30000
+)
+MOE = dict(
+    hidden_size=1024, intermediate_size=4096, moe_intermediate_size=768, num_hidden_layers=3, vocab_size=30000
+)
+MOE |= dict(n_routed_experts=32, kv_lora_rank=256, q_lora_rank=512)
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+BIG = {
+    "dense": ("llama-tied", DENSE),
+    "moe": ("deepseek_v3", MOE),
+    "fp8": ("deepseek_v3", MOE | {"quantization_config": FP8, "vocab_size": 8000}),
+}
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """Checkpoints of 100 to 400 MB in BF16 (or FP8)."""
+    root, done = tmp_path_factory.mktemp("big"), {}
+
+    def make(kind):
+        if kind not in done:
+            key, changes = BIG[kind]
+            config = CONFIGS[key]().to_dict() | changes | {"dtype": "bfloat16"}
+            if kind == "dense":
+                config |= {"num_key_value_heads": 16, "head_dim": 64}
+            else:
+                config["quantization_config"] = changes.get("quantization_config")
+            torch.manual_seed(0)
+            save(Transformer(from_hub(config), dtype=torch.bfloat16), root / kind)
+            done[kind] = root / kind
+        return done[kind]
+
+    return make
+
+
+MEASURE = """
+import json, resource, sys, torch
+sys.path.insert(0, {repo!r})
+from rorqual.weights import load
+load({small!r})  # so that what is allocated once is there
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model = load({path!r}, {options})
+after = peak()
+print(json.dumps([after - before, sum(t.nbytes for t in model.state_dict().values()),
+                  sum(t.nbytes for t in model.released_scales.values())]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("dense", ""),
+        ("dense", "mapped=False"),
+        ("dense", "dtype=torch.float32"),
+        ("moe", ""),
+        ("moe", "dtype=torch.float32"),
+        ("fp8", ""),
+        ("fp8", "dtype=torch.bfloat16"),
+    ],
+)
+def test_peak_memory_is_the_model_and_one_tensor(big, made, kind, options):
+    path = big(kind)
+    code = MEASURE.format(repo=os.getcwd(), small=str(made("llama").path), path=str(path), options=options)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    grown, held, scales = json.loads(done.stdout)
+    with safe_open(path / "model.safetensors", "pt") as f:
+        largest = max(f.get_tensor(k).nbytes for k in f.keys())  # noqa: SIM118 - not a dict
+    assert held > 100e6
+    assert grown <= held + scales + max(largest, 48e6)
+
+
+def shortest(*functions, times=8):
+    """The shortest of a few runs of each, in seconds; taken in turn, so that a busy machine slows them alike."""
+    seconds = [float("inf")] * len(functions)
+    for _ in range(times):
+        for i, function in enumerate(functions):
+            start = time.perf_counter()
+            function()
+            seconds[i] = min(seconds[i], time.perf_counter() - start)
+    return seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "mapped"), [("dense", True), ("dense", False), ("moe", True), ("fp8", True)]
+)
+def test_speed_is_that_of_reading_the_bytes(big, kind, mapped):
+    path = big(kind)
+
+    def read():
+        with safe_open(path / "model.safetensors", "pt", backend="pread") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 - not a dict
+
+    ours, alone = shortest(lambda: load(path, mapped=mapped), read)
+    assert alone / ours > 0.7
