@@ -127,7 +127,7 @@ def read_mla(fields: Fields, model_type: str) -> MLA:
         nope_dim=fields.size("qk_nope_head_dim"),
         rope_dim=rope_dim,
         v_dim=fields.size("v_head_dim"),
-        rope=read_rope(fields, rope_dim, interleaved=interleaved),
+        rope=read_rope(fields, rope_dim, interleaved=interleaved, fraction=False),
         q_rank=fields.maybe_whole("q_lora_rank", least=1),
         index=index,
     )

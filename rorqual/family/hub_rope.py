@@ -70,20 +70,27 @@ def _read_yarn(table: Fields, amplitude: float | None) -> Yarn:
     )
 
 
-def read_rope(fields: Fields, dim: int, *, interleaved: bool) -> Rope:
+def read_rope(fields: Fields, dim: int, *, interleaved: bool, fraction: bool = True) -> Rope:
     """The one rope of every generation but V4, from `rope_theta` with `rope_scaling`, or `rope_parameters`.
+
+    Args:
+        fields: the file.
+        dim: rotary channels.
+        interleaved: the layout of the channel pairs.
+        fraction: whether `partial_rotary_factor` would change `dim`. For MLA it says nothing: its rotary
+            channels have a field of their own (and transformers 5.17 writes a fraction of another width).
 
     Raises:
         ConfigError: unsupported scaling, or two places that contradict each other.
     """
-    fields.only("partial_rotary_factor", 1.0, 1)
+    _check_fraction(fields, fraction)
     theta = fields.maybe_number("rope_theta", above=0)
     found: list[tuple[str, Scaling | None]] = []
     for name in ("rope_scaling", "rope_parameters"):
         table = fields.inner(name)
         if table is None:
             continue
-        table.only("partial_rotary_factor", 1.0, 1)
+        _check_fraction(table, fraction)
         found.append((name, read_scaling(table)))
         inside = table.maybe_number("rope_theta", above=0)
         if theta is not None and inside is not None and inside != theta:
@@ -93,6 +100,13 @@ def read_rope(fields: Fields, dim: int, *, interleaved: bool) -> Rope:
     if len(found) == 2 and found[0][1] != found[1][1]:
         raise fields.error("rope_scaling", "contradicts rope_parameters: keep one of them")
     return Rope(dim, THETA if theta is None else theta, found[0][1] if found else None, interleaved)
+
+
+def _check_fraction(table: Fields, matters: bool) -> None:
+    if matters:
+        table.only("partial_rotary_factor", 1.0, 1)
+    else:
+        table.maybe_number("partial_rotary_factor", above=0)
 
 
 def write_rope(rope: Rope, *, kind: str = "type") -> dict[str, Any]:

@@ -417,3 +417,11 @@ def test_what_config_json_cannot_say_is_refused() -> None:
         to_hub(llm.replace(layers=(llm.layers[0], narrow)))
     with pytest.raises(ConfigError, match="mtp"):
         to_hub(v3.replace(mtp=(v3.layers[0],)))
+
+
+def test_a_rotary_fraction_says_nothing_about_mla() -> None:
+    """transformers 5.17 writes one beside qk_rope_head_dim, which is what counts."""
+    written = to_hub(config("deepseek-v2-lite"))
+    rope = {"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.25}
+    changed = {k: v for k, v in written.items() if k not in ("rope_scaling", "rope_theta")} | {"rope_parameters": rope}
+    assert from_hub(changed).layers[0].attention.rope.dim == 64
