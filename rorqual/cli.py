@@ -133,7 +133,7 @@ class Draw:
 @app.command
 def generate(
     model: str,
-    prompt: str,
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
     *,
     draw: Draw | None = None,
     dtype: str | None = None,

@@ -17,7 +17,13 @@ QUESTIONS = (
     "Name three animals that live in the sea.",
 )
 SAMPLING = rorqual.Sampling(temperature=0.0, repetition_penalty=1.1, max_new_tokens=80)
-BESIDE = ("deepseek-llm-67b-chat", "deepseek-v2", "deepseek-v3", "deepseek-v3.2", "deepseek-v4-flash")
+BESIDE = {
+    "V1-67B": "deepseek-llm-67b-chat",
+    "V2": "deepseek-v2",
+    "V3": "deepseek-v3",
+    "V3.2": "deepseek-v3.2",
+    "V4-Flash": "deepseek-v4-flash",
+}
 
 
 def cache_table(tokens: int, own: rorqual.Model) -> Table:
@@ -28,8 +34,8 @@ def cache_table(tokens: int, own: rorqual.Model) -> Table:
     table.add_column("bytes a token", justify="right")
     table.add_column("bytes fixed", justify="right")
     table.add_column(f"{tokens} tokens", justify="right")
-    configs = [("SmolLM2-135M (here)", own.config), *((name, rorqual.config(name)) for name in BESIDE)]
-    for name, config in configs:
+    configs = {"this model": own.config} | {label: rorqual.config(name) for label, name in BESIDE.items()}
+    for name, config in configs.items():
         cache = account.cache(config)
         kinds = sorted({_kind(layer.attention) for layer in config.layers})
         fixed = cache.fixed + cache.pooling

@@ -423,5 +423,7 @@ def test_a_rotary_fraction_says_nothing_about_mla() -> None:
     """transformers 5.17 writes one beside qk_rope_head_dim, which is what counts."""
     written = to_hub(config("deepseek-v2-lite"))
     rope = {"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.25}
-    changed = {k: v for k, v in written.items() if k not in ("rope_scaling", "rope_theta")} | {"rope_parameters": rope}
+    changed = {k: v for k, v in written.items() if k not in ("rope_scaling", "rope_theta")} | {
+        "rope_parameters": rope
+    }
     assert from_hub(changed).layers[0].attention.rope.dim == 64

