@@ -1,40 +1,11 @@
-"""Memory for a model that was built on the meta device, and values into it."""
+"""Putting values into a model that was built on the meta device."""
 
 from __future__ import annotations
-
-import ctypes
-import functools
-import sys
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from rorqual.weights.errors import CheckpointError
-
-HUGE_PAGE = 2 * 2**20
-MADV_HUGEPAGE = 14
-
-
-def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An empty tensor. On Linux a large CPU tensor asks for huge pages: its first filling is the better part
-    of the time to load, and goes three times as fast."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and tensor.nbytes >= 2 * HUGE_PAGE:
-        start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-        end = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE
-        if advise := _madvise():
-            advise(start, end - start, MADV_HUGEPAGE)  # a hint: refusal changes nothing
-    return tensor
-
-
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function
 
 
 def assign(model: nn.Module, ours: str, tensor: Tensor) -> None:

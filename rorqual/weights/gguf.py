@@ -20,7 +20,7 @@ from torch import Tensor
 from rorqual.family import GQA, ModelConfig
 from rorqual.family.hub import from_hub
 from rorqual.nn import Transformer
-from rorqual.weights.assign import assign, put, room
+from rorqual.weights.assign import assign, put
 from rorqual.weights.errors import CheckpointError, Problems
 
 ARCHITECTURES = ("llama", "qwen2")
@@ -73,7 +73,7 @@ def load_gguf(
         problems.add("unexpected tensors", name)
     problems.raise_if_any(path)
     for name, (ours, tensor) in wanted.items():
-        slot = room(tuple(tensor.shape), dtype, device)
+        slot = torch.empty(tensor.shape, dtype=dtype, device=device)
         put(slot, _half_split(file.values(name), ours, config), f"{name} in {path.name}")
         assign(model, ours, slot)
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from rorqual.kernels.quant import FP4_BLOCK, dequantize_fp4, dequantize_fp8
 from rorqual.nn import Transformer
 from rorqual.nn.linear import Matrix
 from rorqual.weights import names
-from rorqual.weights.assign import assign, put, room
+from rorqual.weights.assign import assign, put
 from rorqual.weights.errors import CheckpointError, some
 from rorqual.weights.plan import FLOATS, Target, match, model_dtype, published_names, without_absent_mtp
 from rorqual.weights.released import Released
@@ -161,9 +161,8 @@ class _Filler:
         with _Maps() as maps:
             for target in targets:
                 jobs += self._jobs(target, maps)
-        jobs.sort(key=lambda job: (job[0].file, job[0].start))
         with ThreadPoolExecutor(THREADS) as pool:
-            futures = [pool.submit(work) for _, work in jobs]
+            futures = [pool.submit(_run, batch) for batch in _batches(jobs)]
             try:
                 for future in futures:
                     future.result()
@@ -262,7 +261,7 @@ class _Filler:
         with self.lock:
             whole = self.room.get(ours)
             if whole is None:
-                whole = self.room[ours] = room(shape, dtype, device or self.device)
+                whole = self.room[ours] = torch.empty(shape, dtype=dtype, device=device or self.device)
                 if device is not None:
                     self.released.scales[ours] = whole
                 else:
@@ -278,6 +277,25 @@ class _Filler:
         """Rows and columns that share a scale."""
         assert self.config.quantization is not None
         return (1, FP4_BLOCK) if target.fp4 else self.config.quantization.block
+
+
+def _batches(jobs: list[Job]) -> Iterator[list[Job]]:
+    """Jobs in the order of the files, in runs of some megabytes."""
+    batch: list[Job] = []
+    size = 0
+    for job in sorted(jobs, key=lambda job: (job[0].file, job[0].start)):
+        batch.append(job)
+        size += job[0].nbytes
+        if size >= CHUNK:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _run(batch: list[Job]) -> None:
+    for _, work in batch:
+        work()
 
 
 class _Maps:

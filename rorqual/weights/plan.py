@@ -107,9 +107,9 @@ def match(
     for ours, tensor in model.state_dict(keep_vars=True).items():
         stacked = names.routed_expert(ours)
         target = Target(ours, tuple(tensor.shape), stacked, tensor.dtype == torch.float32)
-        experts = tensor.shape[0] if stacked else None
+        experts, is_matrix = tensor.shape[0] if stacked else None, _is_matrix(model, ours)
         for hub, _ in names.places([(ours, experts)], config):
-            _take(target, hub, left, config, problems, tensor, _is_matrix(model, ours))
+            _take(target, hub, left, config, problems, tensor, is_matrix)
         _check_stack(target, problems)
         targets.append(target)
     for name, unused in left.items():

@@ -208,6 +208,27 @@ def test_packed_copies_follow_their_weights(dtype: torch.dtype) -> None:
     assert kernel._packed_bytes == used - 2 * 8 * 16 * x.element_size()
 
 
+def test_a_pass_with_gradients_drops_the_copy() -> None:
+    """Trainers that write through `.data`, which no counter sees, still never meet a stale copy."""
+    layer, x = Linear(16, 8).to(torch.bfloat16), torch.randn(1, 16).to(torch.bfloat16)
+    torch.nn.init.normal_(layer.weight)
+    with torch.no_grad():
+        layer(x)
+    layer(x)
+    layer.weight.data.mul_(-1)
+    with torch.no_grad():
+        assert largest(layer(x), x @ layer.weight.T) < 0.2
+
+
+@torch.no_grad()
+def test_a_new_weight_at_an_old_address_is_new() -> None:
+    layer, x = Linear(16, 8).to(torch.bfloat16), torch.ones(1, 16).to(torch.bfloat16)
+    for value in (1.0, 2.0, 3.0, 4.0):
+        layer.weight = None
+        layer.weight = torch.nn.Parameter(torch.full((8, 16), value).to(torch.bfloat16))
+        assert bool((layer(x) == 16 * value).all())
+
+
 @torch.no_grad()
 def test_no_room_for_copies_means_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "PACK_LIMIT", 0)

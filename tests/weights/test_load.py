@@ -318,3 +318,22 @@ def test_a_tied_head_may_stand_in_the_file_if_it_equals_the_embedding(made, tmp_
 def test_old_rotary_buffers_are_skipped(made, tmp_path):
     one = made("llama").changed(tmp_path, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(8)})
     assert (logits(load(one.path), one.ids) - one.logits).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------- GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["fp8", "ue8m0", "fp4"])
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_on_a_gpu_as_on_the_cpu(quantised, tmp_path, kind, dtype):
+    q = quantised(kind)
+    model, right = load(q.path, dtype=dtype, device="cuda"), load(q.path, dtype=dtype)
+    for name, tensor in right.state_dict().items():
+        there = model.state_dict()[name]
+        assert there.is_cuda and torch.equal(there.cpu().view(torch.uint8), tensor.view(torch.uint8)), name
+    assert (logits(model, q.ids.cuda()).cpu() - logits(right, q.ids)).abs().max() < 1e-2
+    save(model, tmp_path / "gpu")
+    save(right, tmp_path / "cpu")
+    written = [(tmp_path / d / "model.safetensors").read_bytes() for d in ("gpu", "cpu")]
+    assert written[0] == written[1]

@@ -4,6 +4,7 @@ are right for them. FP8 and FP4 forms are made here, block by block."""
 import json
 import zlib
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "deepseek_v2-lite": lambda: transformers.DeepseekV2Config(
         **MLA | dict(q_lora_rank=None, n_group=1, norm_topk_prob=False, topk_method="greedy")
     ),
-    "deepseek_v3": lambda: transformers.DeepseekV3Config(**V3, num_nextn_predict_layers=0),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(**deepcopy(V3), num_nextn_predict_layers=0),
     "deepseek_v32": lambda: transformers.DeepseekV32Config(
-        **V3, index_topk=8, index_head_dim=16, index_n_heads=16
+        **deepcopy(V3), index_topk=8, index_head_dim=16, index_n_heads=16
     ),
     "deepseek_v4": lambda: transformers.DeepseekV4Config(
         **COMMON,
@@ -97,7 +98,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         index_head_dim=16,
         index_topk=3,
         num_nextn_predict_layers=0,
-        rope_parameters=YARN,
+        rope_parameters=dict(YARN),  # transformers writes into it
     ),
 }
 """What each checkpoint's config is; the key up to the dash is the model type."""
