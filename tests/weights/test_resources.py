@@ -1,4 +1,4 @@
-"""What loading costs: memory of the model and little more, and about the time of reading the bytes."""
+"""What loading costs: the memory of the model and little more. (Its speed: benchmarks/loading.py.)"""
 
 import json
 import os
@@ -87,42 +87,3 @@ def test_peak_memory_is_the_model_and_one_tensor(big, made, kind, options):
         largest = max(f.get_tensor(k).nbytes for k in f.keys())  # noqa: SIM118 - not a dict
     assert held > 100e6
     assert grown <= held + scales + max(largest, 48e6)
-
-
-SPEED = """
-import json, os, sys, time, torch
-sys.path.insert(0, {repo!r})
-from safetensors import safe_open
-from rorqual.weights import load
-torch.set_num_threads(1)  # none of OpenMP's that a fork would lose
-load({small!r})  # what the first load of a process sets up
-def ours():
-    return load({path!r}, mapped={mapped})
-def alone():
-    with safe_open({path!r} + "/model.safetensors", "pt", backend="pread") as f:
-        return {{k: f.get_tensor(k) for k in f.keys()}}
-def timed(function):  # in a process of its own, whose heap has no memory left over from an earlier run
-    out, back = os.pipe()
-    if os.fork() == 0:
-        start = time.perf_counter()
-        kept = function()
-        os.write(back, str(time.perf_counter() - start).encode())
-        os._exit(0)
-    os.wait()
-    return float(os.read(out, 100))
-runs = [(timed(ours), timed(alone)) for _ in range(6)]
-print(json.dumps([min(times) for times in zip(*runs)]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="measures in forked processes")
-@pytest.mark.parametrize(
-    ("kind", "mapped"), [("dense", True), ("dense", False), ("moe", True), ("fp8", True)]
-)
-def test_speed_is_that_of_reading_the_bytes(big, made, kind, mapped):
-    code = SPEED.format(repo=os.getcwd(), small=str(made("llama").path), path=str(big(kind)), mapped=mapped)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    ours, alone = json.loads(done.stdout)
-    print(f"{kind} mapped={mapped}: {alone / ours:.2f} of the speed of reading alone")
-    assert alone / ours > 0.7
