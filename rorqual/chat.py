@@ -14,9 +14,12 @@ from rorqual.engine import Completion, Sampling
 from rorqual.model import Model
 from rorqual.text import CallBegin, CallDelta, ContentDelta, Event, ReasoningDelta
 
+SWITCH = {"on": True, "off": False, "auto": None}
+BLOCK = "\0"
+"""Before a question typed as a block: it is never a command, whatever it begins with."""
 HELP = """\
   /new            forget the conversation          /system TEXT    set the system prompt and start anew
-  /think on|off   reasoning, where the model has the switch          /retry   answer the last question again
+  /think on|off|auto   reasoning, where the model has the switch     /retry   answer the last question again
   /help           this page                        /exit           leave (also Ctrl-D)
   Ctrl-C stops an answer. A line that ends in \\ goes on; or open and close a block with \"\"\"."""
 
@@ -58,12 +61,18 @@ class Chat:
 
     def retry(self) -> Completion | None:
         """Answer the last question again."""
+        kept = list(self.messages)
         while self.messages and self.messages[-1]["role"] == "assistant":
             self.messages.pop()
         if not self.messages or self.messages[-1]["role"] != "user":
+            self.messages = kept
             self.console.print("nothing to answer yet", style="dim")
             return None
-        return self._answer()
+        try:
+            return self._answer()
+        except ValueError:
+            self.messages = kept
+            raise
 
     def _answer(self) -> Completion:
         options = {} if self.thinking is None else {"thinking": self.thinking}
@@ -115,13 +124,15 @@ class Chat:
     def loop(self, read: Callable[[str], str] = input) -> None:
         """Questions until the user leaves. `read(prompt)` gives one line, as `input` does."""
         self.console.print("/help for commands, Ctrl-D to leave", style="dim")
+        if self.thinking is not None:
+            self.model.parser(thinking=self.thinking)  # refused before the first question rather than at it
         for question in _questions(read, self.console):
             try:
                 if question.startswith("/"):
                     if not self._command(question):
                         return
                 else:
-                    self.ask(question)
+                    self.ask(question.removeprefix(BLOCK))
             except ValueError as problem:
                 self.console.print(f"{problem}", style="red", markup=False)
 
@@ -144,8 +155,9 @@ class Chat:
                 )
             case "/retry":
                 self.retry()
-            case "/think" if rest in ("on", "off"):
-                self.thinking = rest == "on"
+            case "/think" if rest in SWITCH:
+                self.model.parser(thinking=SWITCH[rest])  # refuses what this model's format has not
+                self.thinking = SWITCH[rest]
                 self.console.print(f"reasoning {rest}", style="dim")
             case _:
                 self.console.print(f"unknown command {line!r}: /help lists them", style="red", markup=False)
@@ -182,22 +194,33 @@ class _Show:
 
 def _questions(read: Callable[[str], str], console: Console) -> Iterator[str]:
     """Questions as the user types them: one line, lines joined by a final backslash, or a \"\"\" block."""
-    while True:
+    ended = False
+
+    def more() -> str:
+        """One more line of a question; at the end of the input what there is counts as all."""
+        nonlocal ended
+        try:
+            return read(". ")
+        except EOFError:
+            ended = True
+            return ""
+
+    while not ended:
         try:
             line = read("\n> ")
             if line.startswith('"""'):
                 lines, line = [], line[3:]
-                while not line.rstrip().endswith('"""'):
+                while not line.rstrip().endswith('"""') and not ended:
                     lines.append(line)
-                    line = read(". ")
-                line = "\n".join([*lines, line.rstrip()[:-3]])
-            while line.endswith("\\"):
-                line = line[:-1] + "\n" + read(". ")
+                    line = more()
+                line = BLOCK + "\n".join([*lines, line.rstrip().removesuffix('"""')])
+            while line.endswith("\\") and not ended:
+                line = line[:-1] + "\n" + more()
         except EOFError:
-            console.print()
-            return
+            break
         except KeyboardInterrupt:
             console.print("\n(Ctrl-D or /exit leaves)", style="dim")
             continue
-        if line.strip():
+        if line.removeprefix(BLOCK).strip():
             yield line.strip("\n")
+    console.print()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,7 +93,9 @@ def _subject(name: str) -> Any:
     try:
         mapping = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{file} does not exist: give a directory that holds a config.json") from None
+        raise ConfigError(
+            f"{file.absolute()} does not exist: give a directory that holds a config.json"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
         raise ConfigError(f"{file} is not readable JSON: {problem}") from None
     if not isinstance(mapping, dict):
@@ -219,6 +222,9 @@ def main() -> None:
     """Run the command. Errors a user can mend are one line on standard error and exit code 1."""
     try:
         app(console=console)
+    except BrokenPipeError:  # the reader of a pipe has had enough: `rorqual models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except (ValueError, OSError) as problem:
         Console(stderr=True).print(f"rorqual: {problem}", style="red", markup=False, highlight=False)
         raise SystemExit(1) from None

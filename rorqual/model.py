@@ -81,11 +81,12 @@ class Model(Transformer):
         ids = [self.encode(p) if isinstance(p, str) else _ids(p, i) for i, p in enumerate(prompts)]
         if sampling is None:
             sampling = Sampling()
-        each = (
-            [_own_seed(sampling, i) for i in range(len(ids))]
-            if isinstance(sampling, Sampling)
-            else list(sampling)
-        )
+        if isinstance(sampling, Sampling):
+            each = [_own_seed(sampling, i) for i in range(len(ids))]
+        elif isinstance(sampling, Sequence) and all(isinstance(s, Sampling) for s in sampling):
+            each = list(sampling)
+        else:
+            raise InputError(f"sampling must be a Sampling, or one a prompt, got {sampling!r:.80}")
         check_prompts(self, ids, each)
         stops = any(s.stop for s in each)
         if stops and self.tokenizer is None:
@@ -201,6 +202,8 @@ def _is_batch(prompts: Any) -> bool:
     """Whether `prompts` is a list of prompts rather than one."""
     if isinstance(prompts, str):
         return False
+    if isinstance(prompts, bytes | bytearray):
+        raise InputError("a prompt must be text or token ids, got bytes: decode them first")
     if isinstance(prompts, Tensor):
         return prompts.dim() > 1
     if not isinstance(prompts, Sequence):
@@ -212,7 +215,7 @@ def _is_batch(prompts: Any) -> bool:
 
 def _ids(prompt: Any, index: int) -> list[int]:
     if isinstance(prompt, Tensor):
-        if prompt.dim() != 1 or prompt.is_floating_point():
+        if prompt.dim() != 1 or prompt.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
             raise InputError(
                 f"prompt {index}: a tensor of ids must be 1-D and of integers, got {tuple(prompt.shape)}"
             )

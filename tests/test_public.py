@@ -137,7 +137,13 @@ def test_chat_keeps_the_conversation_and_obeys_commands(smollm2: rorqual.Model) 
         chat.messages[0]["content"] == "Say hi.\nAnd bye."
         and "a block\nof two" in chat.messages[2]["content"]
     )
-    assert "tokens/s" in shown and "unknown command '/nonsense'" in shown and "reasoning on" in shown
+    assert "tokens/s" in shown and "unknown command '/nonsense'" in shown
+    assert "has no thinking" in shown and chat.thinking is None
+    chat, _ = talk(smollm2, '"""/etc/hosts is a', 'file"""', "and this ends in a backslash\\")
+    assert [m["content"] for m in chat.messages[::2]] == [
+        "/etc/hosts is a\nfile",
+        "and this ends in a backslash",
+    ]
     chat, shown = talk(
         smollm2, "/system Be brief.", "Hi", "/retry", "/new", KeyboardInterrupt, "/exit", "never"
     )
@@ -216,6 +222,17 @@ def test_command_generates_and_chats() -> None:
     assert done.returncode == 0 and len(done.stdout.strip()) > 10
     done = run("chat", "smollm2", "--temperature", "0", "--max-new-tokens", "8", stdin="Hello\n/exit\n")
     assert done.returncode == 0 and "tokens/s" in done.stdout
+
+
+def test_command_in_a_pipe_that_closes() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m rorqual models | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == 0 and done.stderr == ""
 
 
 @needs_smollm2

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from rorqual.engine.sampling import Sampler, Sampling
+from rorqual.kernels.linear import packing
 from rorqual.nn import Cache, ContextError, InputError, Rows, Transformer
 
-PREFILL = 512
-"""Prompt tokens a pass: bounds the memory of activations."""
+PREFILL = 2048
+"""Prompt tokens a pass, all rows together: bounds the memory of activations."""
+
+RESERVE = 256
+"""Tokens of answer that a cache has room for from the start; it grows as answers do."""
 
 
 class StreamDecoder(Protocol):
@@ -96,10 +100,8 @@ class Answer:
     def _flush(self) -> str:
         """What was still held back when the answer ended by token or length."""
         assert self.decoder is not None
-        reason = self.done.finish_reason
         text = self._settle(self.decoder.finish()) + self._held
         self._held = ""
-        self.done.finish_reason = "stop" if self.done.finish_reason == "stop" else reason
         return text
 
 
@@ -130,18 +132,18 @@ def check_prompts(model: Transformer, prompts: list[list[int]], samplings: list[
 
 
 def fit(prompt: list[int], sampling: Sampling, positions: int) -> Sampling:
-    """`sampling` with `max_new_tokens` cut to the model's positions and a seed of its own kept."""
+    """`sampling` with `max_new_tokens` cut to what the model's positions leave after the prompt."""
     return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, positions - len(prompt)))
 
 
 def prefill(model: Transformer, prompts: list[list[int]], cache: Cache) -> Iterator[tuple[Tensor, Rows]]:
-    """Run the prompts through the model in passes of `PREFILL` tokens: each pass's state and rows.
+    """Run the prompts through the model in passes of about `PREFILL` tokens: each pass's state and rows.
 
     Rows whose prompt has ended bring no tokens to later passes.
     """
-    longest = max(map(len, prompts))
-    for start in range(0, longest, PREFILL):
-        counts = [min(max(len(p) - start, 0), PREFILL) for p in prompts]
+    longest, step = max(map(len, prompts)), max(1, PREFILL // len(prompts))
+    for start in range(0, longest, step):
+        counts = [min(max(len(p) - start, 0), step) for p in prompts]
         width = max(counts)
         starts = [min(len(p), start) for p in prompts]
         ids = torch.tensor(
@@ -176,13 +178,23 @@ def note_logprobs(answers: list[Answer], rows: list[int], logits_BV: Tensor, tok
             done.top_logprobs.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
 
 
-@torch.inference_mode()
+def room(answers: list[Answer]) -> int:
+    """Tokens that a cache for these answers should hold from the start."""
+    return max(len(a.prompt) + min(a.sampling.max_new_tokens, RESERVE) for a in answers)
+
+
 def generate(model: Transformer, answers: list[Answer]) -> Iterator[Delta]:
     """Answer every row token by token, yielding each as it is drawn. Rows that end leave the batch."""
+    with packing(model.packs()):
+        yield from _generate(model, answers)
+
+
+@torch.inference_mode()
+def _generate(model: Transformer, answers: list[Answer]) -> Iterator[Delta]:
     active = list(range(len(answers)))
     prompts = [a.prompt for a in answers]
     sampler = Sampler([a.sampling for a in answers], prompts, model.config.vocab, model.device)
-    cache = model.new_cache(len(answers), max(len(a.prompt) + a.sampling.max_new_tokens for a in answers))
+    cache = model.new_cache(len(answers), room(answers))
     state = None
     for chunk, rows in prefill(model, prompts, cache):
         state = last_states(chunk, rows, state)

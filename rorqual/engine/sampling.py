@@ -58,6 +58,8 @@ class Sampling:
             self._whole("logprobs", 0)
         if self.seed is not None:
             self._whole("seed", 0)
+            if self.seed >= 2**62:
+                raise SamplingError(f"seed must be below 2^62, got {self.seed}")
 
     def _in_range(self, name: str, low: float, high: float, open_low: bool = False) -> None:
         value = getattr(self, name)
@@ -122,12 +124,12 @@ class Sampler:
         return self.draw_from(self.distribution(logits_BV))
 
     def distribution(self, logits_BV: Tensor) -> Tensor:
-        """What each row draws from, fp32 [B, V]: penalties, temperature and filters applied; greedy rows
-        have all of it on the likeliest token."""
+        """What each row draws from, fp32 [B, V], each row summing to one: penalties, temperature and filters
+        applied; greedy rows have all of it on the likeliest token."""
         logits = self._checked(self._penalised(logits_BV.float()))
         greedy_B = torch.tensor([row.greedy for row in self.rows], device=self.device)
         heat_B = self._column([row.temperature if not row.greedy else 1.0 for row in self.rows])
-        p = (logits / heat_B).softmax(-1)
+        p = ((logits - logits.amax(-1, keepdim=True)) / heat_B).softmax(-1)
         if self._filtered:
             p = self._filter(p)
         best = torch.zeros_like(p).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -159,7 +161,7 @@ class Sampler:
         return logits - presence * (self._count_BV > 0) - frequency * self._count_BV
 
     def _filter(self, p_BV: Tensor) -> Tensor:
-        """Zero what top-k, top-p and min-p cut away; the likeliest token always stays."""
+        """What top-k, top-p and min-p leave, summing to one again; the likeliest token always stays."""
         top_k = self._column([row.top_k or self.vocab for row in self.rows])
         top_p = self._column([row.top_p for row in self.rows])
         min_p = self._column([row.min_p for row in self.rows])
@@ -169,13 +171,15 @@ class Sampler:
         before = ranked.cumsum(-1) - ranked
         keep = (before < top_p * ranked.sum(-1, keepdim=True)) | (rank == 0)
         keep &= ranked >= min_p * ranked[:, :1]
-        return torch.zeros_like(p_BV).scatter_(-1, order, ranked * keep)
+        kept = ranked * keep
+        return torch.zeros_like(p_BV).scatter_(-1, order, kept / kept.sum(-1, keepdim=True))
 
     @staticmethod
     def _checked(logits_BV: Tensor) -> Tensor:
-        if bool(logits_BV.isnan().any()):
+        # The greatest logit of a row is NaN if any is; -inf below it is what a mask leaves.
+        if not bool(logits_BV.amax(-1).isfinite().all()):
             raise SamplingError(
-                "the model gave NaN logits: the weights are damaged or overflow in this dtype; "
+                "the model gave NaN or infinite logits: the weights are damaged or overflow in this dtype; "
                 "try dtype=torch.float32 or bfloat16"
             )
         return logits_BV

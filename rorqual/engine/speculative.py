@@ -12,16 +12,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rorqual.engine.loop import Answer, Delta, last_states, note_logprobs, prefill
+from rorqual.engine.loop import Answer, Delta, last_states, note_logprobs, prefill, room
 from rorqual.engine.sampling import Sampler
+from rorqual.kernels.linear import packing
 from rorqual.nn import InputError, Rows, Transformer
 
 
-@torch.inference_mode()
 def generate_speculative(model: Transformer, answers: list[Answer]) -> Iterator[Delta]:
     """Like `generate`, with one token drafted a pass by MTP module 0."""
     if not len(model.mtp):
         raise InputError("speculative decoding needs an MTP module, and this checkpoint has none")
+    with packing(model.packs()):
+        yield from _generate(model, answers)
+
+
+@torch.inference_mode()
+def _generate(model: Transformer, answers: list[Answer]) -> Iterator[Delta]:
     run = _Run(model, answers)
     yield from run.deliver([[(token, run.first_logits[b])] for b, token in enumerate(run.last)])
     while run.active:
@@ -40,11 +46,8 @@ class _Run:
         self.model, self.answers = model, answers
         self.active = list(range(len(answers)))
         prompts = [a.prompt for a in answers]
-        room = max(len(a.prompt) + a.sampling.max_new_tokens for a in answers) + 1
-        self.cache, self.mtp_cache = (
-            model.new_cache(len(answers), room),
-            model.new_mtp_cache(len(answers), room),
-        )
+        size = len(answers), room(answers) + 1
+        self.cache, self.mtp_cache = model.new_cache(*size), model.new_mtp_cache(*size)
         self.sampler = Sampler([a.sampling for a in answers], prompts, model.config.vocab, model.device)
         state = None
         for chunk, rows in prefill(model, prompts, self.cache):

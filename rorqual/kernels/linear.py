@@ -1,15 +1,17 @@
 """Matrices times a few rows on the CPU, where PyTorch's own choice leaves half the memory rate unused.
 
 `reference` is the definition. Without gradients, on CPUs with oneDNN, its inner product is called directly:
-in fp32 on the weight as it lies, in bf16 on a copy in oneDNN's blocked layout; matrices that read the same
-rows (query, key and value; gate and up) stand in one such copy and take one call. What it brings is
+in fp32 on the weight as it lies, and inside a `packing` scope (generation opens one) in bf16 on a copy in
+oneDNN's blocked layout; matrices that read the same rows (query, key and value; gate and up) then stand in one
+copy and take one call. What it brings is
 measured in docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,23 +20,30 @@ from torch import Tensor
 PACK_LIMIT = 2**33
 """Bytes of such copies kept at most (8 GiB): beyond it matrices are used as they lie."""
 
+ROWS = 8192
+"""Rows of a weight widened at a time by `linear_in_fp32`."""
+
+SAMPLE = 61
+"""Numbers of each weight that are compared when a scope of packed copies opens."""
+
 _packed_bytes = 0
+_open_scopes = 0
 
 
 class Pack:
-    """A copy of one or more weights in the layout their product runs fastest in; made at first use, and
-    anew when a weight changes.
+    """A copy of one or more weights in the layout their product runs fastest in.
 
-    A change is seen by the weight's identity, address and version counter. What PyTorch itself does not
-    count, writes through `.data`, is covered for training, because every pass with gradients drops the copy;
-    whoever writes through `.data` between two passes without gradients must call `drop`.
+    It is used only inside a `packing` scope, made at first use there, and made anew when a weight's identity,
+    address or version counter has changed. Writes through `.data`, which PyTorch does not count, are found
+    when the next scope opens, by comparing some numbers of each weight.
     """
 
-    __slots__ = ("seen", "size", "tensor")
+    __slots__ = ("sample", "seen", "size", "tensor")
 
     def __init__(self) -> None:
         self.tensor: Tensor | None = None
         self.seen: list[tuple[weakref.ref[Tensor], int, int]] = []
+        self.sample: Tensor | None = None
         self.size = 0
 
     def of(self, weights: Sequence[Tensor]) -> Tensor | None:
@@ -53,7 +62,7 @@ class Pack:
             )
             if joined.dtype == torch.bfloat16:
                 joined = torch.ops.mkldnn._reorder_linear_weight(joined, 1)
-            self.tensor, self.size = joined, size
+            self.tensor, self.size, self.sample = joined, size, _sample(weights)
             self.seen = [(weakref.ref(weight), weight.data_ptr(), weight._version) for weight in weights]
             _packed_bytes += size
         return self.tensor
@@ -64,11 +73,24 @@ class Pack:
             for (seen, address, version), weight in zip(self.seen, weights, strict=True)
         )
 
+    def check(self) -> None:
+        """Drop the copy if its weights no longer hold what was copied."""
+        if self.tensor is None or self.sample is None:
+            return
+        weights = [seen() for seen, _, _ in self.seen]
+        alive = [weight for weight in weights if weight is not None and not weight.is_meta]
+        if (
+            len(alive) < len(weights)
+            or not self._fresh(alive)
+            or not torch.equal(_sample(alive), self.sample)
+        ):
+            self.drop()
+
     def drop(self) -> None:
         """Give the copy's memory back."""
         global _packed_bytes
         _packed_bytes -= self.size
-        self.tensor, self.seen, self.size = None, [], 0
+        self.tensor, self.seen, self.size, self.sample = None, [], 0, None
 
     def __del__(self) -> None:
         self.drop()
@@ -80,6 +102,25 @@ class Pack:
         return Pack, ()
 
 
+def _sample(weights: Sequence[Tensor]) -> Tensor:
+    """A few numbers of each weight, spread over all of it."""
+    flat = [weight.detach().reshape(-1) for weight in weights]
+    return torch.cat([values[:: max(1, values.numel() // SAMPLE)] for values in flat])
+
+
+@contextlib.contextmanager
+def packing(packs: Iterable[Pack]) -> Iterator[None]:
+    """Use packed copies inside. Opening the scope drops those whose weights have changed meanwhile."""
+    global _open_scopes
+    for pack in packs:
+        pack.check()
+    _open_scopes += 1
+    try:
+        yield
+    finally:
+        _open_scopes -= 1
+
+
 def reference(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """x `[..., in]` through each weight `[out_i, in]` (+ bias `[out_i]`): a list of `[..., out_i]`."""
     return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
@@ -87,10 +128,10 @@ def reference(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | No
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, pack: Pack | None = None) -> Tensor:
     """`reference` for one weight, by the fastest way at hand; `pack` keeps its copy between calls."""
-    if not _usable(x, (weight,), pack):
+    if not _usable(x, (weight,)):
         return F.linear(x, weight, bias)
     if weight.dtype == torch.bfloat16:
-        blocked = pack.of((weight,)) if pack is not None else None
+        blocked = pack.of((weight,)) if pack is not None and _open_scopes else None
         if blocked is None:
             return F.linear(x, weight, bias)
         weight = blocked
@@ -102,7 +143,7 @@ def linears(
 ) -> Sequence[Tensor]:
     """`reference` for several weights that read the same rows; `pack` keeps their joint copy between calls.
     The results may be views of one tensor."""
-    joined = pack.of(weights) if _usable(x, weights, pack) else None
+    joined = pack.of(weights) if _open_scopes and _usable(x, weights) else None
     if joined is None:
         return reference(x, weights, biases)
     y = torch.ops.mkldnn._linear_pointwise(x, joined, None, "none", [], "")
@@ -110,13 +151,20 @@ def linears(
     return [part if bias is None else part + bias for part, bias in zip(parts, biases, strict=True)]
 
 
-def _usable(x: Tensor, weights: Sequence[Tensor], pack: Pack | None) -> bool:
-    """Whether oneDNN can be called directly. A pass with gradients drops the copy: training goes on."""
-    if torch.is_grad_enabled():
-        if pack is not None and pack.tensor is not None:
-            pack.drop()
-        return False
-    if x.device.type != "cpu" or not _ONEDNN or x.numel() == 0:
+def linear_in_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    """x `[..., in]` times a weight `[out, in]` of lower precision, as if both were fp32: `[..., out]` fp32.
+
+    The weight is widened a block of rows at a time, so no second copy of it ever stands whole; on a GPU,
+    without gradients, the tensor cores add up in fp32 themselves.
+    """
+    if x.is_cuda and x.dtype == weight.dtype and not torch.is_grad_enabled():
+        return torch.mm(x.flatten(0, -2), weight.t(), out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+    full = x.float()
+    return torch.cat([F.linear(full, rows.float()) for rows in weight.split(ROWS)], -1)
+
+
+def _usable(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    if x.device.type != "cpu" or not _ONEDNN or torch.is_grad_enabled() or x.numel() == 0:
         return False
     return x.dtype in _TYPES and all(w.dtype == x.dtype and type(w) in _PLAIN for w in weights)
 

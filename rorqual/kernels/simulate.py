@@ -9,20 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FP8_MAX = 448.0
-FP4_MAX = 6.0
+from rorqual.kernels.quant import FP4_FLOOR, FP4_MAX, FP8_FLOOR, FP8_MAX, ceil_power_of_two
 
 
-def _power_of_two_scale(blocks: Tensor, largest: float) -> Tensor:
-    """2^ceil(log2(amax / largest)) of each block (last axis), amax floored at 1e-4 (facts 3.5)."""
-    amax = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-4)
-    return torch.exp2(torch.ceil(torch.log2(amax / largest)))
+def _power_of_two_scale(blocks: Tensor, largest: float, floor: float) -> Tensor:
+    """The power of two that brings each block's largest value (last axis, floored) to at most `largest`."""
+    return ceil_power_of_two(blocks.abs().amax(-1, keepdim=True).clamp(min=floor) / largest)
 
 
 def fake_fp8(x: Tensor, block: int) -> Tensor:
     """x rounded to E4M3 with a power-of-two scale for every `block` channels of the last axis."""
     blocks = x.float().unflatten(-1, (-1, block))
-    scale = _power_of_two_scale(blocks, FP8_MAX)
+    scale = _power_of_two_scale(blocks, FP8_MAX, FP8_FLOOR)
     rounded = (blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
     return (rounded * scale).flatten(-2).to(x.dtype)
 
@@ -33,7 +31,7 @@ def fake_fp4(x: Tensor, block: int) -> Tensor:
     E2M1 has the magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6; halfway cases go to the even code.
     """
     blocks = x.float().unflatten(-1, (-1, block))
-    scale = _power_of_two_scale(blocks, FP4_MAX)
+    scale = _power_of_two_scale(blocks, FP4_MAX, FP4_FLOOR)
     magnitude = (blocks / scale).abs()
     step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
     rounded = (torch.round(magnitude / step) * step).clamp(max=FP4_MAX)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rorqual.nn.errors import ContextError
+from rorqual.nn.errors import ContextError, InputError
 from rorqual.nn.step import Rows
 
 ROLLBACK = 16
@@ -20,7 +21,8 @@ class Slots:
     def __init__(
         self, batch: int, capacity: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ):
-        self.items = torch.zeros(batch, capacity, *shape, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # so that a cache filled there can be used anywhere
+            self.items = torch.zeros(batch, capacity, *shape, dtype=dtype, device=device)
 
     def append(self, new_BT: Tensor, rows: Rows) -> Tensor:
         """Store the real items of `new_BT` [B, T, *shape]; returns all slots up to the longest row's end.
@@ -38,13 +40,15 @@ class Slots:
     def _reserve(self, size: int) -> None:
         batch, capacity, *shape = self.items.shape
         if size > capacity:
-            grown = self.items.new_zeros(batch, max(size, capacity + capacity // 2, 16), *shape)
+            with torch.inference_mode(False):
+                grown = self.items.new_zeros(batch, max(size, capacity + capacity // 2, 16), *shape)
             grown[:, :capacity] = self.items
             self.items = grown
 
     def select(self, rows_B: Tensor) -> None:
         """Keep (and repeat, reorder) only the given rows of the batch."""
-        self.items = self.items[rows_B]
+        with torch.inference_mode(False):
+            self.items = self.items[rows_B]
 
     def bytes_per_item(self) -> int:
         """Bytes that one item of one row takes."""
@@ -73,15 +77,16 @@ class Tail:
             self.items, self.starts = self._aligned(rows.ends).clone(), list(rows.ends)
         return joined
 
+    def reaches(self, starts: list[int]) -> bool:
+        """Whether the next pass may start at these positions."""
+        room = self.items.shape[1] - self.keep
+        return all(0 <= new - old <= room for new, old in zip(starts, self.starts, strict=True))
+
     def _aligned(self, starts: list[int]) -> Tensor:
         """The `keep` items before each position in `starts`."""
+        if not self.reaches(starts):
+            raise ContextError(f"a window at {self.starts} can't start a pass at {starts}: start a new cache")
         shift = [new - old for new, old in zip(starts, self.starts, strict=True)]
-        room = self.items.shape[1] - self.keep
-        if min(shift) < 0 or max(shift) > room:
-            raise ContextError(
-                f"the cache can't go back that far: rows may move by 0 to {room} tokens, asked {shift}; "
-                "start a new cache"
-            )
         if len(set(shift)) == 1:
             return self.items[:, shift[0] : shift[0] + self.keep]
         index = torch.tensor(shift, device=self.items.device)[:, None] + torch.arange(
@@ -105,6 +110,9 @@ class LayerCache(Protocol):
     def select(self, rows_B: Tensor) -> None:
         """Keep (and repeat, reorder) only the given rows of the batch."""
 
+    def reaches(self, starts: list[int]) -> bool:
+        """Whether the next pass may start at these positions (`Cache.truncate`)."""
+
     def growing_bytes(self, length: int) -> int:
         """Bytes that a row of `length` tokens fills and that grow with it."""
 
@@ -122,16 +130,36 @@ class Cache:
 
     def truncate(self, lengths: list[int]) -> None:
         """Forget the tokens past `lengths`. Any length for GQA, MLA and DSA; V4's window and pooling
-        state go back only within the last pass, and only if it had at most `ROLLBACK` tokens (the next
-        pass raises `ContextError` otherwise)."""
+        state go back only within the last pass, and only if it had at most `ROLLBACK` tokens. Raises
+        `ContextError`, with nothing changed, for anything else."""
+        if len(lengths) != len(self.lengths):
+            raise ContextError(f"the cache holds {len(self.lengths)} rows, {len(lengths)} lengths were given")
         if any(new > old or new < 0 for new, old in zip(lengths, self.lengths, strict=True)):
             raise ContextError(f"truncate can only shorten: rows hold {self.lengths} tokens, asked {lengths}")
+        if not all(layer.reaches(lengths) for layer in self.layers):
+            raise ContextError(
+                f"this cache can't go back from {self.lengths} to {lengths}: sliding windows keep only the last "
+                f"pass, of at most {ROLLBACK} tokens; start a new cache"
+            )
         self.lengths = list(lengths)
+
+    def check(self, layers: int, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Refuse a cache that another model, type, device or batch size was made for (`InputError`)."""
+        if len(self.lengths) != batch:
+            raise InputError(f"the cache holds {len(self.lengths)} rows, the batch has {batch}")
+        items = next(_tensors(self.layers[0]))
+        mine = len(self.layers), items.dtype, items.device
+        if mine != (layers, dtype, device):
+            raise InputError(
+                f"the cache was made for {mine[0]} layers of {mine[1]} on {mine[2]}, this model has {layers} of "
+                f"{dtype} on {device}: make one with model.new_cache"
+            )
 
     def select(self, rows: list[int]) -> None:
         """Keep (and repeat, reorder) only the given rows of the batch."""
-        device = next(t.device for layer in self.layers for t in _tensors(layer))
-        index = torch.tensor(rows, device=device)
+        if not rows or not all(0 <= row < len(self.lengths) for row in rows):
+            raise InputError(f"the cache holds rows 0 to {len(self.lengths) - 1}, asked for {rows}")
+        index = torch.tensor(rows, device=next(_tensors(self.layers[0])).device)
         for layer in self.layers:
             layer.select(index)
         self.lengths = [self.lengths[i] for i in rows]
@@ -145,5 +173,5 @@ class Cache:
         )
 
 
-def _tensors(layer: LayerCache) -> list[Tensor]:
-    return [value.items for value in vars(layer).values() if isinstance(value, Slots | Tail)]
+def _tensors(layer: LayerCache) -> Iterator[Tensor]:
+    return (value.items for value in vars(layer).values() if isinstance(value, Slots | Tail))

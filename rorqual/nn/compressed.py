@@ -12,7 +12,7 @@ from rorqual.kernels.simulate import fake_fp4, fake_fp8, hadamard
 from rorqual.nn.cache import Tail
 from rorqual.nn.compressor import Compressor, PoolState
 from rorqual.nn.indexer import choose_in_blocks, gather_blocks, query_blocks
-from rorqual.nn.linear import Linear
+from rorqual.nn.linear import Linear, Pinned
 from rorqual.nn.norm import RMSNorm, unit_rms, upcast
 from rorqual.nn.rope import rotate_tail
 from rorqual.nn.step import Step
@@ -41,6 +41,9 @@ class CompressedCache:
         self.window.select(rows_B)
         for pool in self._pools():
             pool.select(rows_B)
+
+    def reaches(self, starts: list[int]) -> bool:
+        return self.window.reaches(starts) and all(pool.reaches(starts) for pool in self._pools())
 
     def growing_bytes(self, length: int) -> int:
         return sum(pool.growing_bytes(length) for pool in self._pools())
@@ -78,7 +81,7 @@ class EntryIndexer(nn.Module):
         return choose_in_blocks(q, k_BEd, w, limit_BT, p.top_k)
 
 
-class CompressedAttention(nn.Module):
+class CompressedAttention(Pinned):
     """Shared key-value attention: one `head_dim`-wide entry is key and value of every head."""
 
     def __init__(self, hidden: int, part: parts.CompressedAttention, eps: float) -> None:

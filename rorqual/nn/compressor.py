@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rorqual.family.parts import Compress, Rope
 from rorqual.nn.cache import Slots, Tail
-from rorqual.nn.linear import Linear
+from rorqual.nn.linear import Linear, Pinned
 from rorqual.nn.norm import RMSNorm, upcast
 from rorqual.nn.rope import rotate_tail, rotation
 from rorqual.nn.step import Rows, Step
@@ -33,6 +33,9 @@ class PoolState:
         for kept in (self.kv, self.gate, self.entries):
             kept.select(rows_B)
 
+    def reaches(self, starts: list[int]) -> bool:
+        return self.kv.reaches(starts)
+
     def growing_bytes(self, length: int) -> int:
         return length // self.ratio * self.entries.bytes_per_item()
 
@@ -48,7 +51,7 @@ class Windows(NamedTuple):
     rows: Rows
 
 
-class Compressor(nn.Module):
+class Compressor(Pinned):
     """One entry for every `ratio` tokens: a softmax over the window's slots, separately for each channel.
 
     With overlap (CSA) a token has two halves: the first goes into the next window's entry, the second

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.family.parts import HyperConnection
+from rorqual.nn.linear import Pinned
 from rorqual.nn.norm import unit_rms, upcast
 
 
@@ -22,7 +23,7 @@ def sinkhorn(raw: Tensor, iterations: int, eps: float) -> Tensor:
     return m
 
 
-class Mix(nn.Module):
+class Mix(Pinned):
     """Reads one layer input from n streams and writes the layer's output back to them."""
 
     def __init__(self, hidden: int, part: HyperConnection, eps: float) -> None:
@@ -54,7 +55,7 @@ class Mix(nn.Module):
         return (post[..., None] * y_BTD[..., None, :].to(full.dtype) + kept).to(x_BTnD.dtype)
 
 
-class MixHead(nn.Module):
+class MixHead(Pinned):
     """Folds the streams into one hidden state at the end of the model."""
 
     def __init__(self, hidden: int, part: HyperConnection, eps: float) -> None:

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.kernels.linear import Pack, linear, linears
-from rorqual.kernels.quant import dequantize_fp4, dequantize_fp8
+from rorqual.kernels.quant import FP4_BLOCK, dequantize_fp4, dequantize_fp8
 
-FP4_BLOCK = 32
-"""Inputs that share one scale in an FP4 matrix."""
+
+def keeping_types(fn: Callable[[Tensor], Tensor], any_type: bool = False) -> Callable[[Tensor], Tensor]:
+    """`fn` of `nn.Module._apply` (what `.to`, `.half`, `.cuda` … do) without its casts: to a lower precision,
+    or with `any_type` to any other type."""
+
+    def moved(t: Tensor) -> Tensor:
+        out = fn(t)
+        cast = out.dtype != t.dtype and (any_type or out.element_size() < t.element_size())
+        return t.to(out.device) if cast else out
+
+    return moved
+
+
+class Pinned(nn.Module):
+    """A module whose own parameters (not its children's) stay in fp32 when the model is cast lower."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        own, kept = {id(p) for p in self.parameters(recurse=False)}, keeping_types(fn)
+        return super()._apply(lambda t: kept(t) if id(t) in own else fn(t), recurse)
 
 
 class Matrix(nn.Module):
@@ -60,15 +78,23 @@ class Matrix(nn.Module):
         self.block, self.fp4 = block, packed_fp4
 
     def matrix(self, dtype: torch.dtype, index: int | None = None) -> Tensor:
-        """The weight in `dtype`, multiplied out if held as codes; only row `index` of a stack if given."""
-        weight = self.weight if index is None else self.weight[index]
-        if self.scale is None:
+        """The weight in `dtype`, multiplied out if held as codes; only matrix `index` of a stack if given."""
+        if index is None:
+            return self._multiplied_out(self.weight, self.scale, dtype)
+        scale = self.scale[index] if self.scale is not None else None
+        return self._multiplied_out(self.weight[index], scale, dtype)
+
+    def _multiplied_out(self, weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if scale is None:
             return weight if weight.dtype == dtype else weight.to(dtype)
-        scale = self.scale if index is None else self.scale[index]
         if self.fp4:
             return dequantize_fp4(weight, scale, dtype)
         assert self.block is not None
         return dequantize_fp8(weight, scale, self.block, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Codes and scales move between devices, but a cast of the model leaves them as they are."""
+        return super()._apply(keeping_types(fn, any_type=True) if self.scale is not None else fn, recurse)
 
 
 class Embedding(nn.Module):
@@ -111,6 +137,13 @@ class GroupedLinear(Matrix):
     def __init__(self, experts: int, inputs: int, outputs: int) -> None:
         super().__init__(experts, outputs, inputs)
 
-    def apply_expert(self, x: Tensor, expert: int) -> Tensor:
-        """x `[n, in]` through one expert's matrix -> `[n, out]`."""
-        return linear(x, self.matrix(x.dtype, expert))
+    def experts(self, dtype: torch.dtype) -> Callable[[int], Tensor]:
+        """The matrix `[out, in]` of an expert, by number.
+
+        With gradients the stack is taken apart once: indexing it for every expert would make every expert's
+        backward pass write a gradient as large as the whole stack.
+        """
+        if self.scale is not None or not torch.is_grad_enabled():
+            return lambda expert: self.matrix(dtype, expert)
+        matrices = self.weight.unbind(0)
+        return lambda expert: matrices[expert].to(dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rorqual.family import parts
 from rorqual.nn.cache import Slots
 from rorqual.nn.gqa import attend
-from rorqual.nn.indexer import Indexer, gather_blocks
+from rorqual.nn.indexer import Indexer, gather_blocks, query_blocks
 from rorqual.nn.linear import Linear
 from rorqual.nn.norm import RMSNorm, upcast
 from rorqual.nn.rope import rotate
@@ -34,6 +34,9 @@ class MLACache:
         self.latent.select(rows_B)
         if self.index is not None:
             self.index.select(rows_B)
+
+    def reaches(self, starts: list[int]) -> bool:
+        return True
 
     def growing_bytes(self, length: int) -> int:
         index = self.index.bytes_per_item() if self.index is not None else 0
@@ -60,13 +63,6 @@ class MLA(nn.Module):
         self.kv_b = Linear(p.kv_rank, p.heads * (p.nope_dim + p.v_dim))
         self.o = Linear(p.heads * p.v_dim, hidden)
         self.index = Indexer(hidden, p) if p.index is not None else None
-        expanding = p.kv_rank * (p.nope_dim + p.v_dim)
-        self.absorb_up_to = (
-            expanding // (2 * p.kv_rank + p.rope_dim - p.qk_dim - p.v_dim + 1)
-            if (2 * p.kv_rank + p.rope_dim > p.qk_dim + p.v_dim)
-            else 2**31
-        )
-        """Queries a pass up to which absorbing costs less arithmetic than expanding the cached latents."""
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> MLACache:
         return MLACache(self.part, batch, capacity, dtype, device)
@@ -96,10 +92,23 @@ class MLA(nn.Module):
             o = self._sparse(q_nope, q_rope, latent_BKC, chosen_BTk)
         else:
             if absorb is None:
-                absorb = cache is not None and not step.from_zero and step.rows.width <= self.absorb_up_to
+                past = cache is not None and not step.from_zero
+                absorb = past and self.absorbing_is_cheaper(step.rows.width, latent_BKC.shape[1])
             form = self._absorbed if absorb else self._expanded
             o = form(q_nope, q_rope, latent_BKC, step)
         return self.o(o.flatten(2))
+
+    def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
+        """Whether the absorbed form takes less arithmetic for a pass, by head.
+
+        Expanding makes every key and value from its latent, and then meets them in narrow heads; absorbing
+        takes every query through W_UK and W_UV instead, and meets the wide latents.
+        """
+        p = self.part
+        matrices = p.kv_rank * (p.nope_dim + p.v_dim)
+        expanded = keys * matrices + queries * keys * (p.qk_dim + p.v_dim)
+        absorbed = queries * matrices + queries * keys * (2 * p.kv_rank + p.rope_dim)
+        return absorbed < expanded
 
     def _up(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W_UK [H, nope, kv_rank] and W_UV [H, v, kv_rank]."""
@@ -117,14 +126,17 @@ class MLA(nn.Module):
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent_BKC: Tensor, step: Step) -> Tensor:
         p = self.part
         q_BTHC, w_uv = self._absorb_queries(q_nope, q_rope)
-        batch, time = q_BTHC.shape[:2]
-        score = q_BTHC.flatten(1, 2) @ latent_BKC.transpose(1, 2)
-        score = upcast(score.unflatten(1, (time, p.heads))) * p.scale
-        if not step.all_visible:
-            score = score.masked_fill(~step.visible_BTK(latent_BKC.shape[1])[:, :, None], float("-inf"))
-        weight = score.softmax(-1).to(latent_BKC.dtype)
-        u = weight.flatten(1, 2) @ latent_BKC[..., : p.kv_rank]
-        return _into_values(u.view(batch, time, p.heads, p.kv_rank), w_uv)
+        (batch, time), keys = q_BTHC.shape[:2], latent_BKC.shape[1]
+        out = []
+        for block in query_blocks(time, batch * p.heads * keys * 8):
+            q = q_BTHC[:, block]
+            score = (q.flatten(1, 2) @ latent_BKC.transpose(1, 2)).unflatten(1, q.shape[1:3])
+            score = upcast(score) * p.scale
+            if not step.all_visible:
+                score = score.masked_fill(~step.visible_BTK(keys)[:, block, None], float("-inf"))
+            weight = score.softmax(-1).to(latent_BKC.dtype)
+            out.append((weight.flatten(1, 2) @ latent_BKC[..., : p.kv_rank]).unflatten(1, q.shape[1:3]))
+        return _into_values(torch.cat(out, 1), w_uv)
 
     def _sparse(self, q_nope: Tensor, q_rope: Tensor, latent_BKC: Tensor, chosen_BTk: Tensor) -> Tensor:
         """Absorbed attention of each query to its own chosen positions (-1: none), gathered in blocks."""

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from rorqual.kernels.linear import Pack
 from rorqual.nn.linear import Linear, together
+from rorqual.nn.norm import upcast
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
-    """silu(gate) * up. With `limit` (V4) gate is clamped from above, up on both sides."""
-    if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return F.silu(gate) * up
+    """silu(gate) * up. With `limit` (V4) gate is clamped from above, up on both sides, all in fp32."""
+    if limit is None:
+        return F.silu(gate) * up
+    return (F.silu(upcast(gate).clamp(max=limit)) * upcast(up).clamp(-limit, limit)).to(gate.dtype)
 
 
 class SwiGLU(nn.Module):

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from rorqual.family import parts
+from rorqual.kernels.linear import linear
 from rorqual.nn.linear import GroupedLinear
 from rorqual.nn.mlp import SwiGLU, swiglu
+from rorqual.nn.norm import upcast
 from rorqual.nn.router import Router
 from rorqual.nn.step import Step
 
@@ -26,30 +28,30 @@ class Experts(nn.Module):
         """Sum over each token's experts of weight * expert(x): `[N, D]`.
 
         Pairs (token, expert) are sorted by expert, and each expert that has any works on its slice. The
-        sum over a token's experts is taken in fp32 in the order of its choice, so it does not depend on
-        what else is in the batch.
+        gated product is weighted in fp32 before the second matrix (facts 3.9), and a token's experts are
+        summed in fp32 in the order of its choice.
         """
         (tokens, chosen), experts = ids_NK.shape, self.gate.weight.shape[0]
+        gate, up, down = (stack.experts(x_ND.dtype) for stack in (self.gate, self.up, self.down))
         order = ids_NK.flatten().argsort(stable=True)
         x_PD = x_ND[order // chosen]
-        weight_P1 = weights_NK.flatten()[order][:, None].to(x_ND.dtype)
+        weight_P1 = weights_NK.flatten()[order][:, None]
         parts_PD = []
         start = 0
         for expert, count in enumerate(ids_NK.flatten().bincount(minlength=experts).tolist()):
             if count:
                 mine = slice(start, start + count)
                 inner = swiglu(
-                    self.gate.apply_expert(x_PD[mine], expert),
-                    self.up.apply_expert(x_PD[mine], expert),
+                    upcast(linear(x_PD[mine], gate(expert))),
+                    upcast(linear(x_PD[mine], up(expert))),
                     self.limit,
                 )
-                parts_PD.append(self.down.apply_expert(inner * weight_P1[mine], expert))
+                parts_PD.append(linear((inner * weight_P1[mine]).to(x_ND.dtype), down(expert)))
                 start += count
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), device=order.device)
         y_NKD = torch.cat(parts_PD)[back].unflatten(0, (tokens, chosen))
-        full = y_NKD if y_NKD.dtype == torch.float64 else y_NKD.float()
-        return full.sum(1).to(x_ND.dtype)
+        return upcast(y_NKD).sum(1).to(x_ND.dtype)
 
 
 class MoE(nn.Module):
@@ -65,7 +67,12 @@ class MoE(nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         choice = self.router(x_ND, ids_BT.flatten())
         if step.trace is not None:
-            step.trace.experts[step.layer] = (choice.ids, choice.weights, choice.logits)
+            real_N = step.rows.real_BT.flatten()
+            step.trace.experts[step.layer] = (
+                choice.ids[real_N],
+                choice.weights[real_N],
+                choice.logits[real_N],
+            )
         y_ND = self.experts(x_ND, choice.ids, choice.weights)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)

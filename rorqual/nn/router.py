@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from rorqual.family.parts import MoE
 from rorqual.nn.errors import InputError
+from rorqual.nn.linear import keeping_types
 from rorqual.nn.norm import upcast
 
 
@@ -57,6 +59,15 @@ class Router(nn.Module):
         self.register_buffer("bias", bias)
         table = torch.empty(vocab, part.top_k, dtype=torch.int64) if part.router.hashed else None
         self.register_buffer("table", table)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """The balance bias stays in fp32 when the model is cast to a lower precision."""
+        pinned = self.bias
+
+        def guarded(t: Tensor) -> Tensor:
+            return keeping_types(fn)(t) if t is pinned else fn(t)
+
+        return super()._apply(guarded, recurse)
 
     def forward(self, x_ND: Tensor, token_N: Tensor | None = None) -> Choice:
         """x `[N, D]`, and for a hashed router the token ids `[N]`."""

@@ -66,9 +66,10 @@ class Trace:
     """What a pass chose, by layer, for those who want to look inside (`model(ids, trace=Trace())`).
 
     `hidden[0]` is the embedding, `hidden[i]` the residual stream after i layers, the last one after the
-    final norm. `experts[i]`: ids [N, K], weights [N, K] and router logits [N, E] of layer i, N counting
-    batch and time row-major. `selected[i]`: positions (DSA) or entries (CSA) each token attends
-    [B, T, k], -1 where fewer exist.
+    final norm. `experts[i]`: ids [N, K], weights [N, K] and router logits [N, E] of layer i; N counts the
+    real tokens, batch and time row-major. `selected[i]`: positions (DSA) or entries (CSA) each token attends
+    [B, T, k], -1 where fewer exist. In a padded batch the columns of `hidden` and `selected` are those of the
+    pass: each row's real tokens first, whatever side the caller padded.
     """
 
     hidden: list[Tensor] = field(default_factory=list)

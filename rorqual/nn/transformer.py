@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rorqual.family import parts
 from rorqual.family.parts import ModelConfig
-from rorqual.kernels.linear import Pack, linear
+from rorqual.kernels.linear import Pack, linear, linear_in_fp32
 from rorqual.nn.block import Block
 from rorqual.nn.cache import Cache
 from rorqual.nn.compressed import CompressedAttention, EntryIndexer
@@ -80,22 +81,27 @@ class Transformer(nn.Module):
 
         `mask_BT` marks real tokens (1 or True) in a left- or right-padded batch; logits of padding are
         zero. With `cache` (from `new_cache`) the tokens come after those it holds, which it then holds
-        too; any cut of a sequence into passes gives the same logits.
+        too; any cut of a sequence into passes gives the same logits. A cache is for inference: with one, no
+        gradients flow.
 
         Raises `InputError` for ids outside the vocabulary or wrong shapes, `ContextError` past
         `config.max_positions`.
         """
         self._check(ids_BT, mask_BT)
         packed = _Packed(ids_BT, mask_BT)
-        starts = cache.lengths if cache is not None else [0] * ids_BT.shape[0]
-        rows = self._rows(starts, packed)
-        state = self.run(packed.ids_BT, rows, cache, trace)
-        logits = self.logits(self.finish(state, trace))
-        return packed.unpack(logits)
+        if cache is not None:
+            cache.check(len(self.layers), ids_BT.shape[0], self.dtype, self.device)
+            with torch.no_grad():
+                return packed.unpack(self._logits(packed, cache, trace))
+        return packed.unpack(self._logits(packed, None, trace))
+
+    def _logits(self, packed: _Packed, cache: Cache | None, trace: Trace | None) -> Tensor:
+        starts = cache.lengths if cache is not None else [0] * packed.ids_BT.shape[0]
+        return self.logits(
+            self.finish(self.run(packed.ids_BT, self._rows(starts, packed), cache, trace), trace)
+        )
 
     def _rows(self, starts: list[int], packed: _Packed) -> Rows:
-        if len(starts) != packed.ids_BT.shape[0]:
-            raise InputError(f"the cache holds {len(starts)} rows, the batch has {packed.ids_BT.shape[0]}")
         rows = Rows(list(starts), packed.counts, packed.ids_BT.shape[1], packed.ids_BT.device)
         if rows.end > self.config.max_positions:
             raise ContextError(
@@ -132,8 +138,8 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed hidden states `[..., D]` -> logits `[..., V]`; V4's head works in fp32."""
         if self.config.residual is not None and hidden.dtype not in (torch.float32, torch.float64):
-            weight = self.embed.weight if self.head is None else self.head.matrix(torch.float32)
-            return linear(hidden.float(), weight.float())
+            weight = self.embed.weight if self.head is None else self.head.matrix(hidden.dtype)
+            return linear_in_fp32(hidden, weight)
         return (
             linear(hidden, self.embed.weight, None, self._tied_pack)
             if self.head is None
@@ -175,9 +181,24 @@ class Transformer(nn.Module):
 
     # --------------------------------------------------------------------------------------- misc
 
+    def packs(self) -> list[Pack]:
+        """The packed weight copies of all matrices, for `kernels.linear.packing`."""
+        found = (getattr(module, "pack", None) for module in self.modules())
+        return [*(pack for pack in found if isinstance(pack, Pack)), self._tied_pack]
+
     def simulate_released_rounding(self, on: bool = True) -> None:
         """Round cached entries and index vectors as the released FP8/FP4 kernels of V3.2 and V4 do (facts
-        3.8, 3.9). Off by default: then results equal the plain equations."""
+        3.8, 3.9). Off by default: then results equal the plain equations. Entries already in a cache stay
+        as they are, so start a new one."""
+        for layer in (*self.config.layers, *self.config.mtp):
+            a = layer.attention
+            if on and isinstance(a, parts.CompressedAttention):
+                plain, index = a.head_dim - a.rope.dim, a.compress.index if a.compress else None
+                if plain % 64 or (index is not None and index.dim % 32):
+                    raise InputError(
+                        f"the released rounding works in blocks of 64 entry and 32 index channels; this model has "
+                        f"{plain} and {index.dim if index else 0}"
+                    )
         for module in self.modules():
             if isinstance(module, CompressedAttention | EntryIndexer | Indexer):
                 module.simulate = on
@@ -196,8 +217,12 @@ class Transformer(nn.Module):
             raise InputError(
                 f"token id {bad} is outside the vocabulary of {self.config.vocab}: wrong tokenizer?"
             )
-        if mask_BT is not None and mask_BT.shape != ids_BT.shape:
+        if mask_BT is None:
+            return
+        if mask_BT.shape != ids_BT.shape:
             raise InputError(f"the mask is {tuple(mask_BT.shape)}, the token ids are {tuple(ids_BT.shape)}")
+        if mask_BT.is_floating_point() or not bool(((mask_BT == 0) | (mask_BT == 1)).all()):
+            raise InputError("the mask must be bool or integers, 1 for a real token and 0 for padding")
 
 
 class _Packed:
@@ -223,7 +248,7 @@ class _Packed:
         out = y_BTV.new_zeros(y_BTV.shape[0], self.time, y_BTV.shape[2])
         rows = torch.arange(out.shape[0], device=out.device)[:, None]
         out[rows, self.order_BT] = y_BTV
-        return out * self.real_BT[..., None]
+        return out.masked_fill_(~self.real_BT[..., None], 0)
 
 
 @contextlib.contextmanager

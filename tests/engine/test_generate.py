@@ -36,8 +36,8 @@ def test_batch_equals_single_prompts_equals_no_cache(model: Model) -> None:
 
 def test_long_prompts_are_fed_in_passes(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
     whole = model.generate(PROMPTS, GREEDY)
-    assert max(map(len, PROMPTS)) < PREFILL
-    monkeypatch.setattr("rorqual.engine.loop.PREFILL", 5)
+    assert len(PROMPTS) * max(map(len, PROMPTS)) < PREFILL
+    monkeypatch.setattr("rorqual.engine.loop.PREFILL", 5 * len(PROMPTS))
     assert [d.ids for d in model.generate(PROMPTS, GREEDY)] == [d.ids for d in whole]
 
 
@@ -121,12 +121,20 @@ def test_answers_stop_at_the_models_last_position() -> None:
         ([True, False], InputError, "prompt 0"),
         (5, InputError, "prompts must be"),
         (torch.zeros(2), InputError, "integers"),
+        (torch.tensor([True, False]), InputError, "integers"),
+        (b"bytes", InputError, "bytes"),
     ],
     ids=str,
 )
 def test_bad_prompts(prompt: object, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         build("gqa").generate(prompt, GREEDY)
+
+
+@pytest.mark.parametrize("sampling", [0.0, {"temperature": 1}, [None], "greedy"])
+def test_bad_samplings(sampling: object) -> None:
+    with pytest.raises(InputError, match="sampling must be"):
+        build("gqa").generate([3], sampling)
 
 
 def test_stop_strings_need_a_tokenizer() -> None:
@@ -177,6 +185,10 @@ def test_forward_refuses_bad_input() -> None:
         model(torch.tensor([[3, 60]]))
     with pytest.raises(InputError, match="mask"):
         model(torch.tensor([[3, 4]]), torch.ones(1, 3))
+    with pytest.raises(InputError, match="mask must be"):
+        model(torch.tensor([[3, 4]]), torch.tensor([[0.0, -float("inf")]]))
+    with pytest.raises(InputError, match="mask must be"):
+        model(torch.tensor([[3, 4]]), torch.tensor([[1, 2]]))
     with pytest.raises(InputError, match="row 1"):
         model(torch.tensor([[3, 4], [3, 4]]), torch.tensor([[1, 1], [0, 0]]))
     with pytest.raises(ContextError, match="200 positions"):

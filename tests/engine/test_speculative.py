@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rorqual import Sampling
+from rorqual.engine import Sampler
 from rorqual.model import Model
 from rorqual.nn import InputError, Rows
 from tests.engine.conftest import build
@@ -17,7 +18,7 @@ from tests.engine.conftest import build
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13, 14, 15], list(range(3, 40)), [40, 41, 42]]
 
 
-@pytest.mark.parametrize("prefill", [512, 4])
+@pytest.mark.parametrize("prefill", [2048, 16])
 def test_greedy_is_the_plain_answer(monkeypatch: pytest.MonkeyPatch, drafting: Model, prefill: int) -> None:
     monkeypatch.setattr("rorqual.engine.loop.PREFILL", prefill)
     samplings = [Sampling(temperature=0.0, max_new_tokens=n, ignore_eos=True) for n in (30, 17, 24, 1)]
@@ -56,18 +57,24 @@ def test_a_perfect_drafter_is_always_believed(monkeypatch: pytest.MonkeyPatch) -
     assert done.accepted == done.drafted == 20
 
 
-@pytest.mark.parametrize("kind", ["v3", "v4"])
-def test_sampled_answers_have_the_plain_distribution(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "filters"),
+    [("v3", {}), ("v4", {}), ("v3", {"top_k": 3}), ("v4", {"top_p": 0.8}), ("v3", {"min_p": 0.2})],
+)
+def test_sampled_answers_have_the_plain_distribution(kind: str, filters: dict[str, Any]) -> None:
     """All answers of three tokens over five words: counts against the model's exact probabilities."""
     words, length, samples = 5, 3, 3000
     model = build(kind, vocab=words)
     prompt = [1, 2, 3]
-    s = Sampling(temperature=1.3, max_new_tokens=length, ignore_eos=True, seed=0)
+    s = Sampling(temperature=1.3, max_new_tokens=length, ignore_eos=True, seed=0, **filters)
+    definition = Sampler([s], [prompt], words, torch.device("cpu"))
     exact = {}
     for answer in itertools.product(range(words), repeat=length):
         with torch.no_grad():
-            logp = (model(torch.tensor([prompt + list(answer)]))[0, 2:-1] / s.temperature).log_softmax(-1)
-        exact[answer] = math.exp(sum(float(logp[i, t]) for i, t in enumerate(answer)))
+            logits = model(torch.tensor([prompt + list(answer)]))[0, 2:-1]
+        exact[answer] = math.prod(
+            float(definition.distribution(logits[i : i + 1])[0, t]) for i, t in enumerate(answer)
+        )
     assert sum(exact.values()) == pytest.approx(1, abs=1e-4)
     done = model.generate([prompt] * samples, s, speculate=True)
     counts = {answer: 0 for answer in exact}
@@ -82,6 +89,23 @@ def test_sampled_answers_have_the_plain_distribution(kind: str) -> None:
     chi2 = sum((o - e) ** 2 / e for o, e in cells)
     freedom = len(cells) - 1
     assert chi2 < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_rows_end_on_end_tokens_wherever_they_fall(drafting: Model) -> None:
+    """An end token may be the first or the second of two settled at once; nothing is said after it."""
+    free = Sampling(temperature=0.0, max_new_tokens=24, ignore_eos=True)
+    ending = Sampling(temperature=0.0, max_new_tokens=24)
+    before = drafting.config
+    try:
+        for place in range(1, 9):
+            end = drafting.generate(PROMPTS[1], free).ids[place]
+            drafting.config = before.replace(eos=(end,))
+            plain = drafting.generate(PROMPTS, ending)
+            fast = drafting.generate(PROMPTS, ending, speculate=True)
+            assert [(d.ids, d.finish_reason) for d in fast] == [(d.ids, d.finish_reason) for d in plain]
+            assert any(d.finish_reason == "stop" for d in fast)
+    finally:
+        drafting.config = before
 
 
 def test_needs_an_mtp_module() -> None:

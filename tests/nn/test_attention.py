@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rorqual.family import GQA, MLA, Rope, Yarn
-from rorqual.nn import Cache, ContextError, Rows, Step, Transformer
+from rorqual.nn import Cache, ContextError, InputError, Rows, Step, Transformer
 from rorqual.nn.cache import ROLLBACK
 from rorqual.nn.indexer import choose, index_scores
 from rorqual.nn.mla import MLA as Brick
@@ -115,11 +115,49 @@ def test_v4_says_when_it_cannot_go_back() -> None:
     model = build("v4")
     cache = model.new_cache(1)
     model(tokens(1, ROLLBACK + 1), cache=cache)
-    cache.truncate([5])
     with pytest.raises(ContextError, match="can't go back"):
-        model(tokens(1, 1), cache=cache)
+        cache.truncate([5])
     with pytest.raises(ContextError, match="only shorten"):
-        cache.truncate([6])
+        cache.truncate([ROLLBACK + 2])
+    assert cache.lengths == [ROLLBACK + 1]
+    whole = torch.cat((tokens(1, ROLLBACK + 1), tokens(1, 3)), 1)
+    assert largest(model(tokens(1, 3), cache=cache), model(whole)[:, -3:]) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_caches_are_checked_and_cross_modes(kind: str) -> None:
+    """A cache of another model is refused; one filled in inference mode works outside, and with gradients on."""
+    model, ids = build(kind), tokens(2, 12)
+    with torch.inference_mode():
+        cache = model.new_cache(2)
+        model(ids[:, :5], cache=cache)
+    model(ids[:, 5:9], cache=cache)
+    with torch.enable_grad():
+        logits = model(ids[:, 9:], cache=cache)
+    assert largest(logits, model(ids)[:, 9:]) < 1e-4 and not logits.requires_grad
+    other = Transformer(config("gqa" if kind != "gqa" else "v4"), dtype=torch.float32)
+    with pytest.raises(InputError, match="new_cache"):
+        Transformer(config(kind), dtype=torch.bfloat16)(ids, cache=model.new_cache(2))
+    with pytest.raises(InputError, match="the batch has 2"):
+        model(ids, cache=model.new_cache(1))
+    for rows in ([], [2], [-1]):
+        with pytest.raises(InputError, match="rows 0 to 1"):
+            cache.select(rows)
+    with pytest.raises(ContextError, match="lengths were given"):
+        cache.truncate([1])
+    if len(other.layers) != len(model.layers):
+        with pytest.raises(InputError, match="layers"):
+            other(ids, cache=model.new_cache(2))
+
+
+def test_the_cheaper_form_of_mla_is_the_one_with_less_arithmetic() -> None:
+    """V3's widths: one token is absorbed at any length, a long pass is expanded, with the border near 170."""
+    part = MLA(128, 512, 128, 64, 128, Rope(64, interleaved=True), q_rank=1536)
+    with torch.device("meta"):
+        brick = Brick(7168, part, 1e-6)
+    assert brick.absorbing_is_cheaper(1, 2) and brick.absorbing_is_cheaper(160, 100_000)
+    assert not brick.absorbing_is_cheaper(180, 100_000) and not brick.absorbing_is_cheaper(512, 1024)
 
 
 @torch.no_grad()
