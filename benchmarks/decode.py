@@ -16,7 +16,6 @@ import torch
 import rorqual
 from benchmarks.record import alternate, report, seconds
 from rorqual.family import MLA, Layer, MoE, Rope, Router, SwiGLU
-from rorqual.nn import Rows
 
 NEW = 48
 
@@ -53,16 +52,14 @@ def _peer_decode(model: Any, prompt: list[int], new: int) -> float:
     return new / (time.perf_counter() - begun)
 
 
-@torch.inference_mode()
 def _our_prefill(model: rorqual.Model, ids: torch.Tensor) -> None:
-    cache = model.new_cache(1, ids.shape[1])
-    state = model.run(ids, Rows([0], [ids.shape[1]], ids.shape[1], ids.device), cache)
-    model.logits(model.finish(state[:, -1:]))
+    """Up to the first token, through the public generator."""
+    model.generate(ids, rorqual.Sampling(temperature=0.0, max_new_tokens=1))
 
 
 @torch.inference_mode()
 def _peer_prefill(model: Any, ids: torch.Tensor) -> None:
-    model(ids, use_cache=True, logits_to_keep=1)
+    model(ids, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1).item()
 
 
 def smollm2(rounds: int = 7) -> None:

@@ -126,10 +126,11 @@ class Model(Transformer):
         return self.tokenizer.encode(text, bos=self.tokenizer.adds_bos)
 
     def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-        """Chat messages to ids in the checkpoint's own format; `options` as of `Encoding.encode`."""
+        """Chat messages to ids in the checkpoint's own format; `options` as of `Encoding.encode`. Special tokens
+        spelled out in a message's text stay plain text."""
         if self.tokenizer is None:
             raise InputError("chat needs a tokenizer (tokenizer.json), and this checkpoint came without one")
-        return self.tokenizer.encode(self._chat_encoding().encode(messages, **options))
+        return self._chat_encoding().encode_ids(messages, self.tokenizer, **options)
 
     def chat(
         self,

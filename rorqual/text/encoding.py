@@ -4,18 +4,25 @@ A generation is data plus one pure function `render(messages, request) -> str`; 
 asks for against what the generation has, so that nothing is ever silently ignored.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from rorqual.text.messages import EXTRA_FIELDS, EncodingError, Message, check, check_tools
+from rorqual.text.messages import EXTRA_FIELDS, EncodingError, Message, check, check_tools, to_json
 from rorqual.text.parser import Grammar, StreamParser
+from rorqual.text.tokenizer import MARK, Tokenizer
+from rorqual.text.tokens import END_THINK, THINK
+
+_TAGS = (THINK, END_THINK)
+_SPLIT_TAGS = re.compile(f"({THINK}|{END_THINK})")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """What the caller asked for, after checking. `tools` are function objects; `generate`: end with the text
-    that opens the assistant's turn."""
+    that opens the assistant's turn. `mark`: to be applied to a caller's text other than contents and reasoning as it
+    is written (see `Encoding.encode_ids`)."""
 
     tools: tuple[Mapping[str, Any], ...]
     thinking: bool
@@ -24,6 +31,7 @@ class Request:
     generate: bool
     drop_thinking: bool
     default_system: str | None
+    mark: Callable[[str], str] = str
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +42,8 @@ class Encoding:
     `default_thinking`. opens_thinking: the prompt itself writes `<think>`. tools: "never", "chat" (without
     thinking only) or "always". efforts: accepted values of `effort`. schema: it has a response-format
     section. default_system: written when a conversation has no system message (replace it with
-    dataclasses.replace). loose_parts: content that is not text is named instead of refused.
+    dataclasses.replace). loose_parts: content that is not text is named instead of refused. reads_think_tags:
+    think tags in an assistant's content are markup.
     """
 
     name: str
@@ -50,6 +59,7 @@ class Encoding:
     schema: bool = False
     default_system: str | None = None
     loose_parts: bool = False
+    reads_think_tags: bool = False
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -89,6 +99,42 @@ class Encoding:
 
         Raises EncodingError for a malformed conversation and for a feature the generation has not.
         """
+        return self._write(
+            messages, str, tools, thinking, effort, response_format, add_generation_prompt, drop_thinking
+        )
+
+    def encode_ids(
+        self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, **options: Any
+    ) -> list[int]:
+        """The conversation as ids: those of `tokenizer.encode(self.encode(messages, **options))`, except that
+        a special token spelled out in what the caller gave (contents, reasoning, calls, tools, schema) stays
+        ordinary text, so that no user can write a turn of his own. `options`: as of `encode`.
+
+        Think tags in an assistant's content stay markup where the format reads them (R1, V3.1). Raises
+        EncodingError also for text that holds the noncharacter U+FDD0.
+        """
+        plain = self.encode(messages, **options)
+        if MARK in plain:
+            raise EncodingError("the conversation holds the noncharacter U+FDD0; take it out")
+        names = ("tools", "thinking", "effort", "response_format", "add_generation_prompt", "drop_thinking")
+        given = dict(zip(names, (None, None, None, None, True, True), strict=True)) | options
+        marked = self._write(messages, tokenizer.mark, *(given[name] for name in names))
+        if marked.replace(MARK, "") != plain:
+            raise EncodingError("special tokens in the contents change the form of the conversation")
+        return tokenizer.encode_marked(marked)
+
+    def _write(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        mark: Callable[[str], str],
+        tools: Sequence[Mapping[str, Any]] | None,
+        thinking: bool | None,
+        effort: str | None,
+        response_format: Mapping[str, Any] | None,
+        add_generation_prompt: bool,
+        drop_thinking: bool,
+    ) -> str:
+        """`encode`, with `mark` applied to all the caller's text."""
         checked = check(messages, loose_parts=self.loose_parts)
         thinks = self._thinks(thinking)
         functions = check_tools(tools) if tools else ()
@@ -104,8 +150,9 @@ class Encoding:
                 raise EncodingError(
                     f"response_format is a {type(response_format).__name__}; give a JSON schema"
                 )
-        for message, raw in zip(checked, messages, strict=True):
-            self._check_message(message, raw)
+            to_json(response_format, "response_format")
+        for message in checked:
+            self._check_message(message, messages[message.index])
         request = Request(
             tools=functions,
             thinking=thinks,
@@ -114,8 +161,21 @@ class Encoding:
             generate=add_generation_prompt and checked[-1].role != "assistant",
             drop_thinking=drop_thinking,
             default_system=self.default_system,
+            mark=mark,
         )
-        return self.render(checked, request)
+        return self.render([self._marked(message, mark) for message in checked], request)
+
+    def _marked(self, message: Message, mark: Callable[[str], str]) -> Message:
+        def marked(text: str) -> str:
+            if message.role == "assistant" and self.reads_think_tags:
+                return "".join(
+                    part if part in _TAGS else mark(part).removesuffix(MARK)
+                    for part in _SPLIT_TAGS.split(text)
+                )
+            return mark(text)
+
+        blocks = tuple(replace(block, text=marked(block.text)) for block in message.blocks)
+        return replace(message, blocks=blocks, reasoning=mark(message.reasoning))
 
     def parser(
         self,
@@ -133,8 +193,10 @@ class Encoding:
         """
         thinks = self._thinks(thinking)
         calls = self.supports_tools if tools is None else bool(tools)
-        if calls and not self.supports_tools:
-            raise self._lacks("tools")
+        if tools and not self._calls(thinks):
+            raise self._lacks("tools", "with thinking" if self.supports_tools else "")
+        if tools and not isinstance(tools, bool):
+            check_tools(tools)
         start = "turn"
         if prefix is not None and prefix.get("content"):
             start = "content"

@@ -14,13 +14,15 @@ FAMILIES = ("coder", "v2", "v3", "v4")  # the spelling is the same in all four v
 def fim(prefix: str, suffix: str, family: str = "v4") -> str:
     """The prompt after which a model writes what belongs between `prefix` and `suffix`.
 
-    Raises EncodingError for a family without these tokens, and for text that contains one of them.
+    Raises EncodingError for a family without these tokens, what is not text, and text that contains one of them.
     """
     if family not in FAMILIES:
         raise EncodingError(
             f"fill-in-the-middle is not known for {family!r}; use one of {', '.join(FAMILIES)}"
         )
     for name, text in (("prefix", prefix), ("suffix", suffix)):
+        if not isinstance(text, str):
+            raise EncodingError(f"{name} is a {type(text).__name__}; it must be text")
         for token in (FIM_BEGIN, FIM_HOLE, FIM_END):
             if token in text:
                 raise EncodingError(

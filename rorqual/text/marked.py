@@ -1,24 +1,28 @@
 """Tool calls in marked tokens (facts 4.2, 4.3): V3's form, fenced JSON after a type, and V3.1's bare form."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 
 from rorqual.text.messages import ToolCall, is_json
-from rorqual.text.parser import CallReader
+from rorqual.text.parser import LIMIT, CallReader
 from rorqual.text.tokens import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEP
 
 _TOKEN = "<｜tool▁"  # how every token of this kind begins
+_TOKEN_END = re.compile("[<>]")
 _TYPE = "function"
 _FENCE, _FENCE_END = "```json\n", "\n```"
 
 
-def write_marked(calls: Sequence[ToolCall], *, fenced: bool) -> str:
+def write_marked(calls: Sequence[ToolCall], mark: Callable[[str], str], *, fenced: bool) -> str:
     """The block of calls; "" for none. fenced: V2.5 to R1-0528 (type, name, ```json); else V3.1 (name,
-    JSON)."""
+    JSON). `mark` is applied to the caller's text."""
     if not calls:
         return ""
     head, gap, tail = (_TYPE + SEP, "\n" + _FENCE, _FENCE_END) if fenced else ("", SEP, "")
-    written = [f"{CALL_BEGIN}{head}{call.name}{gap}{call.arguments}{tail}{CALL_END}" for call in calls]
+    written = [
+        f"{CALL_BEGIN}{head}{mark(call.name)}{gap}{mark(call.arguments)}{tail}{CALL_END}" for call in calls
+    ]
     return CALLS_BEGIN + ("\n" if fenced else "").join(written) + CALLS_END
 
 
@@ -31,36 +35,44 @@ class MarkedReader(CallReader):
     def begin(self, layout: str) -> None:
         self._read: Callable[[], bool] = self._between
         self._inside = False  # between the tokens that open and close the whole block
-        self._text = ""  # read so far in the state at hand
+        self._pieces: list[str] = []  # the text read so far in the state at hand
 
     def step(self) -> bool:
         return self._read()
 
+    def _said(self) -> str:
+        """The text collected in the state at hand, which is over."""
+        text, self._pieces = "".join(self._pieces), []
+        return text
+
     def _to_token(self) -> str | None:
-        """Collect text in `_text` up to a whole token or stop, which is returned and stays in the buffer."""
-        parser = self.parser
-        text, marker = parser.until(_TOKEN, *parser.grammar.stops)
-        self._text += text
+        """Collect text up to a whole token or stop, which is returned and stays in the buffer. A token without
+        its end reaches up to the next `<`, or is as long as LIMIT."""
+        buffer = self.parser.buffer
+        text, marker = buffer.until(_TOKEN, *self.parser.grammar.stops)
+        self._pieces.append(text)
         if marker is None:
             return None
-        parser.buffer = marker + parser.buffer
+        buffer.unread(marker)
         if marker != _TOKEN:
             return marker
-        end = parser.buffer.find(">")
-        return parser.buffer[: end + 1] if end >= 0 else None
+        end = buffer.find(_TOKEN_END, len(_TOKEN), LIMIT)
+        if end is None:
+            return buffer.peek(LIMIT) if len(buffer) >= LIMIT else None
+        return buffer.peek(buffer.place(end) + (end[0] == ">"))
 
     def _between(self) -> bool:
         """Before, between and after calls: only tokens, and whitespace, belong here."""
         parser = self.parser
         token = self._to_token()
         if token is None:
-            if parser.final:
-                self._loose_text(self._text)
+            if parser.buffer.final:
+                self._loose_text()
                 if self._inside or parser.buffer:
-                    parser.cut_off(parser.take(len(parser.buffer)))
+                    parser.cut_off(parser.buffer.take(len(parser.buffer)))
             return False
-        self._loose_text(self._text)
-        parser.take(len(token))
+        self._loose_text()
+        parser.buffer.take(len(token))
         if token in parser.grammar.stops:
             if self._inside:
                 parser.cut_off()
@@ -79,23 +91,22 @@ class MarkedReader(CallReader):
                 parser.resume_content()
         return True
 
-    def _loose_text(self, text: str) -> None:
+    def _loose_text(self) -> None:
+        text = self._said()
         if text.strip():
             self.parser.fault("there is text between or after the tool calls", text)
-        self._text = ""
 
     def _header(self) -> bool:
         """Up to the separator: the name. Without one it is set aside, and the next token decides."""
         token = self._to_token()
-        if token is None and not self.parser.final:
+        if token is None and not self.parser.buffer.final:
             return False
         if token == SEP:
-            self.parser.take(len(SEP))
-            self._named(self._text)
+            self.parser.buffer.take(len(SEP))
+            self._named(self._said())
         else:
-            self.parser.fault("a call has no name", CALL_BEGIN + self._text)
+            self.parser.fault("a call has no name", CALL_BEGIN + self._said())
             self._read = self._between
-        self._text = ""
         return True
 
     def _named(self, before_separator: str) -> None:
@@ -105,17 +116,17 @@ class MarkedReader(CallReader):
     def _arguments(self) -> bool:
         """The JSON text up to a token; the end of a fence right before it is layout."""
         parser = self.parser
-        text, marker = parser.until(*self.fence_ends, _TOKEN, *parser.grammar.stops)
+        text, marker = parser.buffer.until(*self.fence_ends, _TOKEN, *parser.grammar.stops)
         parser.call_text(text)
         if marker is None:
-            if parser.final:
+            if parser.buffer.final:
                 parser.cut_off()
             return False
         if marker in parser.grammar.stops:
             parser.cut_off()
             parser.stop()
         else:
-            parser.buffer = _TOKEN + parser.buffer
+            parser.buffer.unread(_TOKEN)
             self._read = self._closing
         return True
 
@@ -123,7 +134,7 @@ class MarkedReader(CallReader):
         """The token after the arguments should close the call; another is left for `_between`."""
         parser = self.parser
         token = self._to_token()
-        if token is None and not parser.final:
+        if token is None and not parser.buffer.final:
             return False
         closed = token == CALL_END
         good = is_json(parser.arguments) and isinstance(json.loads(parser.arguments), dict)
@@ -131,7 +142,7 @@ class MarkedReader(CallReader):
         if not good:
             parser.fault("the arguments of a call are not a JSON object")
         if closed:
-            parser.take(len(CALL_END))
+            parser.buffer.take(len(CALL_END))
         else:
             parser.fault(f"a call has no {CALL_END}")
         self._read = self._between
@@ -150,22 +161,21 @@ class FencedReader(MarkedReader):
 
     def _name_line(self) -> bool:
         parser = self.parser
-        text, marker = parser.until("\n", _TOKEN, *parser.grammar.stops)
-        self._text += text
-        if marker is None and not parser.final:
+        text, marker = parser.buffer.until("\n", _TOKEN, *parser.grammar.stops)
+        self._pieces.append(text)
+        if marker is None and not parser.buffer.final:
             return False
-        parser.call_begin(self._text.strip())
-        self._text = ""
+        parser.call_begin(self._said().strip())
         self._read = self._fence
         if marker is not None and marker != "\n":
-            parser.buffer = marker + parser.buffer
+            parser.buffer.unread(marker)
         return True
 
     def _fence(self) -> bool:
         parser = self.parser
-        if parser.buffer.startswith(_FENCE):
-            parser.take(len(_FENCE))
-        elif _FENCE.startswith(parser.buffer) and not parser.final:
+        if parser.buffer.starts(_FENCE):
+            parser.buffer.take(len(_FENCE))
+        elif parser.buffer.may_become(_FENCE):
             return False
         else:
             parser.fault("the arguments are not in a ```json block")

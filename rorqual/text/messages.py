@@ -12,6 +12,9 @@ from rorqual.text.tokens import TASKS
 
 ROLES = ("system", "user", "assistant", "tool", "developer", "latest_reminder")
 EXTRA_FIELDS = ("tools", "response_format", "content_blocks", "task", "wo_eos")
+_KNOWN = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "prefix", *EXTRA_FIELDS)
+_UNWRITTEN = ("name", "id", "index", "type")  # clients send them; no template writes them
+_EMPTY = ("refusal", "audio", "annotations", "function_call")  # allowed when they hold nothing
 _OWNERS = {  # fields that only some roles may have
     "reasoning_content": ("assistant",),
     "tool_calls": ("assistant",),
@@ -76,8 +79,9 @@ def check(messages: object, *, loose_parts: bool = False) -> list[Message]:
     """Read OpenAI-shaped messages. `loose_parts`: write "[Unsupported type]" for a part that is not text
     (V4).
 
-    Raises EncodingError for an empty list, unknown role, missing or wrong field, tool result without its
-    call, a `prefix` that is not on a last assistant message.
+    Tool results with ids come out in the order of their calls. Raises EncodingError for an empty list,
+    unknown role, unknown, missing or wrong field, tool result without its call, a call answered twice, a
+    `prefix` that is not on a last assistant message.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise EncodingError(f"messages is {_kind(messages)}; it must be a list of messages")
@@ -85,19 +89,20 @@ def check(messages: object, *, loose_parts: bool = False) -> list[Message]:
         raise EncodingError("messages is empty; give at least one message")
     checked: list[Message] = []
     open_calls: tuple[ToolCall, ...] = ()
-    answered = 0
+    answers: list[Message] = []
     for index, raw in enumerate(messages):
         message = _message(index, raw, loose_parts)
         if message.role == "tool":
-            answered += 1
-            _check_result(message, open_calls, answered)
+            _check_result(message, open_calls, answers)
+            answers.append(message)
         else:
-            open_calls, answered = message.calls, 0
+            open_calls, answers = message.calls, []
         if message.prefix and (message.role != "assistant" or index != len(messages) - 1):
             raise _error(
                 index, "prefix", "true", "only the last message may have it, and it must be an assistant's"
             )
         checked.append(message)
+        checked[len(checked) - len(answers) :] = _in_order(answers, open_calls)
     return checked
 
 
@@ -117,13 +122,19 @@ def check_tools(tools: object, where: str = "tools") -> tuple[Mapping[str, Any],
                 f"{where}[{number}] has no function with a name; it must look like "
                 '{"type": "function", "function": {"name": …, "parameters": …}}'
             )
+        function = {key: value for key, value in function.items() if (key, value) != ("description", None)}
+        to_json(function, f"{where}[{number}]")
         functions.append(function)
     return tuple(functions)
 
 
-def to_json(value: object) -> str:
-    """JSON as the published encoders write it: one line, ", " and ": " between, letters unescaped."""
-    return json.dumps(value, ensure_ascii=False)
+def to_json(value: object, where: str = "a value", *, indent: int | None = None) -> str:
+    """JSON as the published encoders write it: one line, ", " and ": " between, letters unescaped.
+    EncodingError, naming `where`, for what JSON cannot hold."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise EncodingError(f"{where} cannot be written as JSON: {error}") from None
 
 
 def is_json(text: str) -> bool:
@@ -145,6 +156,10 @@ def _message(index: int, raw: object, loose: bool) -> Message:
     role = raw.get("role")
     if role not in ROLES:
         raise _error(index, "role", repr(role), f"use one of {', '.join(ROLES)}")
+    for field, value in raw.items():
+        if field not in (*_KNOWN, *_UNWRITTEN) and (value or field not in _EMPTY):
+            known = ", ".join(_KNOWN)
+            raise _error(index, repr(field), "not a field of a message", f"take it out; known are {known}")
     assistant = role == "assistant"
     for field, allowed in _OWNERS.items():
         if raw.get(field) and role not in allowed:
@@ -161,6 +176,8 @@ def _message(index: int, raw: object, loose: bool) -> Message:
         raise _error(index, "task", repr(task), f"use one of {', '.join(TASKS)}")
     content = raw.get("content")
     if raw.get("content_blocks"):
+        if content:
+            raise _error(index, "content", "given beside content_blocks", "give only one of the two")
         content = raw["content_blocks"]
     if content is None and not (assistant and (calls or reasoning or prefix)):
         raise _error(index, "content", "nothing", "give a string (it may be empty) or a list of text parts")
@@ -169,6 +186,8 @@ def _message(index: int, raw: object, loose: bool) -> Message:
     if role == "developer" and not any(block.text for block in blocks):
         raise _error(index, "content", "empty text", "a developer message must say something")
     tools = raw.get("tools")
+    response_format = _optional(index, raw, "response_format", Mapping)
+    to_json(response_format, f"message {index}: response_format")
     return Message(
         index=index,
         role=str(role),
@@ -179,7 +198,7 @@ def _message(index: int, raw: object, loose: bool) -> Message:
         eos=not _optional(index, raw, "wo_eos", bool),
         task=task,
         tools=check_tools(tools, f"message {index}: tools") if tools else (),
-        response_format=_optional(index, raw, "response_format", Mapping),
+        response_format=response_format,
     )
 
 
@@ -189,13 +208,13 @@ def _blocks(index: int, content: object, loose: bool, result: bool, call_id: str
         return (Block(content, result, call_id),)
     if not isinstance(content, Sequence):
         raise _error(index, "content", _kind(content), "it must be a string or a list of text parts")
-    blocks = tuple(_part(index, number, part, loose) for number, part in enumerate(content))
+    blocks = tuple(_part(index, number, part, loose, result) for number, part in enumerate(content))
     if result:
         return (Block("\n\n".join(block.text for block in blocks), True, call_id),)
     return blocks
 
 
-def _part(index: int, number: int, part: object, loose: bool) -> Block:
+def _part(index: int, number: int, part: object, loose: bool, result: bool) -> Block:
     field = f"content[{number}]"
     if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
         raise _error(index, field, _kind(part), 'it must be an object such as {"type": "text", "text": …}')
@@ -206,6 +225,8 @@ def _part(index: int, number: int, part: object, loose: bool) -> Block:
         return Block(part["text"])
     if not loose:
         raise _error(index, f"{field}.type", repr(kind), "this encoding takes text parts only")
+    if kind == "tool_result" and result:
+        raise _error(index, f"{field}.type", "'tool_result'", "a tool result cannot hold another")
     if kind == "tool_result":
         inner = _blocks(
             index, part.get("content", ""), loose, True, _optional(index, part, "tool_use_id", str)
@@ -231,20 +252,46 @@ def _calls(index: int, raw: object) -> tuple[ToolCall, ...]:
         if not isinstance(name, str) or not name:
             raise _error(index, f"{field}.name", _kind(name), "it must be a non-empty string")
         if isinstance(arguments, Mapping):
-            arguments = to_json(arguments)
+            arguments = to_json(arguments, f"message {index}: {field}.arguments")
         if not isinstance(arguments, str):
             raise _error(index, f"{field}.arguments", _kind(arguments), "it must be a string of JSON")
+        _check_arguments(index, f"{field}.arguments", arguments)
         calls.append(ToolCall(name, arguments, _optional(index, call, "id", str)))
     return tuple(calls)
 
 
-def _check_result(message: Message, calls: tuple[ToolCall, ...], number: int) -> None:
+def _check_arguments(index: int, field: str, text: str) -> None:
+    """Text that is no JSON is written as it is, but not what only Python takes for JSON."""
+    if is_json(text):
+        return
+    try:
+        json.loads(text)
+    except RecursionError:
+        raise _error(index, field, "nested too deeply", "no reader can take it apart") from None
+    except ValueError:
+        return
+    raise _error(index, field, "not JSON: it holds NaN or Infinity", "write null or a text instead")
+
+
+def _in_order(answers: list[Message], calls: tuple[ToolCall, ...]) -> list[Message]:
+    """Tool results in the order of their calls, if all have ids; else as given."""
+    order = {call.id: number for number, call in enumerate(calls)}
+    ids = [answer.blocks[0].call_id for answer in answers]
+    if None in order or not all(call_id in order for call_id in ids):
+        return answers
+    return sorted(answers, key=lambda answer: order[answer.blocks[0].call_id])
+
+
+def _check_result(message: Message, calls: tuple[ToolCall, ...], earlier: Sequence[Message]) -> None:
     """A tool message answers a call of the assistant message before it: by id where both have one."""
+    number = len(earlier) + 1
     if not calls:
         raise _error(message.index, "role", "'tool'", "it must follow an assistant message with tool_calls")
     if number > len(calls):
         raise _error(message.index, "role", "'tool'", f"there are {number} results for {len(calls)} call(s)")
     wanted = message.blocks[0].call_id
+    if wanted is not None and any(wanted == answer.blocks[0].call_id for answer in earlier):
+        raise _error(message.index, "tool_call_id", repr(wanted), "a message before it answers that call")
     known = [call.id for call in calls]
     if wanted is not None and None not in known and wanted not in known:
         raise _error(

@@ -2,15 +2,18 @@
 
 `StreamParser` takes text in pieces of any size and gives the same result as for the whole text at once. It
 holds back only what could still turn out to be the start of a marker. Which markers there are is data
-(`Grammar`); how a generation spells its calls is in `rorqual.text.calls`.
+(`Grammar`); how the generations spell their calls is in `rorqual.text.marked` and `rorqual.text.dsml`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rorqual.text.buffer import Buffer
 from rorqual.text.messages import ToolCall
 from rorqual.text.tokens import BOS, END_THINK, EOS, THINK
+
+LIMIT = 1024  # characters of a tag or a call's header
 
 
 class ToolCallError(ValueError):
@@ -94,6 +97,8 @@ class Parsed:
 class CallReader:
     """How one generation spells tool calls. One reader serves one parse and works on its parser's buffer.
 
+    A reader sets markup aside that has no end within LIMIT characters: what a parser holds is bounded.
+
     starts: texts that end the content. A start may begin with newlines; they are layout and are dropped.
     """
 
@@ -151,8 +156,7 @@ class StreamParser:
     ) -> None:
         self.grammar = grammar
         self.strict = strict
-        self.buffer = ""
-        self.final = False
+        self.buffer = Buffer()
         self.calls: list[ToolCall] = []
         self._thinking, self._opened = thinking, opened
         self._reader = grammar.reader(self) if tools and grammar.reader else None
@@ -162,22 +166,25 @@ class StreamParser:
         self._content_text: list[str] = []
         self._arguments: list[str] = []
         self._unparsed: list[str] = []
+        self._blanks: list[str] = []  # whitespace that may be layout
         self._problems: list[str] = []
         self._truncated = False
         self._stopped = False
         self._result: Parsed | None = None
 
     def feed(self, text: str) -> list[Event]:
-        """Take more text; the events it completes."""
+        """Take more text; the events it completes. ValueError for what is not text."""
+        if not isinstance(text, str):
+            raise ValueError(f"feed takes text, found a {type(text).__name__}")
         if self._result is not None:
             raise RuntimeError("feed after finish: make a new parser for the next turn")
-        self.buffer += text
+        self.buffer.add(text)
         return self._run()
 
     def finish(self) -> Parsed:
         """The text has ended: release what was held back and give the whole turn."""
         if self._result is None:
-            self.final = True
+            self.buffer.final = True
             events = tuple(self._run())
             self._keep_arguments()
             self._check_end()
@@ -195,6 +202,7 @@ class StreamParser:
     def _run(self) -> list[Event]:
         while self._state():
             pass
+        self.buffer.drop()
         events, self._events = self._events, []
         return events
 
@@ -202,28 +210,31 @@ class StreamParser:
 
     def _turn(self) -> bool:
         """Right after the template: its lead, an opening `<think>`."""
-        if self.grammar.lead and not self.skip(self.grammar.lead):
+        if self.grammar.lead and not self.buffer.skip(self.grammar.lead):
             return False
         self._state = self._opening if self._thinking else self._content
         return True
 
     def _opening(self) -> bool:
         """`<think>`, which the model may have to write itself. After a prompt that did, it is dropped."""
-        bare = self.buffer.lstrip()
-        if bare.startswith(THINK):
+        self._blanks.append(self.buffer.blanks())
+        if self.buffer.starts(THINK):
             if self._opened:
                 self.fault("the model repeated <think>")
-            self.buffer = bare[len(THINK) :]
+            self.buffer.take(len(THINK))
+            self._blanks = []
             self._state = self._gap
-        elif THINK.startswith(bare) and not self.final:
+        elif self.buffer.may_become(THINK):
             return False
         else:
+            self.buffer.unread("".join(self._blanks))
+            self._blanks = []
             self._state = self._reasoning if self._opened else self._content
         return True
 
     def _gap(self) -> bool:
         """Layout after `<think>`."""
-        if self.grammar.think_gap and not self.skip(self.grammar.think_gap):
+        if self.grammar.think_gap and not self.buffer.skip(self.grammar.think_gap):
             return False
         self._state = self._reasoning
         return True
@@ -231,12 +242,12 @@ class StreamParser:
     def _reasoning(self) -> bool:
         before, _ = self.grammar.think_end
         ends = (before + END_THINK, END_THINK) if before else (END_THINK,)
-        text, marker = self.until(*ends, *self._endings())
+        text, marker = self.buffer.until(*ends, *self._endings())
         if text:
             self._reasoning_text.append(text)
             self._events.append(ReasoningDelta(text))
         if marker is None:
-            if self.final:
+            if self.buffer.final:
                 self._truncated = True
                 self.fault("the text ended inside the reasoning")
             return False
@@ -251,16 +262,16 @@ class StreamParser:
         """Layout after `</think>`; with wrapping tags, any whitespace up to the first."""
         _, after = self.grammar.think_end
         if self.grammar.wrappers:
-            self.buffer = self.buffer.lstrip()
-            if not self.buffer and not self.final:
+            self.buffer.blanks()
+            if not self.buffer and not self.buffer.final:
                 return False
-        elif after and not self.skip(after):
+        elif after and not self.buffer.skip(after):
             return False
         self._state = self._content
         return True
 
     def _content(self) -> bool:
-        text, marker = self.until(*self.grammar.wrappers, *self._endings())
+        text, marker = self.buffer.until(*self.grammar.wrappers, *self._endings())
         if text:
             self._content_text.append(text)
             self._events.append(ContentDelta(text))
@@ -270,10 +281,13 @@ class StreamParser:
 
     def _done(self) -> bool:
         """After a stop: only whitespace may follow (templates put a newline there)."""
-        if not self.buffer.strip():
-            return False
-        self.fault("there is text after the end of the turn", self.take(len(self.buffer.rstrip())))
-        return True
+        text = self.buffer.take(len(self.buffer))
+        said = text.rstrip()
+        if said:
+            self.fault("there is text after the end of the turn", "".join(self._blanks) + said)
+            self._blanks = []
+        self._blanks.append(text[len(said) :])
+        return False
 
     def _endings(self) -> tuple[str, ...]:
         """The texts that end reasoning or content."""
@@ -286,7 +300,7 @@ class StreamParser:
         """Go where a marker of `_endings` leads; True, since there is more to do."""
         if self._reader and marker in self._reader.starts:
             markup = marker.lstrip("\n")
-            self.buffer = markup + self.buffer
+            self.buffer.unread(markup)
             self._state = self._reader.step
             self._reader.begin(marker.removesuffix(markup))
         else:
@@ -304,35 +318,6 @@ class StreamParser:
                 raise ToolCallError(f"the special token {special!r} stands inside the text")
 
     # ---- what states and call readers share
-
-    def until(self, *markers: str) -> tuple[str, str | None]:
-        """Take the text up to the earliest marker, and the marker; (text, None) when there is none yet.
-
-        Without a marker, an end of the buffer that could be the start of one stays there.
-        """
-        found = [(at, -len(marker), marker) for marker in markers if (at := self.buffer.find(marker)) >= 0]
-        if found:
-            at, _, marker = min(found)
-            text = self.take(at)
-            self.take(len(marker))
-            return text, marker
-        held = 0 if self.final else _held(self.buffer, markers)
-        return self.take(len(self.buffer) - held), None
-
-    def take(self, count: int) -> str:
-        """Remove and return the first `count` characters of the buffer."""
-        text, self.buffer = self.buffer[:count], self.buffer[count:]
-        return text
-
-    def skip(self, layout: str) -> bool:
-        """Drop as much of `layout` as the buffer begins with. False when that cannot be known yet."""
-        same = 0
-        while same < min(len(layout), len(self.buffer)) and layout[same] == self.buffer[same]:
-            same += 1
-        if same == len(self.buffer) and same < len(layout) and not self.final:
-            return False
-        self.take(same)
-        return True
 
     def fault(self, problem: str, unparsed: str = "") -> None:
         """Report a break of the format, keeping the text concerned; in strict mode raise ToolCallError."""
@@ -383,12 +368,3 @@ class StreamParser:
         if self._arguments:
             self.calls[-1] = replace(self.calls[-1], arguments=self.calls[-1].arguments + self.arguments)
             self._arguments = []
-
-
-def _held(text: str, markers: tuple[str, ...]) -> int:
-    """The length of the longest end of `text` that a marker begins with (and is not finished by)."""
-    longest = max(map(len, markers), default=1)
-    for start in range(max(0, len(text) - longest + 1), len(text)):
-        if any(marker.startswith(text[start:]) for marker in markers):
-            return len(text) - start
-    return 0

@@ -18,6 +18,7 @@ class Vocabulary(Protocol):
     """What `detect` looks at; `rorqual.text.Tokenizer` has it."""
 
     chat_template: str | None
+    eos: tuple[int, ...]
 
     @property
     def vocab_size(self) -> int: ...
@@ -27,14 +28,14 @@ class Vocabulary(Protocol):
 
 def get_encoding(name: str) -> Encoding:
     """The encoding called `name`; EncodingError lists the names."""
-    if name not in ENCODINGS:
+    if not isinstance(name, str) or name not in ENCODINGS:
         raise EncodingError(f"encoding {name!r} is not known; use one of {', '.join(ENCODINGS)}")
     return ENCODINGS[name]
 
 
 def detect(tokenizer: Vocabulary, model_type: str | None = None) -> Encoding | None:
     """The encoding for a model, by `model_type` of its config.json and by its vocabulary and template; None
-    when nothing fits (a base model without chat tokens).
+    when nothing fits: a base model without chat tokens, or with the old vocabulary and no template.
 
     The template is only searched for the words that tell the generations apart. V3.2-Exp has V3.2's
     model_type but V3.1's template; V3.2 itself has none.
@@ -44,13 +45,15 @@ def detect(tokenizer: Vocabulary, model_type: str | None = None) -> Encoding | N
         return V4
     if model_type == "deepseek_v32" and not template:
         return V32
+    if "### Instruction" in template:
+        return CODER
     if tokenizer.id_of(USER) is not None:
         return _by_template(template) or (V4 if tokenizer.id_of(DSML) is not None else ROLES)
     if tokenizer.id_of(IM_START) is not None:
         return replace(CHATML, default_system=_default_system(template))
-    if tokenizer.id_of(EOT) is not None and tokenizer.vocab_size < 40_000:
-        return CODER
-    if tokenizer.id_of(BOS) is not None:
+    if tokenizer.id_of(EOT) in tokenizer.eos and tokenizer.vocab_size < 40_000:
+        return CODER  # Coder V1 instruct ends its turns with EOT; its base model does not
+    if tokenizer.id_of(BOS) is not None and "User:" in template:
         return USER_ASSISTANT
     return None
 

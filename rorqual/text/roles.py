@@ -4,7 +4,6 @@
 They differ in what follows `<｜Assistant｜>` and in how tools are written; `_Style` holds the differences.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,20 +32,17 @@ from rorqual.text.tokens import (
 )
 
 
-def _tools_v3(tools: Sequence[Mapping[str, Any]]) -> str:
+def _tools_v3(tools: Sequence[Mapping[str, Any]], mark: Callable[[str], str]) -> str:
     """The tools section of V2.5's model card (unverified; V3's own template has none)."""
-    shown = (
-        f"- `{tool['name']}`:\n```json\n{json.dumps(tool, ensure_ascii=False, indent=4)}\n```"
-        for tool in tools
-    )
+    shown = (f"- `{mark(tool['name'])}`:\n```json\n{mark(to_json(tool, indent=4))}\n```" for tool in tools)
     return "## Tools\n\n### Function\n\nYou have the following functions available:\n\n" + "\n\n".join(shown)
 
 
-def _tools_v31(tools: Sequence[Mapping[str, Any]]) -> str:
+def _tools_v31(tools: Sequence[Mapping[str, Any]], mark: Callable[[str], str]) -> str:
     """The tools section of V3.1's model card (blank lines unverified)."""
     shown = "".join(
-        f"\n### {tool['name']}\nDescription: {tool.get('description', '')}\n\n"
-        f"Parameters: {to_json(tool.get('parameters', {}))}\n"
+        f"\n### {mark(tool['name'])}\nDescription: {mark(str(tool.get('description', '')))}\n\n"
+        f"Parameters: {mark(to_json(tool.get('parameters') or {}))}\n"
         for tool in tools
     )
     return (
@@ -66,7 +62,7 @@ class _Style:
     forced: a prompt ends in `think` when thinking. fenced: V3's form of calls and results, else V3.1's.
     tools: writes the tools section."""
 
-    tools: Callable[[Sequence[Mapping[str, Any]]], str]
+    tools: Callable[[Sequence[Mapping[str, Any]], Callable[[str], str]], str]
     think: str = ""
     close: str = ""
     answer: str = ""
@@ -82,7 +78,7 @@ def _render(style: _Style, messages: Sequence[Message], request: Request) -> str
     """
     head = system_text(messages)
     if request.tools:
-        head = "\n\n".join(part for part in (head, style.tools(request.tools)) if part)
+        head = "\n\n".join(part for part in (head, style.tools(request.tools, request.mark)) if part)
     parts = [BOS, head]
     turns = [message for message in messages if message.role != "system"]
     after_tool = False
@@ -136,7 +132,7 @@ def _assistant(style: _Style, message: Message, request: Request, *, opened: boo
     elif not opened:
         start += style.answer
     end = "" if message.prefix else EOS
-    return start + text + write_marked(message.calls, fenced=style.fenced) + end
+    return start + text + write_marked(message.calls, request.mark, fenced=style.fenced) + end
 
 
 _R1_STYLE = _Style(_tools_v3, THINK + "\n", f"\n{END_THINK}\n\n")
@@ -155,6 +151,7 @@ R1 = Encoding(
     partial(_render, replace(_R1_STYLE, forced=True)),
     _R1_GRAMMAR,
     thinking="always",
+    reads_think_tags=True,
 )
 R1_0528 = Encoding(
     "r1-0528",
@@ -163,6 +160,7 @@ R1_0528 = Encoding(
     roles=_WITH_TOOLS,
     thinking="always",
     opens_thinking=False,
+    reads_think_tags=True,
     tools="always",
 )
 V31 = Encoding(
@@ -172,4 +170,5 @@ V31 = Encoding(
     roles=_WITH_TOOLS,
     thinking="choice",
     tools="chat",
+    reads_think_tags=True,
 )

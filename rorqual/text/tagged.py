@@ -1,6 +1,6 @@
 """The formats of V3.2 and V4, with DSML tool calls (facts 4.4, 4.5): published as encoders, not templates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -95,11 +95,16 @@ _EFFORT_MAX = (
 
 
 def _sections(
-    template: str, tools: Sequence[Mapping[str, Any]], formats: Sequence[Mapping[str, Any] | None]
+    template: str,
+    tools: Sequence[Mapping[str, Any]],
+    formats: Sequence[Mapping[str, Any] | None],
+    mark: Callable[[str], str],
 ) -> list[str]:
     """The tools section and the response-format sections, where there are any."""
-    sections = [template.replace("$SCHEMAS", "\n".join(map(to_json, tools)))] if tools else []
-    return sections + [_FORMAT + to_json(schema) for schema in formats if schema is not None]
+    sections = (
+        [template.replace("$SCHEMAS", "\n".join(mark(to_json(tool)) for tool in tools))] if tools else []
+    )
+    return sections + [_FORMAT + mark(to_json(schema)) for schema in formats if schema is not None]
 
 
 def _head(template: str, messages: Sequence[Message], request: Request) -> str:
@@ -110,7 +115,7 @@ def _head(template: str, messages: Sequence[Message], request: Request) -> str:
     systems = [message for message in messages if message.role == "system"]
     tools = [*request.tools, *(tool for message in systems for tool in message.tools)]
     formats = [message.response_format for message in systems] + [request.response_format]
-    return "\n\n".join([system_text(messages), *_sections(template, tools, formats)])
+    return "\n\n".join([system_text(messages), *_sections(template, tools, formats, request.mark)])
 
 
 def _last_user(turns: Sequence[Message]) -> int:
@@ -143,7 +148,7 @@ def render_v32(messages: Sequence[Message], request: Request) -> str:
         opens = after is not None or request.generate
         tag = THINK if thinks else END_THINK
         if turn.role == "assistant":
-            calls = write_dsml(turn.calls, "function_calls", blank_when_empty=True)
+            calls = write_dsml(turn.calls, "function_calls", request.mark, blank_when_empty=True)
             parts.append(_answer(turn, calls, thinks=thinks))
         elif turn.role == "tool":
             first = turns[place - 1].role != "tool"
@@ -151,13 +156,15 @@ def render_v32(messages: Sequence[Message], request: Request) -> str:
             if after is None or after.role != "tool":
                 parts.append("\n</function_results>" + (f"\n\n{tag}" if opens else ""))
         elif turn.role == "user" or not drop or place >= last_user:
-            parts.append(USER + (_developer_v32(turn) if turn.role == "developer" else turn.text))
+            parts.append(
+                USER + (_developer_v32(turn, request.mark) if turn.role == "developer" else turn.text)
+            )
             parts.append(ASSISTANT + tag if opens else "")
     return "".join(parts)
 
 
-def _developer_v32(turn: Message) -> str:
-    sections = _sections(_TOOLS_V32, turn.tools, [turn.response_format])
+def _developer_v32(turn: Message, mark: Callable[[str], str]) -> str:
+    sections = _sections(_TOOLS_V32, turn.tools, [turn.response_format], mark)
     return "".join(f"\n\n{section}" for section in [*sections, f"# The user's message is: {turn.text}"])
 
 
@@ -182,12 +189,12 @@ def render_v4(messages: Sequence[Message], request: Request) -> str:
         task = turns[place - 1].task if place else None
         if turn.role == "assistant":
             thinks = request.thinking and (not drop or place > last_user) and task is None
-            calls = write_dsml(turn.calls, "tool_calls", blank_when_empty=False)
+            calls = write_dsml(turn.calls, "tool_calls", request.mark, blank_when_empty=False)
             parts.append((opening(place) if task is None else "") + _answer(turn, calls, thinks=thinks))
         elif turn.role == "latest_reminder":
             parts.append(LATEST_REMINDER + turn.text)
         elif turn.role == "user" or not drop or place >= last_user:
-            sections = _sections(_TOOLS_V4, turn.tools, [turn.response_format])
+            sections = _sections(_TOOLS_V4, turn.tools, [turn.response_format], request.mark)
             parts.append(USER + "\n\n".join([_user_text(turn), *sections]))
         if turn.task is not None:
             if place + 1 < len(turns) and turns[place + 1].role != "assistant":

@@ -6,6 +6,7 @@ byte-level BPE: a vocabulary entry is a run of bytes, each byte written as one p
 
 import codecs
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -20,6 +21,7 @@ from rorqual.text import pretokenizers
 
 _CONFIG, _SPECIAL, _GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
 _FILES = ("tokenizer.json", _CONFIG, _SPECIAL, _GENERATION, "chat_template.jinja")
+MARK = "\ufdd0"  # a noncharacter; see Tokenizer.mark
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 
@@ -86,6 +88,7 @@ class Tokenizer:
             raise ValueError("this tokenizer is not byte-level BPE; the DeepSeek family uses no other kind")
         self._backend = backend
         self._plain: Backend | None = None
+        self._spelled: re.Pattern[str] | None = None
         added = backend.get_added_tokens_decoder()
         self._special = frozenset(number for number, token in added.items() if token.special)
         self._folder = folder
@@ -214,6 +217,30 @@ class Tokenizer:
         backend = self._backend if special else self._without_added()
         start = [self.bos] if bos and self.bos is not None else []
         return start + backend.encode(text, add_special_tokens=False).ids
+
+    def mark(self, text: str) -> str:
+        """`text` with MARK after the first letter of every added token spelled in it, and at its end, so that
+        `encode_marked` sees none there."""
+        if self._spelled is None:
+            added = [
+                t.content for t in self._backend.get_added_tokens_decoder().values() if len(t.content) > 1
+            ]
+            inner = "|".join(re.escape(token[0]) + "(?=" + re.escape(token[1:]) + ")" for token in added)
+            self._spelled = re.compile(inner or "(?!)")
+        return self._spelled.sub(lambda found: found[0] + MARK, text) + MARK if text else ""
+
+    def encode_marked(self, text: str) -> list[int]:
+        """As `encode`, for text made of parts of which some went through `mark`: the added tokens spelled in
+        those are read as ordinary text."""
+        whole = self._backend.encode(text, add_special_tokens=False)
+        added = self._backend.get_added_tokens_decoder()
+        ids: list[int] = []
+        done = 0
+        for number, (start, end) in zip(whole.ids, whole.offsets, strict=True):
+            if number in added and len(added[number].content) > 1:
+                ids += [*self.encode(text[done:start].replace(MARK, ""), special=False), number]
+                done = end
+        return ids + self.encode(text[done:].replace(MARK, ""), special=False)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Text of `ids`. `skip_special` leaves out tokens the files mark special (in V4: BOS, EOS, PAD and

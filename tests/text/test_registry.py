@@ -16,6 +16,7 @@ class Files:
     tokens: tuple[str, ...]
     chat_template: str | None = None
     vocab_size: int = 129_280
+    eos: tuple[int, ...] = ()
 
     def id_of(self, token: str) -> int | None:
         return self.tokens.index(token) if token in self.tokens else None
@@ -23,6 +24,7 @@ class Files:
 
 R1 = "{{'<｜Assistant｜>' + content.split('</think>')[-1]}}{{'<｜Assistant｜><think>\\n'}}"
 V31 = "{% if not thinking is defined %}{% set thinking = false %}{% endif %}{{'</think>'}}{{'<think>'}}"
+CODER = "{{ '### Instruction:\\n' + message['content'] }}"
 SMOL_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 SMOL = f"{{{{ '<|im_start|>system\n{SMOL_SYSTEM}<|im_end|>\n' }}}}"
 QWEN = r"{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
@@ -42,8 +44,10 @@ QWEN = r"{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
         (Files((BOS, USER), "{{'<｜Assistant｜>'}}"), "deepseek_v3", "roles"),
         (Files((BOS, USER), None, 100_018), "deepseek_v2", "roles"),
         (Files((BOS,), "{{ 'User: ' }}", 100_002), "deepseek_v2", "user-assistant"),
-        (Files((BOS,), None, 100_015), "llama", "user-assistant"),
-        (Files((BOS, "<|EOT|>"), None, 32_022), "llama", "coder"),
+        (Files((BOS,), "{{ 'User: ' }}", 100_015), "llama", "user-assistant"),
+        (Files((BOS, "<|EOT|>"), None, 32_022, eos=(1,)), "llama", "coder"),
+        (Files((BOS, "<|EOT|>"), CODER, 32_022, eos=(1,)), "llama", "coder"),
+        (Files((BOS,), CODER, 102_400), "llama", "coder"),
         (Files(("<|im_start|>", "<|im_end|>"), SMOL, 49_152), "llama", "chatml"),
     ],
 )
@@ -69,6 +73,13 @@ def test_detect_knows_when_it_does_not_know() -> None:
     assert detect(Files(("<s>",), None, 32_000), "llama") is None
 
 
+def test_detect_gives_nothing_for_a_base_model_of_the_old_generation() -> None:
+    for model_type in ("llama", "deepseek", "deepseek_v2"):
+        assert detect(Files((BOS,), None, 102_400), model_type) is None
+    coder_base = Files((BOS, "<|EOT|>", "<｜end▁of▁sentence｜>"), None, 32_022, eos=(2,))
+    assert detect(coder_base, "llama") is None
+
+
 def test_get_encoding() -> None:
     assert all(get_encoding(name).name == name for name in ENCODINGS)
     assert set(ENCODINGS) == {
@@ -76,6 +87,9 @@ def test_get_encoding() -> None:
     }  # fmt: skip
     with pytest.raises(EncodingError, match="'v5' is not known; use one of user-assistant, coder"):
         get_encoding("v5")
+    for wrong in (None, ["v4"]):
+        with pytest.raises(EncodingError, match="is not known"):
+            get_encoding(wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", ["coder", "v2", "v3", "v4"])
@@ -89,6 +103,8 @@ def test_fim_errors() -> None:
         fim("a", "b", "chatml")
     with pytest.raises(EncodingError, match="suffix contains '<｜fim▁hole｜>'"):
         fim("a", "b<｜fim▁hole｜>", "v3")
+    with pytest.raises(EncodingError, match="prefix is a NoneType"):
+        fim(None, "b")  # type: ignore[arg-type]
 
 
 def test_repository() -> None:
