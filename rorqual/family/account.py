@@ -13,7 +13,7 @@ from fractions import Fraction
 from math import ceil
 
 from rorqual.family.parts import GQA, MLA, Attention, CompressedAttention, ConfigError, Layer, ModelConfig
-from rorqual.family.pieces import Piece, all_mtp_pieces, attention_pieces, layer_pieces, main_pieces
+from rorqual.family.pieces import Piece, all_mtp_pieces, layer_pieces, main_pieces
 
 ATTENTION = ("attention", "index", "compressor")
 """The parts that make up attention."""
@@ -305,8 +305,3 @@ def _attention_flops(a: Attention, t: int, absorbed: bool) -> tuple[int, int]:
             entries = min(entries, a.compress.index.top_k)
         seen += entries
     return 4 * a.heads * a.head_dim * seen, index
-
-
-def attention_parameters(config: ModelConfig, layer: Layer) -> int:
-    """Parameters of a layer's attention as the papers count them (V3: 187,107,328)."""
-    return _total(attention_pieces(layer.attention, config.hidden))

@@ -22,6 +22,7 @@ class Card:
     context in tokens (`config.max_positions` may be larger). `encoding` names the chat encoding, None for
     models that only complete text. `unverified` names the fields (of this card, or of the hub's config.json)
     that were recalled rather than read in a primary or faithful copy; `source` is the paper or repository.
+    `note` says what else a user should know, such as a limitation.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Card:
     encoding: str | None = None
     aliases: tuple[str, ...] = ()
     unverified: tuple[str, ...] = ()
+    note: str = ""
 
     def sibling(
         self,

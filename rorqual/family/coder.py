@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rorqual.family.cards import Card, K, page
 from rorqual.family.parts import LinearScaling, ModelConfig
-from rorqual.family.v1 import SEVEN, dense
+from rorqual.family.v1 import SEVEN, SHAPE, dense
 
 INSTRUCT_EOS = 32021
 """`<|EOT|>`, which ends a reply of the instruct models."""
@@ -45,7 +45,7 @@ def instruct(base: Card) -> Card:
     return base.sibling(repo, eos=INSTRUCT_EOS, encoding="coder")
 
 
-RECALLED = ("rope_theta", "rope_scaling", "tie_word_embeddings")
+RECALLED = ("rope_theta", "rope_scaling", "tie_word_embeddings", "rms_norm_eps")
 SMALL = size("1.3b", shape(24, 2048, 16, 16, 5504), ())
 MQA = size("5.7bmqa", shape(32, 4096, 32, 1, 11008), RECALLED)
 MEDIUM = size("6.7b", shape(32, 4096, 32, 32, 11008), RECALLED)
@@ -57,7 +57,7 @@ V15 = page(
     context=4 * K,
     source="DeepSeek-Coder, arXiv 2401.14196",
     aliases=("deepseek-coder-7b-v1.5",),
-    unverified=("num_hidden_layers", "hidden_size", "intermediate_size", "rope_theta"),
+    unverified=SHAPE,
 )
 
 CARDS = (

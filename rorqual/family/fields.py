@@ -155,6 +155,18 @@ class Fields:
 
     # -------------------------------------------------------------------------------------- checking
 
+    def repeats(self, name: str, value: int, meaning: str) -> None:
+        """The field, if there, must be `value`, which the others already say."""
+        found = self.maybe_whole(name, least=1)
+        if found is not None and found != value:
+            raise self.error(name, f"({found}) contradicts {meaning} ({value})")
+
+    def entries(self, name: str, count: int) -> None:
+        """The list, if there, must have one entry a layer."""
+        found = self.text_list(name)
+        if found is not None and len(found) != count:
+            raise self.error(name, f"has {len(found)} entries for {count} layers")
+
     def only(self, name: str, *allowed: Any) -> None:
         """The field, if there, must have one of the values `allowed`."""
         value = self.raw(name)

@@ -38,17 +38,14 @@ BOOKKEEPING = frozenset({
     "architectures", "auto_map", "transformers_version", "use_cache", "pretraining_tp", "attention_dropout",
     "seq_aux", "aux_loss_alpha", "ep_size", "output_router_logits", "router_aux_loss_coef",
     "router_jitter_noise", "output_hidden_states", "output_attentions", "return_dict",
-    "chunk_size_feed_forward", "is_encoder_decoder", "is_decoder", "id2label", "label2id", "problem_type",
+    "chunk_size_feed_forward", "is_decoder", "id2label", "label2id", "problem_type",
     "tokenizer_class", "task_specific_params", "torchscript", "use_bfloat16", "tf_legacy_loss",
     "pruned_heads", "tie_encoder_decoder", "cross_attention_hidden_size", "add_cross_attention",
     "finetuning_task", "prefix", "decoder_start_token_id", "sep_token_id", "unsloth_version",
-    "unsloth_fixed", "qk_head_dim",
+    "unsloth_fixed",
 })
 # fmt: on
 """Fields that say nothing about the function, or repeat what others say."""
-
-DERIVED = {"deepseek_v2": {"head_dim"}, "deepseek_v3": {"head_dim"}, "deepseek_v32": {"head_dim"}}
-"""Fields transformers adds to MLA files (the rotary width once more)."""
 
 SECOND_STYLE = frozenset(
     {"rope_parameters", "compress_rates", "partial_rotary_factor", "dtype", "num_mtp_layers"}
@@ -70,10 +67,26 @@ def from_hub(mapping: Mapping[str, Any], *, source: str = "config.json") -> Mode
         ConfigError: a field is missing, of the wrong type, unsupported, or contradicts another; the message
             names the field, its value and the file.
     """
-    config, unknown = _read(mapping, source)
+    try:
+        config, unknown = _read(mapping, source)
+    except RecursionError:
+        raise ConfigError(f"{source}: is nested too deeply to be a config") from None
+    _warn_of_architectures(mapping, config.model_type, source)
     if unknown:
         warnings.warn(f"{source}: unknown fields are ignored: {', '.join(unknown)}", stacklevel=2)
     return config
+
+
+def _warn_of_architectures(mapping: Mapping[str, Any], model_type: str, source: str) -> None:
+    """Warn if the class names in the file belong to another model type that is known here."""
+    named = mapping.get("architectures")
+    for name in named if isinstance(named, (list, tuple)) else ():
+        other = next((kind for kind, ours in ARCHITECTURES.items() if ours == name), model_type)
+        if other != model_type:
+            warnings.warn(
+                f"{source}: architectures names {name}, which is of model_type {other}: read as {model_type}",
+                stacklevel=3,
+            )
 
 
 def to_hub(config: ModelConfig) -> dict[str, Any]:
@@ -85,7 +98,7 @@ def to_hub(config: ModelConfig) -> dict[str, Any]:
         ConfigError: config.json can't say what the config says.
     """
     canonical = _write(config)
-    fields, again, _ = _parse(canonical, "to_hub")
+    fields, again = _parse(canonical, "to_hub")
     if again != config:
         raise ConfigError(
             f"model_type {config.model_type} can't express this config: {_difference(config, again)}"
@@ -104,9 +117,9 @@ def to_hub(config: ModelConfig) -> dict[str, Any]:
 
 def _read(mapping: Mapping[str, Any], source: str) -> tuple[ModelConfig, list[str]]:
     """The config with its `extra`, and the names of unknown fields."""
-    fields, config, derived = _parse(mapping, source)
+    fields, config = _parse(mapping, source)
     unread = fields.unread()
-    unknown = [name for name in unread if name not in BOOKKEEPING | derived] + fields.strangers
+    unknown = [name for name in unread if name not in BOOKKEEPING] + fields.strangers
     keep = {name for name in unread if mapping[name] is not None or name != "architectures"}
     if not SECOND_STYLE & set(mapping):
         written = _write(config)
@@ -116,11 +129,14 @@ def _read(mapping: Mapping[str, Any], source: str) -> tuple[ModelConfig, list[st
     return config.replace(extra=extra), sorted(unknown)
 
 
-def _parse(mapping: Mapping[str, Any], source: str) -> tuple[Fields, ModelConfig, set[str]]:
-    """The fields as read, the config without `extra`, and the names that only repeat others."""
+def _parse(mapping: Mapping[str, Any], source: str) -> tuple[Fields, ModelConfig]:
+    """The fields as read, and the config without `extra`."""
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{source}: must hold a JSON object, got {type(mapping).__name__}")
+    if strange := [name for name in mapping if not isinstance(name, str)]:
+        raise ConfigError(f"{source}: field names must be strings, got {strange[0]!r}")
     fields = Fields(mapping, source)
+    fields.only("is_encoder_decoder", False)
     model_type = fields.text("model_type")
     if model_type not in ARCHITECTURES:
         listed = ", ".join(ARCHITECTURES)
@@ -131,7 +147,7 @@ def _parse(mapping: Mapping[str, Any], source: str) -> tuple[Fields, ModelConfig
         if str(error).startswith(source):
             raise
         raise ConfigError(f"{source}: {error}") from None
-    return fields, config, DERIVED.get(model_type, set())
+    return fields, config
 
 
 def _surround(fields: Fields, model_type: str) -> ModelConfig:
@@ -156,7 +172,7 @@ def _surround(fields: Fields, model_type: str) -> ModelConfig:
         mtp=mtp,
         quantization=read_quantization(fields),
         dtype=_dtype(fields),
-        init_std=fields.number("initializer_range", 0.02),
+        init_std=fields.number("initializer_range", 0.02, above=0),
         bos=fields.maybe_whole("bos_token_id"),
         eos=_eos(fields),
         pad=fields.maybe_whole("pad_token_id", least=-1),

@@ -18,6 +18,10 @@ def read_layers(fields: Fields, model_type: str) -> tuple[Layer, ...]:
     attention = read_attention(fields, model_type)
     if model_type in QWEN:
         _no_sliding_window(fields)
+    elif "sliding_window" in fields and fields.flag("use_sliding_window", True):
+        raise fields.error(
+            "sliding_window", f"{fields.raw('sliding_window')!r} is not supported: only null is"
+        )
     count = layer_count(fields)
     return (Layer(attention, SwiGLU(fields.size("intermediate_size"))),) * count
 
@@ -68,6 +72,7 @@ def read_attention(fields: Fields, model_type: str) -> GQA:
 def _no_sliding_window(fields: Fields) -> None:
     """Refuse a file that limits some layers to a window."""
     fields.only("use_mrope", False)
+    fields.entries("layer_types", layer_count(fields))
     kinds = fields.text_list("layer_types") or []
     if any(kind != "full_attention" for kind in kinds):
         other = next(kind for kind in kinds if kind != "full_attention")

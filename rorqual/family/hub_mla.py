@@ -77,11 +77,16 @@ def mtp_count(fields: Fields, allowed: bool) -> int:
 
 
 def _sparse_layers(fields: Fields, model_type: str, count: int) -> list[bool]:
-    """For each layer, whether it has experts. `mlp_layer_types` goes before `first_k_dense_replace`."""
-    kinds = fields.text_list("mlp_layer_types") if model_type == "deepseek_v32" else None
+    """For each layer, whether it has experts: `first_k_dense_replace` or `mlp_layer_types`, which must agree.
+
+    In V3.2's files the list goes first, for its layers may alternate.
+    """
+    kinds = fields.text_list("mlp_layer_types")
     if not fields.given("n_routed_experts"):
         raise fields.error("n_routed_experts", "is missing (null means that every layer is dense)")
     if "n_routed_experts" not in fields:
+        if kinds is not None and "sparse" in kinds:
+            raise fields.error("mlp_layer_types", "has sparse layers, but n_routed_experts is null")
         return [False] * count
     if kinds is None:
         first = min(fields.whole("first_k_dense_replace"), count)
@@ -91,7 +96,12 @@ def _sparse_layers(fields: Fields, model_type: str, count: int) -> list[bool]:
     for kind in kinds:
         if kind not in ("dense", "sparse"):
             raise fields.error("mlp_layer_types", f'"{kind}" is not supported: only "dense" or "sparse" is')
-    return [kind == "sparse" for kind in kinds]
+    named = [kind == "sparse" for kind in kinds]
+    if model_type != "deepseek_v32":
+        first = min(fields.whole("first_k_dense_replace"), count)
+        if named != [False] * first + [True] * (count - first):
+            raise fields.error("mlp_layer_types", f"contradicts first_k_dense_replace ({first})")
+    return named
 
 
 def read_mla(fields: Fields, model_type: str) -> MLA:
@@ -112,6 +122,7 @@ def read_mla(fields: Fields, model_type: str) -> MLA:
     index = None
     if model_type == "deepseek_v32":
         fields.only("indexer_rope_interleave", False)
+        fields.entries("layer_types", layer_count(fields))
         for kind in fields.text_list("layer_types") or []:
             if kind not in (
                 "indexed_attention",
@@ -119,12 +130,15 @@ def read_mla(fields: Fields, model_type: str) -> MLA:
             ):  # two spellings of transformers
                 raise fields.error("layer_types", f'"{kind}" is not supported: only "indexed_attention" is')
         index = read_index(fields)
+    nope_dim = fields.size("qk_nope_head_dim")
+    fields.repeats("qk_head_dim", nope_dim + rope_dim, "qk_nope_head_dim + qk_rope_head_dim")
+    fields.repeats("head_dim", rope_dim, "qk_rope_head_dim")  # so transformers writes it
     if not fields.given("q_lora_rank"):
         raise fields.error("q_lora_rank", "is missing (null means queries without a latent)")
     return MLA(
         heads=heads,
         kv_rank=fields.size("kv_lora_rank"),
-        nope_dim=fields.size("qk_nope_head_dim"),
+        nope_dim=nope_dim,
         rope_dim=rope_dim,
         v_dim=fields.size("v_head_dim"),
         rope=read_rope(fields, rope_dim, interleaved=interleaved, fraction=False),
@@ -151,6 +165,9 @@ def read_router(fields: Fields, model_type: str, *, hashed: bool = False) -> Rou
     """How tokens choose experts, with each generation's meaning of the fields."""
     fields.only("scoring_func", "softmax", "sigmoid", "sqrtsoftplus")
     fields.only("topk_method", *METHODS[model_type])
+    if model_type == "deepseek":
+        fields.only("n_group", 1)
+        fields.only("topk_group", 1)
     method = fields.text("topk_method", METHODS[model_type][0])
     late = model_type in LATE
     scale = fields.number("routed_scaling_factor", None if late else 1.0)

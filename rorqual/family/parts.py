@@ -38,6 +38,20 @@ def _positive(owner: object, *names: str) -> None:
         )
 
 
+def _finite(owner: object, *names: str, above: float | None = 0.0) -> None:
+    """Every named field of `owner` must be a finite number, above `above` if given (None is let through)."""
+    for name in names:
+        value = getattr(owner, name)
+        if value is None:
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        require(
+            number and math.isfinite(value) and (above is None or value > above),
+            f"{type(owner).__name__}.{name} must be a finite number"
+            + (f" above {above:g}, got {value!r}" if above is not None else f", got {value!r}"),
+        )
+
+
 # --------------------------------------------------------------------------------------- positions
 
 
@@ -48,7 +62,7 @@ class LinearScaling:
     factor: float
 
     def __post_init__(self) -> None:
-        require(self.factor > 0, f"rope scaling factor must be positive, got {self.factor}")
+        _finite(self, "factor")
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,8 @@ class Yarn:
     amplitude: float | None = None
 
     def __post_init__(self) -> None:
-        require(self.factor > 0, f"rope scaling factor must be positive, got {self.factor}")
+        _finite(self, "factor", "beta_fast", "beta_slow", "amplitude")
+        _finite(self, "mscale", "mscale_all_dim", above=None)
         _positive(self, "original")
         require(
             self.beta_fast > self.beta_slow > 0,
@@ -102,7 +117,7 @@ class Llama3Scaling:
     high: float = 4.0
 
     def __post_init__(self) -> None:
-        require(self.factor > 0, f"rope scaling factor must be positive, got {self.factor}")
+        _finite(self, "factor", "low", "high")
         _positive(self, "original")
         require(self.high > self.low, f"llama3 scaling needs high > low, got {self.high} and {self.low}")
 
@@ -119,7 +134,9 @@ class Rope:
     def __post_init__(self) -> None:
         _positive(self, "dim")
         require(self.dim % 2 == 0, f"rotary dimension must be even, got {self.dim}")
-        require(self.theta > 0, f"rope theta must be positive, got {self.theta}")
+        _finite(self, "theta")
+        yarn = isinstance(self.scaling, Yarn)  # its correction range divides by ln(theta)
+        require(not yarn or self.theta > 1, f"YaRN needs a rope_theta above 1, got {self.theta}")
 
 
 # --------------------------------------------------------------------------------------- attention
@@ -358,6 +375,8 @@ class HyperConnection:
 
     def __post_init__(self) -> None:
         _positive(self, "streams", "iterations")
+        _finite(self, "eps", above=None)
+        require(self.eps >= 0, f"HyperConnection.eps must not be negative, got {self.eps}")
 
 
 @dataclass(frozen=True)
@@ -413,8 +432,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "vocab", "hidden", "max_positions")
+        for name in ("layers", "mtp"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        eos = self.eos if isinstance(self.eos, (tuple, list)) else () if self.eos is None else (self.eos,)
+        object.__setattr__(self, "eos", tuple(eos))
         require(len(self.layers) > 0, "a model needs at least one layer")
-        require(self.norm_eps > 0, f"norm eps must be positive, got {self.norm_eps}")
+        _finite(self, "norm_eps", "init_std")
+        self._check_ids()
         require(
             self.dtype in ("float64", "float32", "bfloat16", "float16"),
             f"dtype {self.dtype!r} is unknown: use float32, bfloat16 or float16",
@@ -430,6 +454,22 @@ class ModelConfig:
             ),
             "an MTP layer must use the attention kind of the main layers",
         )
+
+    def _check_ids(self) -> None:
+        """Token ids are whole numbers inside the vocabulary; a padding id of -1 means none."""
+        ids: list[tuple[str, Any, int]] = [
+            ("bos", self.bos, 0),
+            *(("eos", i, 0) for i in self.eos),
+            ("pad", self.pad, -1),
+        ]
+        for name, value, least in ids:
+            if value is None and name != "eos":
+                continue
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            require(
+                whole and least <= value < self.vocab,
+                f"{name}_token_id {value!r} is not a token: vocab_size is {self.vocab}",
+            )
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed (checked again)."""

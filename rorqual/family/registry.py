@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 
 from rorqual.family import coder, distill, moe, v1, v2, v3, v4, v32
 from rorqual.family.cards import Card
@@ -38,6 +39,11 @@ def card(name: str) -> Card:
     found = _BY_NAME.get(key) or _BY_NAME.get(f"deepseek-{key}")
     if found is not None:
         return found
+    if re.match(r"(deepseek-)?(vl|vl2|janus\w*|ocr)(-|$)", key):
+        raise ConfigError(
+            f"no model is called {name!r}: the multimodal members of the family (VL, VL2, Janus, OCR) are not "
+            "supported yet, only the language models are: rorqual.models() lists them all"
+        )
     close = difflib.get_close_matches(key, _BY_NAME, n=4, cutoff=0.5)
     close += difflib.get_close_matches(f"deepseek-{key}", _BY_NAME, n=4, cutoff=0.8)
     hint = f"did you mean {', '.join(dict.fromkeys(close))}?" if close else "rorqual.models() lists them all"

@@ -67,6 +67,7 @@ def _summary(card: Card) -> dict[str, Any]:
         "encoding": card.encoding,
         "source": card.source,
         "unverified": list(card.unverified),
+        "note": card.note,
     }
 
 
@@ -256,6 +257,8 @@ def show_inspect(
     if card is not None and card.unverified:
         note = f"(u) recalled, not read in a primary source: {', '.join(card.unverified)}"
         sections.append(Text(f"\n{note}", style="yellow"))
+    if card is not None and card.note:
+        sections.append(Text(f"\nNote: {card.note}", style="yellow"))
     console.print(Group(*sections))
 
 

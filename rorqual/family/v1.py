@@ -46,6 +46,14 @@ def dense(
 SEVEN = dense(30, 4096, 32, 32, 11008)
 """The 7B shape that LLM, Coder-v1.5, Math and Prover share."""
 
+# fmt: off
+SHAPE = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+    "vocab_size", "rope_theta", "rope_scaling", "max_position_embeddings", "tie_word_embeddings", "rms_norm_eps",
+)
+# fmt: on
+"""What is recalled of Coder-v1.5 and Math: all of the shape (facts 1.1)."""
+
 LLM_7B = page(
     "deepseek-llm-7b-base",
     SEVEN,
@@ -53,7 +61,7 @@ LLM_7B = page(
     context=4 * K,
     source="DeepSeek LLM, arXiv 2401.02954",
     aliases=("deepseek-llm-7b",),
-    unverified=("rope_theta", "tie_word_embeddings"),
+    unverified=("rope_theta", "tie_word_embeddings", "rms_norm_eps"),
 )
 LLM_67B = LLM_7B.sibling(
     "deepseek-llm-67b-base",
@@ -65,7 +73,7 @@ MATH = LLM_7B.sibling(
     released="2024-02-05",
     source="DeepSeekMath, arXiv 2402.03300",
     aliases=("deepseek-math-7b",),
-    unverified=("num_hidden_layers", "hidden_size", "intermediate_size", "rope_theta", "tie_word_embeddings"),
+    unverified=(*SHAPE, "bos_token_id", "eos_token_id"),
 )
 PROVER = MATH.sibling("DeepSeek-Prover-V1", released="2024-05", source="DeepSeek-Prover, arXiv 2405.14333")
 PROVER_V15 = MATH.sibling(
@@ -94,6 +102,7 @@ CARDS = (
         context=32 * K,
         encoding="roles",
         source="DeepSeek-Prover-V2, arXiv 2504.21801",
-        unverified=(*MATH.unverified, "rope_scaling", "bos_token_id", "eos_token_id"),
+        unverified=tuple(name for name in MATH.unverified if name != "max_position_embeddings"),
+        note="how its context was extended from 4,096 to 32,768 positions is not known (rope_scaling)",
     ),
 )

@@ -24,6 +24,7 @@ CARDS = (
         licence="Apache-2.0",
         encoding="v32",
         source="DeepSeekMath-V2, arXiv 2511.22570",
+        unverified=("encoding",),
     ),
     EXP_BASE.sibling(
         "DeepSeek-V3.2", released="2025-12-01", encoding="v32", source="DeepSeek-V3.2, arXiv 2512.02556"
@@ -33,5 +34,6 @@ CARDS = (
         released="2025-12-01",
         encoding="v32",
         source="DeepSeek-V3.2, arXiv 2512.02556",
+        note="thinks only, and takes no tools",
     ),
 )

@@ -141,18 +141,6 @@ def quantize_fp8(
     return encode_fp8(w, scale, block), scale.to(scale_dtype)
 
 
-def quantize_activation(x: Tensor, block: int = 128, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
-    """Activations `[..., C]` in 1 x 128 tiles: codes of the same shape and fp32 scales `[..., C/128]`."""
-    codes, scale = quantize_fp8(x.reshape(-1, x.shape[-1]), (1, block), ue8m0)
-    return codes.view(x.shape), scale.view(*x.shape[:-1], scale.shape[-1])
-
-
-def dequantize_activation(codes: Tensor, scale: Tensor, dtype: torch.dtype, block: int = 128) -> Tensor:
-    """The inverse of `quantize_activation`, up to its rounding."""
-    flat_codes, flat_scale = codes.reshape(-1, codes.shape[-1]), scale.reshape(-1, scale.shape[-1])
-    return dequantize_fp8(flat_codes, flat_scale, (1, block), dtype).view(codes.shape)
-
-
 # ------------------------------------------------------------------------------------------------ FP4
 
 
@@ -213,23 +201,12 @@ def quantize_fp4(w: Tensor, scale_dtype: torch.dtype = E8M0) -> tuple[Tensor, Te
     return encode_fp4(w, scale), scale.to(scale_dtype)
 
 
-def fp4_fits_fp8(scale: Tensor, block: tuple[int, int] = (128, 128)) -> Tensor:
-    """Which `block`s of an FP4 matrix certainly recast to FP8: bool `[..., R/br, C/bc]`.
-
-    scale `[..., R, C/32]`. The released rule (facts 3.9): scales inside a block differ by at most 2^6,
-    since 6 * 2^6 = 384 < 448.
-    """
-    per = (block[0], block[1] // FP4_BLOCK)
-    exponent = torch.frexp(scale.float()).exponent.float() + 300.0  # positive: padding never is the largest
-    highest, lowest = block_amax(exponent, per), 600.0 - block_amax(600.0 - exponent, per)
-    return highest - lowest <= 6
-
-
 def recast_fp4(codes: Tensor, scale: Tensor, block: tuple[int, int] = (128, 128)) -> tuple[Tensor, Tensor]:
     """An FP4 matrix as FP8 with exactly its values: codes `[..., R, C]` and fp32 scales `[..., R/br, C/bc]`.
 
-    Each block takes its largest FP4 scale / 2^6. Raises QuantError, and casts nothing, where a value would
-    not survive.
+    For devices that multiply FP8 but not FP4 (facts 3.9; the engine does not call it yet). Each block takes its
+    largest FP4 scale / 2^6, which is exact where the scales of a block differ by at most 2^6
+    (6 * 2^6 = 384 < 448). Raises QuantError, and casts nothing, where a value would not survive.
     """
     if block[1] % FP4_BLOCK:
         raise QuantError(f"FP8 blocks of {block[1]} columns cut through FP4 groups of {FP4_BLOCK}")

@@ -20,7 +20,7 @@ from torch import Tensor
 from rorqual.family import GQA, ModelConfig
 from rorqual.family.hub import from_hub
 from rorqual.nn import Transformer
-from rorqual.weights.assign import assign, put
+from rorqual.weights.assign import assign, put, warn_of_zeros
 from rorqual.weights.errors import CheckpointError, Problems
 
 ARCHITECTURES = ("llama", "qwen2")
@@ -72,10 +72,12 @@ def load_gguf(
     for name in file.tensors.keys() - wanted.keys() - {ROPE_FREQS}:
         problems.add("unexpected tensors", name)
     problems.raise_if_any(path)
+    zeros = 0
     for name, (ours, tensor) in wanted.items():
         slot = torch.empty(tensor.shape, dtype=dtype, device=device)
-        put(slot, _half_split(file.values(name), ours, config), f"{name} in {path.name}")
+        zeros += put(slot, _half_split(file.values(name), ours, config), f"{name} in {path.name}")
         assign(model, ours, slot)
+    warn_of_zeros(zeros, dtype, path)
     return model
 
 

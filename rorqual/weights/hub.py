@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from os import PathLike
 from pathlib import Path
@@ -21,19 +20,28 @@ def resolve(path_or_hub_id: str | PathLike[str], revision: str | None = None) ->
 
     Raises CheckpointError if it is none of them, or the hub can't be reached and its cache has no copy.
     """
-    path = Path(path_or_hub_id).expanduser()
-    if path.exists():
-        return path
     name = str(path_or_hub_id)
+    try:
+        path = Path(path_or_hub_id).expanduser()
+        if path.exists():
+            return path
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, a home that is unknown
+        shown = name if len(name) <= 80 else f"{name[:80]}... ({len(name)} characters)"
+        raise CheckpointError(f"{shown!r} is neither a path nor a hub id: {_why(error)}") from error
     if name in PACKAGED:
         return packaged(name)
-    with contextlib.suppress(ConfigError):
+    hint = ""
+    try:
         name = card(name).hub_id
+    except ConfigError as error:
+        hint = str(error).partition(": ")[2]
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or path.suffix in (
         ".gguf",
         ".safetensors",
     ):
-        raise CheckpointError(f"{name} does not exist, and is not a hub id (owner/name)")
+        raise CheckpointError(
+            f"{name} does not exist, and is not a hub id (owner/name)" + (f": {hint}" if hint else "")
+        )
     import huggingface_hub
 
     try:
@@ -44,3 +52,7 @@ def resolve(path_or_hub_id: str | PathLike[str], revision: str | None = None) ->
             f"{name}{at} is neither a path on this machine nor a repository that could be had from the hub "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
         ) from error
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rorqual.family import ModelConfig
@@ -20,11 +21,12 @@ from rorqual.kernels.quant import FP4_BLOCK, dequantize_fp4, dequantize_fp8
 from rorqual.nn import Transformer
 from rorqual.nn.linear import Matrix
 from rorqual.weights import names
-from rorqual.weights.assign import assign, put
+from rorqual.weights.assign import assign, put, usable, warn_of_zeros
 from rorqual.weights.errors import CheckpointError, some
-from rorqual.weights.plan import FLOATS, Target, match, model_dtype, published_names, without_absent_mtp
+from rorqual.weights.plan import FLOATS, FP8, Target, match, model_dtype, published_names, without_absent_mtp
 from rorqual.weights.released import Released
 from rorqual.weights.shards import CHUNK, PICKLES, Reader, Stored, read_directory, read_json, refuse_pickles
+from rorqual.weights.sound import check_codes, check_recoverable, check_scales, check_stored_codes, extreme
 
 THREADS = 2
 """Readers at a time: while one waits for the disk or the page cache, the other converts."""
@@ -49,8 +51,9 @@ def load(
 
     Args:
         path: the directory or file. Hub ids: see `rorqual.weights.resolve`.
-        dtype: the type of the parameters; quantised matrices are multiplied out. None keeps what is
-            stored: BF16 stays BF16, FP8 and FP4 stay codes and scales. Parameters that the family pins to
+        dtype: the type of the parameters; quantised matrices are multiplied out. float16 has less range
+            than checkpoints: values too large are an error, values that become zero a warning. None keeps what
+            is stored: BF16 stays BF16, FP8 and FP4 stay codes and scales. Parameters that the family pins to
             fp32 stay fp32, unless float64 is asked. A GGUF file defaults to bfloat16.
         device: where the parameters are made.
         build: makes the model: called as build(config, dtype=..., device="meta").
@@ -62,40 +65,61 @@ def load(
 
     Raises:
         CheckpointError: with everything that is wrong; nothing half-loaded is returned.
+        ValueError: a device or dtype that can't be used.
         ConfigError: config.json is unsupported or contradicts itself.
     """
-    path, device = Path(path), torch.device(device)
+    path, device = Path(path), usable(device)
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype must be a float type such as torch.bfloat16, got {dtype}")
-    if path.suffix.lower() == ".gguf":
-        from rorqual.weights.gguf import load_gguf
+    # Parameters made in inference mode could never be trained.
+    with _refusing(path), torch.inference_mode(False):
+        if path.suffix.lower() == ".gguf":
+            from rorqual.weights.gguf import load_gguf
 
-        return load_gguf(path, dtype=dtype or torch.bfloat16, device=device, build=build)
-    if not path.is_dir():
-        raise CheckpointError(_not_a_directory(path))
-    config = read_config(path)
-    stored = published_names(path, read_directory(path), config)
-    config = without_absent_mtp(path, stored, config)
-    model = build(config, dtype=torch.bfloat16, device="meta")
-    targets, copies = match(path, stored, config, model)
-    choice = _Choice(
-        dtype=dtype or model_dtype(targets, config),
-        as_stored=dtype is None,
-        keep_codes=dtype is None if quantized is None else quantized,
-    )
-    with Reader() as reader:
-        reader.open({s.file for s in stored.values()})
-        for copy, original in copies:
-            if not reader.same_bytes(copy, original):
-                raise CheckpointError(f"{path}: {copy} must repeat {original} byte for byte, but differs")
-        released = _Filler(model, config, reader, device, choice, mapped).fill(targets)
-    repeated = {names.published(copy.name, config) for copy, _ in copies}
-    released.copies = sorted(repeated - {names.hub_name("head.weight", config)})
-    released.attach(model)
-    unfilled = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-    if unfilled:
-        raise CheckpointError(f"{path}: {len(unfilled)} parameters were not filled: {some(unfilled)}")
-    return model
+            return load_gguf(path, dtype=dtype or torch.bfloat16, device=device, build=build)
+        if not path.is_dir():
+            raise CheckpointError(_not_a_directory(path))
+        config = read_config(path)
+        stored = published_names(path, read_directory(path), config)
+        config = without_absent_mtp(path, stored, config)
+        model = build(config, dtype=torch.bfloat16, device="meta")
+        targets, copies = match(path, stored, config, model)
+        choice = _Choice(
+            dtype=dtype or model_dtype(targets, config),
+            as_stored=dtype is None,
+            keep_codes=dtype is None if quantized is None else quantized,
+        )
+        with Reader() as reader:
+            reader.open({s.file for s in stored.values()})
+            for copy, original in copies:
+                if not reader.same_bytes(copy, original):
+                    raise CheckpointError(f"{path}: {copy} must repeat {original} byte for byte, but differs")
+            filler = _Filler(model, config, reader, device, choice, mapped)
+            released = filler.fill(targets)
+        warn_of_zeros(filler.zeros, choice.dtype, path)
+        repeated = {names.published(copy.name, config) for copy, _ in copies}
+        released.copies = sorted(repeated - {names.hub_name("head.weight", config)})
+        released.attach(model)
+        unfilled = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if unfilled:
+            raise CheckpointError(f"{path}: {len(unfilled)} parameters were not filled: {some(unfilled)}")
+        return model
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """What the system says of a path that can't be read, as a CheckpointError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        named = getattr(error, "filename", None) or path
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{_short(named)}: can't be read: {why}") from error
+
+
+def _short(name: object) -> str:
+    text = str(name)
+    return text if len(text) <= 300 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -154,6 +178,8 @@ class _Filler:
         self.released = Released()
         self.room: dict[str, Tensor] = {}
         self.lock = threading.Lock()
+        self.zeros = 0
+        """How many values became zero in the model's type."""
 
     def fill(self, targets: list[Target]) -> Released:
         """Fill everything. Tensors go in the order of the files, read by a few threads."""
@@ -200,8 +226,10 @@ class _Filler:
         if alone and self.mapped and parts[0].nbytes:
             tensor = maps.tensor(parts[0])
             if ours.endswith(".scale"):
-                _check_finite(tensor, parts[0])
+                check_scales(tensor, str(parts[0]))
             assign(self.model, ours, tensor)
+            if tensor.dtype == FP8:
+                return [(parts[0], partial(check_stored_codes, self.reader, parts[0]))]
             return []
         return [
             (part, partial(self._copy, target, ours, part, index, held)) for index, part in enumerate(parts)
@@ -219,27 +247,36 @@ class _Filler:
             for begin in range(0, flat.numel(), CHUNK // width):
                 count = min(CHUNK // width, flat.numel() - begin)
                 piece = self.reader.piece(part, begin * width, (count,))
-                put(flat[begin : begin + count], piece, str(part))
-        if target.codes and ours != target.ours:
-            _check_finite(slot, part)
+                self._put(flat[begin : begin + count], piece, part)
+        if target.codes:
+            (check_codes if ours == target.ours else check_scales)(slot, str(part))
 
     def _multiply_out(self, target: Target, index: int, held: torch.dtype) -> None:
         part, scale = target.parts[index], self.reader.tensor(target.scales[index])
-        _check_finite(scale, target.scales[index])
+        check_scales(scale, str(target.scales[index]))
         slot = self._slot(target, target.ours, target.shape, index, held)
         lead = (len(target.parts),) if target.stacked else ()
         self._slot(target, _scale(target.ours), (*lead, *scale.shape), index, scale.dtype, CPU).copy_(scale)
-        block = self._block(target)
+        block, risky = self._block(target), extreme(scale, _wide(held))
         scale, (rows, width) = scale.to(self.device), part.shape
         step = block[0] * max(1, CHUNK // 4 // max(1, width * block[0]))
         for begin in range(0, rows, step):
             codes = self.reader.piece(part, begin * width, (min(step, rows - begin), width)).to(self.device)
+            check_codes(codes, str(part))
             some_scale = scale[begin // block[0] : -(-(begin + step) // block[0])]
             if target.fp4:
                 values = dequantize_fp4(codes, some_scale, _wide(held))
             else:
                 values = dequantize_fp8(codes, some_scale, block, _wide(held))
-            put(slot[begin : begin + step], values, str(part))
+            if risky:
+                check_recoverable(codes, some_scale, values, block, fp4=target.fp4, what=str(part))
+            self._put(slot[begin : begin + step], values, part)
+
+    def _put(self, slot: Tensor, values: Tensor, part: Stored) -> None:
+        zeros = put(slot, values, str(part))
+        if zeros:
+            with self.lock:
+                self.zeros += zeros
 
     def _keep_values(self, target: Target) -> None:
         """Remember values that the model's type can't hold, for `save` (a few tensors in mixed files)."""
@@ -325,9 +362,3 @@ def _scale(ours: str) -> str:
 def _wide(held: torch.dtype) -> torch.dtype:
     """float16 is checked for overflow when it is put down, so its values come in fp32."""
     return torch.float32 if held == torch.float16 else held
-
-
-def _check_finite(scale: Tensor, stored: Stored) -> None:
-    bad = int((~scale.float().isfinite()).sum())
-    if bad:
-        raise CheckpointError(f"{stored}: expected finite scales, found {bad} NaN or infinite")

@@ -121,8 +121,18 @@ def match(
         else:
             kind = "scales without weights"
         problems.add(kind, str(unused))
+    if left and not config.mtp and all(_of_next_layer(name, config) for name in left):
+        problems.add(
+            "layers that config.json does not declare",
+            f"every unexpected tensor is one of layer {len(config.layers)} and on, where multi-token prediction "
+            "stands: set num_nextn_predict_layers to how many there are (it is 0)",
+        )
     problems.raise_if_any(directory)
     return targets, copies
+
+
+def _of_next_layer(name: str, config: ModelConfig) -> bool:
+    return config.model_type in ("deepseek_v3", "deepseek_v32", "deepseek_v4") and names.is_mtp(name, config)
 
 
 def _is_matrix(model: nn.Module, ours: str) -> bool:

@@ -20,8 +20,10 @@ from rorqual.nn import Transformer
 from rorqual.nn.linear import Matrix
 from rorqual.weights import names
 from rorqual.weights.errors import CheckpointError
+from rorqual.weights.plan import SCALES
 from rorqual.weights.released import Released, released
 from rorqual.weights.shards import INDEX
+from rorqual.weights.sound import encode
 from rorqual.weights.write import Entry, Shard, commit, shard_names, staging, write_text
 
 SHARD_BYTES = 5 * 10**9
@@ -39,7 +41,8 @@ def save(
 
     A loaded model is written as its checkpoint was: each tensor in its stored type, and quantised matrices
     as codes. A block of a matrix that still holds what its released codes meant gets exactly those codes
-    and that scale; a changed block gets a fresh scale. A model that was not loaded is written in the types
+    and that scale; a changed block gets a fresh scale. (So a model loaded as float16 is written with what
+    float16 left of it: `load` warns where values became zero.) A model that was not loaded is written in the types
     it holds, its matrices quantised if its config says so.
 
     Args:
@@ -50,7 +53,8 @@ def save(
         max_shard_bytes: how large a file may grow (a larger tensor gets a file of its own).
 
     Raises:
-        CheckpointError: weights that can't be quantised (NaN or infinite), or nothing to write to.
+        CheckpointError: weights that can't be quantised (NaN or infinite, or codes that were cast), or no
+            place to write to.
         ConfigError: config.json can't say what the model's config says.
     """
     if quantize not in ("released", None):
@@ -63,9 +67,9 @@ def save(
     writer = _Writer(model, quantize == "released")
     config_text = json.dumps(to_hub(writer.written_config()), indent=2) + "\n"
     shards = _split(list(writer.pieces()), max_shard_bytes)
-    file_names = shard_names(len(shards), directory)
     where: dict[str, str] = {}
     with staging(directory) as place:
+        file_names = shard_names(len(shards), directory)
         write_text(place / "config.json", config_text)
         for name, pieces in zip(file_names, shards, strict=True):
             _write_shard(place / name, pieces, writer)
@@ -152,6 +156,12 @@ class _Writer:
         tensor, module = self._tensor(ours, expert), self._matrix(ours)
         if module is not None and module.scale is not None:
             scale = module.scale if expert is None else module.scale[expert]
+            if tensor.dtype not in (quant.FP8, torch.int8) or scale.dtype not in SCALES:
+                raise CheckpointError(
+                    f"{hub} can't be written: its codes are {tensor.dtype} and its scales {scale.dtype}, expected "
+                    "float8_e4m3fn or int8 with float32 or float8_e8m0fnu scales. A model held as codes must "
+                    "not be cast: load it with the dtype that is wanted"
+                )
             if self.quantize:
                 codes = Entry(hub, tensor.dtype, tuple(tensor.shape))
                 return codes, Entry(names.scale_name(hub, self.config), scale.dtype, tuple(scale.shape))
@@ -256,7 +266,7 @@ class _Form:
         return self._encode(w, scale), scale.to(self.scale_dtype)
 
     def _encode(self, w: Tensor, scale: Tensor) -> Tensor:
-        return quant.encode_fp4(w, scale) if self.fp4 else quant.encode_fp8(w, scale, self.block)
+        return encode(w, scale, self.block, fp4=self.fp4)
 
     def _changed(self, codes: Tensor, scale: Tensor, w: Tensor) -> Tensor:
         """Per block, whether the codes mean something else than `w`: bool of the scales' shape."""

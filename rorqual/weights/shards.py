@@ -40,6 +40,10 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+STAGING = ".rorqual-saving"
+"""Where `save` makes its files."""
+JOURNAL = ".rorqual-saving.json"
+"""Stands in a directory while `save` puts its finished files in place."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER = 100 * 2**20
 CHUNK = 8 * 2**20
@@ -82,6 +86,8 @@ def read_header(file: Path) -> dict[str, Stored]:
 
     try:
         size = file.stat().st_size
+        if size == 0:
+            raise CheckpointError(f"{file}: the file is empty")
         with open(file, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):
@@ -91,7 +97,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{file}: can't be read: {error.strerror or error}") from error
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repeats)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise corrupt(f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise corrupt("its header is not a JSON object")
@@ -121,7 +127,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(file: Path, name: str, entry: Any, base: int, corrupt: Any) -> Stored:
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(isinstance(v, int) and v >= 0 for v in (*shape, begin, end))
+        whole = all(type(v) is int and v >= 0 for v in (*shape, begin, end)) and isinstance(kind, str)
     except (TypeError, KeyError, ValueError) as error:
         raise corrupt(f"the entry of {name} is malformed") from error
     if not whole:
@@ -137,10 +143,17 @@ def _entry(file: Path, name: str, entry: Any, base: int, corrupt: Any) -> Stored
 def read_directory(directory: Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint directory: `model.safetensors`, or the files its index names.
 
-    Raises CheckpointError for an empty directory, pickles, an index and files that don't agree.
+    Raises CheckpointError for an empty directory, pickles, an index and files that don't agree, and for two
+    checkpoints in one directory.
     """
     names = sorted(p.name for p in directory.iterdir())
-    if SINGLE in names:
+    if JOURNAL in names:
+        raise CheckpointError(
+            f"{directory}: a save to it was interrupted while it put its files in place. Save to it again; or, "
+            f"if {directory / STAGING} holds the rest of the new files, move them up and delete "
+            f"{JOURNAL} and the old checkpoint's weights"
+        )
+    if SINGLE in names and INDEX not in names:
         return read_header(directory / SINGLE)
     if INDEX not in names:
         refuse_pickles(directory, names)
@@ -153,6 +166,11 @@ def read_directory(directory: Path) -> dict[str, Stored]:
     if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
         raise CheckpointError(f"{directory / INDEX}: expected a `weight_map` from tensor to file, found none")
     files = sorted(set(where.values()))
+    if SINGLE in names and files != [SINGLE]:
+        raise CheckpointError(
+            f"{directory} holds two checkpoints, {SINGLE} and the files of {INDEX}: delete {INDEX} to load the "
+            f"first, or {SINGLE} to load the second"
+        )
     outside = [f for f in files if Path(f).name != f]
     absent = [f for f in files if f not in names]
     if outside or absent:
@@ -188,10 +206,10 @@ def _gather(
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError if the file is absent or holds something else."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file.parent} has no {file.name}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: can't be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found {type(value).__name__}")

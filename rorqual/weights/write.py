@@ -1,7 +1,9 @@
 """Writing safetensors files tensor by tensor, and putting a finished checkpoint in the place of an old one.
 
 Nothing of the directory is touched before every new file is complete and on the disk. New shards never
-take the name of an old one, so the old checkpoint stays whole until the one rename that ends it.
+take the name of an old one, so the old checkpoint stays whole until the one rename that ends it. While files
+change places a journal stands beside them: a directory that has one is not loaded, and the next save
+finishes what was interrupted.
 """
 
 from __future__ import annotations
@@ -19,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rorqual.weights.shards import DTYPE_NAMES, INDEX, SINGLE, raw_bytes
-
-STAGING = ".rorqual-saving"
+from rorqual.weights.errors import CheckpointError
+from rorqual.weights.shards import DTYPE_NAMES, INDEX, JOURNAL, SINGLE, STAGING, raw_bytes
 
 
 @dataclass(frozen=True)
@@ -101,16 +102,25 @@ def shard_names(count: int, directory: Path) -> list[str]:
         names = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         if not any((directory / name).exists() for name in names):
             return names
-    raise FileExistsError(f"{directory} is full of shards of other saves: remove those that are not needed")
+    raise CheckpointError(f"{directory} is full of shards of other saves: remove those that are not needed")
 
 
 @contextlib.contextmanager
 def staging(directory: Path) -> Iterator[Path]:
-    """A fresh place inside `directory` for unfinished files; gone afterwards, whatever happens."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """A fresh place inside `directory` for unfinished files; gone afterwards, whatever happens.
+
+    Finishes first what an interrupted save left. Raises CheckpointError where no such place can be made.
+    """
     place = directory / STAGING
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        finish(directory)
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory}: can't be saved to: {error.filename}: {error.strerror or error}"
+        ) from error
     try:
         yield place
     finally:
@@ -120,61 +130,114 @@ def staging(directory: Path) -> Iterator[Path]:
 def commit(place: Path, directory: Path, shards: Sequence[str]) -> None:
     """Put the staged files in `directory`, the old checkpoint's out.
 
-    One rename (of the single file or the index) makes the new weights the valid ones; config.json goes just
-    before it. An error leaves the old checkpoint as it was.
+    An error leaves the old checkpoint as it was. A kill leaves the old one, the new one, or the journal.
     """
-    single = list(shards) == [SINGLE]
-    old_index = _bytes(directory / INDEX)
-    old_config = _bytes(directory / "config.json")
-    moved: list[Path] = []
+    names = [*shards, "config.json", INDEX] if list(shards) != [SINGLE] else ["config.json", SINGLE]
+    old = {name: _bytes(directory / name) for name in ("config.json", INDEX)}
+    plan = _Plan(names, _stale(directory, old[INDEX], names))
+    unfinished = (directory / JOURNAL).exists()  # a journal that could not be followed: not to be lost
     try:
-        if not single:
-            for shard in shards:
-                os.replace(place / shard, directory / shard)
-                moved.append(directory / shard)
-        os.replace(place / "config.json", directory / "config.json")
-        if single:
-            os.replace(place / SINGLE, directory / SINGLE)
-        else:
-            os.replace(place / INDEX, directory / INDEX)
-            moved.append(directory / INDEX)
-            (directory / SINGLE).unlink(missing_ok=True)
+        plan.write(place, directory)
+        for name in names:
+            os.replace(place / name, directory / name)
+        _sync_directory(directory)
+        _remove(directory, plan.stale)
+        _sync_directory(directory)
     except BaseException:
-        for path in moved:
-            path.unlink(missing_ok=True)
-        _restore(directory / "config.json", old_config)
-        if directory / INDEX in moved:
-            _restore(directory / INDEX, old_index)
+        taken = not (place / names[-1]).exists()  # the rename that can't be taken back
+        if taken:
+            _remove(directory, plan.stale)
+        else:
+            _undo(place, directory, names, old)
+        if taken or not unfinished:
+            (directory / JOURNAL).unlink(missing_ok=True)
         raise
-    _remove_old(directory, old_index, keep=set(shards), single=single)
+    (directory / JOURNAL).unlink(missing_ok=True)
+
+
+def finish(directory: Path) -> None:
+    """Do the rest of a commit that was killed, if there is one.
+
+    A journal that can't be followed to its end stays: the save that asked will write its own over it.
+    """
+    plan = _Plan.read(directory)
+    if plan is None:
+        return
+    place = directory / STAGING
+    for name in plan.names:
+        if (place / name).exists():
+            os.replace(place / name, directory / name)
+    if plan.names and all((directory / name).exists() for name in plan.names):
+        _remove(directory, plan.stale)
+        _sync_directory(directory)
+        (directory / JOURNAL).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The journal: the files to move out of the staging place, in order, and those to delete after."""
+
+    names: list[str]
+    stale: list[str]
+
+    def write(self, place: Path, directory: Path) -> None:
+        """On the disk before anything is moved."""
+        write_text(place / JOURNAL, json.dumps({"move": self.names, "delete": self.stale}))
+        os.replace(place / JOURNAL, directory / JOURNAL)
+        _sync_directory(directory)
+
+    @classmethod
+    def read(cls, directory: Path) -> _Plan | None:
+        """None without a journal; an empty plan for one that can't be read. Only plain file names count."""
+        text = _bytes(directory / JOURNAL)
+        if text is None:
+            return None
+        try:
+            table = json.loads(text)
+            names, stale = ([str(n) for n in table[key]] for key in ("move", "delete"))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return cls([], [])
+        plain = all(Path(n).name == n for n in (*names, *stale))
+        return cls(names, stale) if plain else cls([], [])
+
+
+def _stale(directory: Path, old_index: bytes | None, names: Sequence[str]) -> list[str]:
+    """Files that the old checkpoint had and the new one has not."""
+    out = [SINGLE, INDEX]
+    for text in (old_index, _bytes(directory / JOURNAL)):
+        try:
+            table = json.loads(text or b"{}")
+            out += [*table.get("weight_map", {}).values(), *table.get("move", ()), *table.get("delete", ())]
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            continue
+    ours = {n for n in out if isinstance(n, str) and Path(n).name == n}
+    return sorted(n for n in ours if n == INDEX or n.endswith(".safetensors") if n not in names)
+
+
+def _undo(place: Path, directory: Path, names: Sequence[str], old: dict[str, bytes | None]) -> None:
+    """Take back the moves that were made."""
+    for name in names:
+        if (place / name).exists():
+            continue
+        content = old.get(name)
+        if content is None:
+            (directory / name).unlink(missing_ok=True)
+        else:
+            (directory / name).write_bytes(content)
+
+
+def _remove(directory: Path, names: Sequence[str]) -> None:
+    for name in names:
+        (directory / name).unlink(missing_ok=True)
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         sync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _bytes(path: Path) -> bytes | None:
-    return path.read_bytes() if path.exists() else None
-
-
-def _restore(path: Path, content: bytes | None) -> None:
-    if content is None:
-        path.unlink(missing_ok=True)
-    else:
-        path.write_bytes(content)
-
-
-def _remove_old(directory: Path, old_index: bytes | None, keep: set[str], *, single: bool) -> None:
-    """Delete the shards that only the old index named."""
-    if old_index is None:
-        return
-    if single:
-        (directory / INDEX).unlink(missing_ok=True)
-    try:
-        named = set(json.loads(old_index)["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return
-    for name in named - keep:
-        if isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors"):
-            (directory / name).unlink(missing_ok=True)

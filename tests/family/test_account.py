@@ -110,7 +110,8 @@ def test_v3_split() -> None:
 )
 def test_attention_of_a_layer(name: str, count: int) -> None:
     model = config(name)
-    assert account.attention_parameters(model, model.layers[0]) == count
+    parts = pieces.attention_pieces(model.layers[0].attention, model.hidden)
+    assert sum(piece.total for piece in parts) == count
 
 
 def test_indexer_of_a_layer() -> None:

@@ -133,6 +133,25 @@ BAD: list[tuple[str, str, Any]] = [
     (V32, "q_lora_rank", None),
     (V3, "rope_parameters", {"rope_type": "linear", "factor": 2.0}),
     (V3, "rope_parameters", {"rope_theta": 777.0}),
+    (V3, "mlp_layer_types", ["dense"] * 4 + ["sparse"] * 57),
+    (V2, "mlp_layer_types", ["sparse"] * 60),
+    (MOE, "mlp_layer_types", ["dense"] * 28),
+    (V3, "mlp_layer_types", ["dense"] * 3),
+    (MOE, "n_group", 8),
+    (MOE, "topk_group", 2),
+    (QWEN, "layer_types", ["full_attention"] * 27),
+    (V32, "layer_types", ["indexed_attention"] * 60),
+    (V3, "qk_head_dim", 128),
+    (V3, "head_dim", 128),
+    (V2, "head_dim", 192),
+    (LLAMA, "sliding_window", 4096),
+    (LLAMA, "is_encoder_decoder", True),
+    (V3, "eos_token_id", 129280),
+    (V3, "eos_token_id", [1, 200000]),
+    (V3, "bos_token_id", 129280),
+    (LLAMA, "pad_token_id", 32256),
+    (LLAMA, "initializer_range", 0),
+    (V3, "rope_theta", 1),
 ]
 BAD_INSIDE: list[tuple[str, str, str, Any]] = [
     (V3, "rope_scaling", "type", "dynamic"),
@@ -201,6 +220,11 @@ def test_unsupported_values_say_what_is_supported(files: dict[str, Any]) -> None
         from_hub(mapping)
 
 
+def test_field_names_are_strings(files: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"config.json: field names must be strings, got 3"):
+        from_hub(files[V3] | {3: 4})
+
+
 @pytest.mark.parametrize("mapping", [None, [], "text", 3])
 def test_not_an_object(mapping: Any) -> None:
     with pytest.raises(ConfigError, match="JSON object"):
@@ -237,7 +261,27 @@ def test_known_files_warn_of_nothing(release: tuple[str, dict[str, Any]]) -> Non
         from_hub(release[1])
 
 
+def test_classes_of_another_model_type_are_warned_of(files: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="names DeepseekV2ForCausalLM, which is of model_type deepseek_v2"):
+        from_hub(files[V3] | {"architectures": ["DeepseekV2ForCausalLM"]})
+
+
 # --------------------------------------------------------------------------------- meant differently
+
+
+def test_fields_that_repeat_others_are_accepted(files: dict[str, Any]) -> None:
+    """Those that transformers writes, and a window that is switched off."""
+    repeats = {
+        V3: {"head_dim": 64, "qk_head_dim": 192, "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 58},
+        MOE: {"n_group": 1, "topk_group": None, "mlp_layer_types": ["dense"] + ["sparse"] * 27},
+        LLAMA: {"sliding_window": 4096, "use_sliding_window": False, "is_encoder_decoder": False},
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, extra in repeats.items():
+            model = from_hub(files[name] | extra)
+            assert model == from_hub(files[name])
+            assert {n: v for n, v in to_hub(model).items() if n in extra} == extra
 
 
 def test_values_that_mean_the_same_are_accepted(files: dict[str, Any]) -> None:

@@ -78,6 +78,14 @@ def test_a_hopeless_name_says_where_to_look() -> None:
         card("zzzz")
 
 
+@pytest.mark.parametrize(
+    "name", ["janus", "Janus-Pro-7B", "deepseek-ocr", "deepseek-ocr-2", "vl", "deepseek-vl2-tiny"]
+)
+def test_multimodal_members_are_not_supported_yet(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}'.*multimodal members.*not supported yet"):
+        card(name)
+
+
 def test_siblings_differ_only_where_they_should() -> None:
     base, instruct = card("deepseek-coder-33b-base"), card("deepseek-coder-33b-instruct")
     assert (base.config.eos, instruct.config.eos) == ((32014,), (32021,))
@@ -136,3 +144,12 @@ def test_what_was_recalled_is_marked() -> None:
     assert card("deepseek-coder-1.3b").unverified == ()
     assert card("deepseek-v3").unverified == ()
     assert card("deepseek-v4-pro").unverified == ()
+    everything = {"num_hidden_layers", "vocab_size", "rope_theta", "rope_scaling", "rms_norm_eps"}
+    assert everything <= set(card("deepseek-coder-7b-v1.5").unverified)
+    assert "eos_token_id" not in card("deepseek-coder-7b-v1.5").unverified
+    for name in ("deepseek-math-7b", "deepseek-prover-v1", "deepseek-prover-v1.5", "deepseek-prover-v2-7b"):
+        assert everything | {"eos_token_id"} <= set(card(name).unverified)
+    assert "max_position_embeddings" not in card("deepseek-prover-v2-7b").unverified
+    assert "rms_norm_eps" in card("deepseek-llm-67b").unverified
+    assert "encoding" in card("deepseek-math-v2").unverified
+    assert "no tools" in card("deepseek-v3.2-speciale").note

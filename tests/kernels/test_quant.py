@@ -135,15 +135,6 @@ def test_power_of_two_ceiling_is_exact(x, steps):
         assert math.frexp(power)[0] == 0.5 and power / 2 < float(value) <= power
 
 
-def test_activation_tiles_are_one_token_by_128_channels():
-    x = torch.randn(2, 5, 300, dtype=torch.bfloat16)
-    codes, scale = quant.quantize_activation(x)
-    assert codes.shape == x.shape and scale.shape == (2, 5, 3)
-    assert float(scale[1, 4, 2]) == pytest.approx(float(x[1, 4, 256:].abs().max()) / 448, rel=1e-6)
-    back = quant.dequantize_activation(codes, scale, torch.float32)
-    assert ((back - x.float()).abs() <= x.float().abs() / 16 + scale.amax() * 2**-10).all()
-
-
 # ------------------------------------------------------------------------------------------------ FP4
 
 
@@ -227,7 +218,6 @@ def test_fp4_codes_survive_being_multiplied_out(held):
 def test_fp4_recasts_to_fp8_exactly_when_scales_are_close():
     packed = torch.randint(-128, 128, (2, 200, 96), dtype=torch.int8)
     scale = torch.exp2(torch.randint(-9, -2, (2, 200, 6)).float()).to(torch.float8_e8m0fnu)
-    assert quant.fp4_fits_fp8(scale).all()
     codes, wide = quant.recast_fp4(packed, scale)
     assert codes.shape == (2, 200, 192) and wide.shape == (2, 2, 2)
     same = quant.dequantize_fp8(codes, wide, (128, 128), torch.float32)
@@ -236,8 +226,6 @@ def test_fp4_recasts_to_fp8_exactly_when_scales_are_close():
 
 def test_fp4_recast_refuses_to_lose_values():
     scale = torch.ones(4, 2)
-    scale[0, 0] = 2.0**-7
-    assert not quant.fp4_fits_fp8(scale).any()
     scale[0, 0] = 2.0**-20
     with pytest.raises(quant.QuantError, match="not exact"):
         quant.recast_fp4(torch.full((4, 32), 0x11, dtype=torch.int8), scale)

@@ -1,15 +1,17 @@
 """Every way a checkpoint can be wrong ends in one error that names file, tensor, expected and found."""
 
+import contextlib
 import json
 import shutil
 import struct
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from rorqual.family import ConfigError
-from rorqual.weights import CheckpointError, load
+from rorqual.weights import CheckpointError, load, resolve
 from tests.weights.test_load import shards
 
 
@@ -79,7 +81,7 @@ def test_truncated_and_corrupt_files(checkpoint):
     file.write_bytes(good[:5])
     broken("the file has 5")
     file.write_bytes(b"")
-    broken("the file has 0")
+    refused(one.path, "model.safetensors: the file is empty")
     file.write_bytes(good[:100])
     broken("the header should take")
     file.write_bytes(struct.pack("<Q", 2**60) + good[8:])
@@ -314,3 +316,82 @@ def test_codes_where_only_numbers_may_be(quantised, tmp_path):
     refused(
         path, r"model.norm.weight in model.safetensors: expected F64 or F32 or F16 or BF16, found F8_E4M3"
     )
+
+
+# ------------------------------------------------------------------------------------------- hostile
+
+
+def deep(depth=100_000):
+    return "[" * depth + "]" * depth
+
+
+def test_files_made_to_break_the_reader(checkpoint):
+    one = checkpoint("llama")
+    file, config = one.path / "model.safetensors", one.path / "config.json"
+    good, good_config = file.read_bytes(), config.read_text()
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    for bad in (
+        {"dtype": ["F32"]},
+        {"dtype": {}},
+        {"dtype": None},
+        {"shape": 3},
+        {"shape": [[1]]},
+        {"shape": [True]},
+        {"data_offsets": None},
+        {"data_offsets": [0, 4, 8]},
+        {"data_offsets": "04"},
+    ):
+        rewrite(file, lambda h, bad=bad: {"a": entry | bad})
+        refused(one.path, "the entry of a is malformed")
+        file.write_bytes(good)
+    rewrite(file, lambda h: {"a": 3})
+    refused(one.path, "the entry of a is malformed")
+    file.write_bytes(good)
+    rewrite(file, lambda h: deep().encode())
+    refused(one.path, "its header is not JSON")
+    file.write_bytes(good)
+    config.write_text(deep())
+    refused(one.path, "config.json: can't be read as JSON")
+    config.write_text(good_config[:-2] + ', "torch_dtype": "float32", "torch_dtype": "bfloat16"}')
+    refused(one.path, "'torch_dtype' stands in it twice")
+    for depth in (300, 600, 900):  # Python's own JSON reader takes these
+        config.write_text(good_config[:-2] + ', "extra": ' + deep(depth) + "}")
+        with warnings.catch_warnings(), contextlib.suppress(CheckpointError, ConfigError):
+            warnings.simplefilter("ignore")
+            load(one.path)
+    config.unlink()
+    config.mkdir()
+    refused(one.path, "config.json: can't be read")
+    config.rmdir()
+    config.write_text(good_config)
+    file.unlink()
+    file.mkdir()
+    refused(one.path, "model.safetensors: ")
+    file.rmdir()
+    index = one.path / "model.safetensors.index.json"
+    index.write_text(deep())
+    refused(one.path, "index.json: can't be read as JSON")
+    index.write_text('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}')
+    refused(one.path, "index.json: .*'a' stands in it twice")
+    index.write_text('{"weight_map": {"a": "", "b": "."}}')
+    refused(one.path, r"names \d files that are not in the directory")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "nul\0byte", "x" * 300 + ".gguf"])
+def test_paths_that_the_system_refuses(name):
+    refused(name, "(can't be read|does not exist)")
+    with pytest.raises(CheckpointError, match="is neither a path nor a hub id|is not a hub id"):
+        resolve(name)
+
+
+def test_a_path_below_a_file(checkpoint):
+    one = checkpoint("llama")
+    refused(one.path / "config.json" / "x", "does not exist")
+
+
+def test_layers_of_multi_token_prediction_that_are_not_declared(made, tmp_path):
+    one = made("deepseek_v3").changed(
+        tmp_path,
+        {"model.layers.3.enorm.weight": torch.ones(64), "model.layers.3.hnorm.weight": torch.ones(64)},
+    )
+    refused(one.path, "2 unexpected tensors", r"of layer 3 and on.*set num_nextn_predict_layers to")

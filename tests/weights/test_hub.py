@@ -56,3 +56,9 @@ def test_what_is_neither_a_path_nor_reachable(asked, tmp_path):
             with pytest.raises(CheckpointError, match="does not exist, and is not a hub id"):
                 resolve(name)
     assert len(asked) == 1
+
+
+def test_a_name_that_is_nearly_one_gets_a_hint(asked):
+    with pytest.raises(CheckpointError, match="not a hub id.*did you mean .*deepseek-v3"):
+        resolve("deepseek-v33")
+    assert not asked
