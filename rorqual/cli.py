@@ -72,13 +72,13 @@ def inspect(
 
     subject = _subject(name)
     config = getattr(subject, "config", subject)
+    if svg is not None:  # first: a path that can't be written is said before pages of figures
+        svg.write_text(draw(config, name), encoding="utf-8")
+        Console(stderr=True).print(f"drawn into {svg}", highlight=False)
     if json_:
         print(json.dumps(show.as_dict(subject, context=context, batch=batch), indent=1))
     else:
         show.show_inspect(subject, console, context=context, batch=batch)
-    if svg is not None:
-        svg.write_text(draw(config, name), encoding="utf-8")
-        Console(stderr=True).print(f"drawn into {svg}", highlight=False)
 
 
 def _subject(name: str) -> Any:

@@ -214,6 +214,7 @@ def test_command_lists_and_inspects(tmp_path: Path) -> None:
     [
         (("inspect", "deepseek-v9"), "deepseek-v9"),
         (("inspect", "nowhere/config.json"), "nowhere"),
+        (("inspect", "deepseek-v3", "--svg", "/no/such/place.svg"), "place.svg"),
         (("generate", "no-such-model", "hi"), "no-such-model"),
         (("generate", "smollm2", "hi", "--dtype", "int3"), "int3"),
         (("generate", "smollm2", "hi", "--temperature", "-1"), "temperature"),

@@ -94,7 +94,10 @@ class Matrix(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Codes and scales move between devices, but a cast of the model leaves them as they are."""
-        return super()._apply(keeping_types(fn, any_type=True) if self.scale is not None else fn, recurse)
+        if self.scale is None:
+            return super()._apply(fn, recurse)
+        codes, kept = (id(self.weight), id(self.scale)), keeping_types(fn, any_type=True)
+        return super()._apply(lambda t: kept(t) if id(t) in codes else fn(t), recurse)
 
 
 class Embedding(nn.Module):

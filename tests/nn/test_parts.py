@@ -247,7 +247,8 @@ def test_casts_leave_codes_and_pinned_parameters_alone() -> None:
             n: t.dtype for n, t in built.state_dict().items()
         }
         assert all(t.dtype in (torch.float64, torch.int64) for t in cast.double().state_dict().values())
-    layer = Linear(64, 32)
+    layer = Linear(64, 32, bias=True)
+    torch.nn.init.zeros_(layer.bias)
     layer.hold_codes(torch.float8_e4m3fn, torch.float32, (32, 32))
     codes, scale = quantize_fp8(torch.randn(32, 64), (32, 32))
     layer.weight.data.copy_(codes)
@@ -257,6 +258,8 @@ def test_casts_leave_codes_and_pinned_parameters_alone() -> None:
     for cast in (torch.bfloat16, torch.float16, torch.float64):
         layer.to(cast)
         assert layer.weight.dtype == torch.float8_e4m3fn and layer.scale.dtype == torch.float32
+        assert layer.bias.dtype == cast
+    layer.float()
     assert torch.equal(layer(x), before)
 
 
