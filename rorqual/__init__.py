@@ -5,7 +5,7 @@ model = rorqual.load("path/or/hub-id/or/file.gguf")
 print(model.generate("The sea is", rorqual.Sampling(temperature=0.0)).text)
 """
 
-from rorqual.engine import Completion, Sampling
+from rorqual.engine import Completion, Engine, Grammar, Sampling
 from rorqual.family import ModelConfig, config, models
 from rorqual.model import Model, load, save
 from rorqual.nn import Transformer
@@ -13,6 +13,8 @@ from rorqual.nn import Transformer
 __version__ = "0.1.0"
 __all__ = [
     "Completion",
+    "Engine",
+    "Grammar",
     "Model",
     "ModelConfig",
     "Sampling",

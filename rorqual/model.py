@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast, overload
@@ -17,16 +16,13 @@ from rorqual.engine import (
     Completion,
     Delta,
     Sampling,
-    check_prompts,
-    fit,
     generate,
     generate_speculative,
 )
+from rorqual.engine.grammar import GrammarCompiler
+from rorqual.engine.prompts import Prompt, answers_of, is_batch
 from rorqual.nn import InputError, Transformer
 from rorqual.text import Encoding, StreamParser, Tokenizer, detect, get_encoding
-
-Prompt = str | Sequence[int] | Tensor
-"""One prompt: text, token ids, or a 1-D tensor of ids."""
 
 
 class Model(Transformer):
@@ -34,6 +30,7 @@ class Model(Transformer):
 
     tokenizer: Tokenizer | None = None
     encoding: Encoding | None = None
+    _compiler: GrammarCompiler | None = None
 
     # ------------------------------------------------------------------------------------ generate
 
@@ -58,8 +55,8 @@ class Model(Transformer):
         (prompt i then draws with seed + i) or one a prompt. `speculate` drafts with the checkpoint's MTP
         module: the same greedy answers, the same distribution of sampled ones.
         """
-        many = _is_batch(prompts)
-        answers = self._answers(list(prompts) if many else [prompts], sampling)
+        many = is_batch(prompts)
+        answers = answers_of(self, list(prompts) if many else [prompts], sampling)
         for _ in self._deltas(answers, speculate):
             pass
         done = [answer.done for answer in answers]
@@ -69,38 +66,22 @@ class Model(Transformer):
         self, prompt: Prompt, sampling: Sampling | None = None, *, speculate: bool = False
     ) -> Iterator[Delta]:
         """The answer to one prompt, token by token. Dropping the iterator stops the work."""
-        answers = self._answers([prompt], sampling)
+        answers = answers_of(self, [prompt], sampling)
         return self._deltas(answers, speculate)
 
     def _deltas(self, answers: list[Answer], speculate: bool) -> Iterator[Delta]:
         return (generate_speculative if speculate else generate)(self, answers)
 
-    def _answers(self, prompts: list[Prompt], sampling: Sampling | Sequence[Sampling] | None) -> list[Answer]:
-        if not prompts:
-            raise InputError("no prompts: give at least one")
-        ids = [self.encode(p) if isinstance(p, str) else _ids(p, i) for i, p in enumerate(prompts)]
-        if sampling is None:
-            sampling = Sampling()
-        if isinstance(sampling, Sampling):
-            each = [_own_seed(sampling, i) for i in range(len(ids))]
-        elif isinstance(sampling, Sequence) and all(isinstance(s, Sampling) for s in sampling):
-            each = list(sampling)
-        else:
-            raise InputError(f"sampling must be a Sampling, or one a prompt, got {sampling!r:.80}")
-        check_prompts(self, ids, each)
-        stops = any(s.stop for s in each)
-        if stops and self.tokenizer is None:
-            raise InputError("stop strings need a tokenizer, and this checkpoint came without one")
-        ends = self.end_ids
-        return [
-            Answer(
-                p,
-                fit(p, s, self.config.max_positions),
-                ends,
-                self.tokenizer.stream() if self.tokenizer else None,
-            )
-            for p, s in zip(ids, each, strict=True)
-        ]
+    @property
+    def compiler(self) -> GrammarCompiler:
+        """What compiles grammars for this model's tokenizer, made at first use."""
+        if self.tokenizer is None:
+            raise InputError("a grammar needs a tokenizer, and this checkpoint came without one")
+        made = self._compiler
+        if made is None or made.tokenizer is not self.tokenizer or made.ends != self.end_ids:
+            made = GrammarCompiler(self.tokenizer, vocab=self.config.vocab, ends=self.end_ids)
+            self._compiler = made
+        return made
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -142,7 +123,7 @@ class Model(Transformer):
         **options: Any,
     ) -> Completion:
         """Answer a conversation. `parse(completion.text)` splits reasoning, content and tool calls."""
-        answers = self._answers([self.encode_chat(messages, **options)], sampling)
+        answers = answers_of(self, [self.encode_chat(messages, **options)], sampling)
         for delta in self._deltas(answers, speculate):
             if on_delta is not None:
                 on_delta(delta)
@@ -197,34 +178,3 @@ def _tokenizer(place: Path) -> Tokenizer | None:
     if place.suffix == ".gguf":
         return Tokenizer.from_gguf(weights.gguf_fields(place))
     return Tokenizer.from_dir(place) if (place / "tokenizer.json").exists() else None
-
-
-def _is_batch(prompts: Any) -> bool:
-    """Whether `prompts` is a list of prompts rather than one."""
-    if isinstance(prompts, str):
-        return False
-    if isinstance(prompts, bytes | bytearray):
-        raise InputError("a prompt must be text or token ids, got bytes: decode them first")
-    if isinstance(prompts, Tensor):
-        return prompts.dim() > 1
-    if not isinstance(prompts, Sequence):
-        raise InputError(
-            f"prompts must be text, token ids, or a list of either, got {type(prompts).__name__}"
-        )
-    return not prompts or not isinstance(prompts[0], int)
-
-
-def _ids(prompt: Any, index: int) -> list[int]:
-    if isinstance(prompt, Tensor):
-        if prompt.dim() != 1 or prompt.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-            raise InputError(
-                f"prompt {index}: a tensor of ids must be 1-D and of integers, got {tuple(prompt.shape)}"
-            )
-        return [int(t) for t in prompt.tolist()]
-    if isinstance(prompt, Sequence) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
-        return list(prompt)
-    raise InputError(f"prompt {index} must be text or a list of token ids, got {prompt!r:.80}")
-
-
-def _own_seed(sampling: Sampling, index: int) -> Sampling:
-    return sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index)

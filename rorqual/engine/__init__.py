@@ -1,6 +1,10 @@
-"""Generation: sampling, the plain loop, and speculative decoding with MTP."""
+"""Generation: the plain loop, speculative decoding, and the engine for many requests at once."""
 
-from rorqual.engine.loop import Answer, Completion, Delta, check_prompts, fit, generate
+from rorqual.engine.core import EngineFull
+from rorqual.engine.engine import Engine
+from rorqual.engine.grammar import Grammar, GrammarError
+from rorqual.engine.loop import Answer, Completion, Delta, generate
+from rorqual.engine.request import Handle
 from rorqual.engine.sampling import Sampler, Sampling, SamplingError
 from rorqual.engine.speculative import generate_speculative
 
@@ -8,11 +12,14 @@ __all__ = [
     "Answer",
     "Completion",
     "Delta",
+    "Engine",
+    "EngineFull",
+    "Grammar",
+    "GrammarError",
+    "Handle",
     "Sampler",
     "Sampling",
     "SamplingError",
-    "check_prompts",
-    "fit",
     "generate",
     "generate_speculative",
 ]

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rorqual.engine.draws import logprobs_of
+from rorqual.engine.grammar import GrammarError, GrammarState, fill_masks
 from rorqual.engine.sampling import Sampler, Sampling
 from rorqual.kernels.linear import packing
 from rorqual.nn import Cache, ContextError, InputError, Rows, Transformer
@@ -58,9 +60,16 @@ class Answer:
     """A row under way: collects tokens, settles text, and knows when to stop."""
 
     def __init__(
-        self, prompt: list[int], sampling: Sampling, ends: frozenset[int], decoder: StreamDecoder | None
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        ends: frozenset[int],
+        decoder: StreamDecoder | None,
+        grammar: GrammarState | None = None,
     ):
         self.prompt, self.sampling, self.ends, self.decoder = prompt, sampling, ends, decoder
+        self.grammar = grammar
+        """Where the answer stands in its sampling's grammar; moves on with every token taken."""
         self.done = Completion(prompt_tokens=len(prompt))
         if decoder is not None:
             self.done.text = ""
@@ -73,6 +82,8 @@ class Answer:
     def take(self, token: int) -> str:
         """One more token; returns the text that is now certain. Sets `done.finish_reason` at the end."""
         self.done.ids.append(token)
+        if self.grammar is not None:
+            self.grammar.advance(token)
         text = ""
         if token in self.ends and not self.sampling.ignore_eos:
             self.done.finish_reason = "stop"
@@ -111,7 +122,8 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def check_prompts(model: Transformer, prompts: list[list[int]], samplings: list[Sampling]) -> None:
-    """Refuse empty prompts, ids outside the vocabulary, and prompts that leave no room for an answer."""
+    """Refuse empty prompts, ids outside the vocabulary (in prompts and biases), and prompts that leave no room
+    for an answer."""
     vocab, positions = model.config.vocab, model.config.max_positions
     for i, prompt in enumerate(prompts):
         if not prompt:
@@ -129,6 +141,8 @@ def check_prompts(model: Transformer, prompts: list[list[int]], samplings: list[
             )
     if len(samplings) != len(prompts):
         raise InputError(f"{len(prompts)} prompts but {len(samplings)} samplings: give one, or one a prompt")
+    for sampling in samplings:
+        sampling.check_vocab(vocab)
 
 
 def fit(prompt: list[int], sampling: Sampling, positions: int) -> Sampling:
@@ -166,21 +180,46 @@ def last_states(state: Tensor, rows: Rows, before: Tensor | None) -> Tensor:
 
 def note_logprobs(answers: list[Answer], rows: list[int], logits_BV: Tensor, tokens: list[int]) -> None:
     """Write down the log-probability of each row's token, and the likeliest alternatives, where asked."""
-    if not any(answers[r].done.logprobs is not None for r in rows):
+    asking = [b for b, r in enumerate(rows) if answers[r].done.logprobs is not None]
+    if not asking:
         return
-    logp = logits_BV.float().log_softmax(-1)
-    for b, (r, token) in enumerate(zip(rows, tokens, strict=True)):
-        done = answers[r].done
+    tops = [0 if answers[r].done.top_logprobs is None else int(answers[r].sampling.logprobs) for r in rows]
+    drawn = torch.tensor([tokens[b] for b in asking], device=logits_BV.device)
+    chosen, ids, values = logprobs_of(logits_BV[asking], drawn, max(tops[b] for b in asking))
+    for b, logprob, best in zip(
+        asking, chosen.tolist(), zip(ids.tolist(), values.tolist(), strict=True), strict=True
+    ):
+        done = answers[rows[b]].done
         if done.logprobs is not None:
-            done.logprobs.append(float(logp[b, token]))
+            done.logprobs.append(logprob)
         if done.top_logprobs is not None:
-            best = logp[b].topk(min(int(answers[r].sampling.logprobs), logp.shape[1]))
-            done.top_logprobs.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+            done.top_logprobs.append(list(zip(*best, strict=True))[: tops[b]])
 
 
 def room(answers: list[Answer]) -> int:
     """Tokens that a cache for these answers should hold from the start."""
     return max(len(a.prompt) + min(a.sampling.max_new_tokens, RESERVE) for a in answers)
+
+
+def seat(model: Transformer, answers: list[Answer]) -> Sampler:
+    """A sampler in which answer i has slot i."""
+    sampler = Sampler(model.config.vocab, model.device, len(answers))
+    for slot, answer in enumerate(answers):
+        sampler.admit(slot, answer.sampling, answer.prompt)
+    return sampler
+
+
+def masks_of(answers: list[Answer], device: torch.device) -> Tensor | None:
+    """What the answers' grammars allow next, as a bitmask on the device; None where none has a grammar."""
+    states = [a.grammar for a in answers]
+    compiler = next((s.compiler for s in states if s is not None), None)
+    if compiler is None:
+        return None
+    bits_BW = compiler.bitmask(len(states))
+    for b in fill_masks(states, bits_BW):
+        state = states[b]
+        raise GrammarError(f"the grammar can't be followed any further: {state and state.error}")
+    return bits_BW.to(device, non_blocking=True)
 
 
 def generate(model: Transformer, answers: list[Answer]) -> Iterator[Delta]:
@@ -193,7 +232,7 @@ def generate(model: Transformer, answers: list[Answer]) -> Iterator[Delta]:
 def _generate(model: Transformer, answers: list[Answer]) -> Iterator[Delta]:
     active = list(range(len(answers)))
     prompts = [a.prompt for a in answers]
-    sampler = Sampler([a.sampling for a in answers], prompts, model.config.vocab, model.device)
+    sampler = seat(model, answers)
     cache = model.new_cache(len(answers), room(answers))
     state = None
     for chunk, rows in prefill(model, prompts, cache):
@@ -201,9 +240,10 @@ def _generate(model: Transformer, answers: list[Answer]) -> Iterator[Delta]:
     assert state is not None
     while True:
         logits_BV = model.logits(model.finish(state))[:, -1]
-        drawn = sampler.draw(logits_BV)
+        drawn = sampler.draw(logits_BV, active, masks_of([answers[r] for r in active], model.device))
+        sampler.saw(active, drawn)
+        sampler.check(active)
         tokens = drawn.tolist()
-        sampler.saw(tokens)
         note_logprobs(answers, active, logits_BV, tokens)
         for r, token in zip(active, tokens, strict=True):
             text = answers[r].take(token)
@@ -213,7 +253,6 @@ def _generate(model: Transformer, answers: list[Answer]) -> Iterator[Delta]:
             return
         if len(keep) < len(active):
             active = [active[b] for b in keep]
-            sampler.select(keep)
             cache.select(keep)
             drawn = drawn[keep]
         rows = Rows(cache.lengths, [1] * len(active), 1, model.device)

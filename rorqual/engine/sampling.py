@@ -1,13 +1,29 @@
-"""How the next token is drawn: `Sampling` says it, `Sampler` does it for a batch."""
+"""How the next token is drawn: `Sampling` says it, `Sampler` does it on the device for a batch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+
+from rorqual.engine import draws
+from rorqual.engine.tallies import Bias, Seen, upload
+
+if TYPE_CHECKING:
+    from rorqual.engine.grammar import Grammar
+
+Slots = Tensor | Sequence[int]
+"""The slot of each row: a list, or int64 [R] on the device."""
+
+UNSOUND = (
+    "the model gave NaN or infinite logits: the weights are damaged or overflow in this dtype; "
+    "try dtype=torch.float32 or bfloat16"
+)
 
 
 class SamplingError(ValueError):
@@ -18,14 +34,17 @@ class SamplingError(ValueError):
 class Sampling:
     """How to draw tokens.
 
-    `temperature` 0 is greedy. Filters apply in the order penalties, temperature, `top_k` (0: off),
-    `top_p`, `min_p` (share of the likeliest token's probability). `repetition_penalty` divides positive
-    and multiplies negative logits of every token in prompt or answer; `presence_penalty` and
-    `frequency_penalty` are subtracted once, and once an occurrence, for tokens of the answer.
+    `temperature` 0 is greedy. Filters apply in the order penalties, `logit_bias`, `grammar`, temperature,
+    `top_k` (0: off), `top_p`, `min_p` (share of the likeliest token's probability). `repetition_penalty`
+    divides positive and multiplies negative logits of every token in prompt or answer; `presence_penalty`
+    and `frequency_penalty` are subtracted once, and once an occurrence, for tokens of the answer.
+    `logit_bias` is added to the logits of the token ids it maps; it may be any mapping and is kept as
+    (id, value) pairs in order of id, so that a Sampling can be hashed. `grammar` allows only tokens that keep
+    to it, and the end only where it may end.
     `stop` strings end the answer and are left out of its text. `seed` makes an answer repeatable; prompt
     i of a list draws with seed + i. `logprobs`: True for each chosen token's natural log-probability,
     n for the n likeliest alternatives too; both under the model's own distribution, before temperature
-    and filters. `ignore_eos` goes on to `max_new_tokens` past the end token.
+    and filters. `ignore_eos` goes on to `max_new_tokens` past the end token (not with a grammar).
     """
 
     temperature: float = 1.0
@@ -40,6 +59,8 @@ class Sampling:
     seed: int | None = None
     logprobs: bool | int = False
     ignore_eos: bool = False
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -60,6 +81,25 @@ class Sampling:
             self._whole("seed", 0)
             if self.seed >= 2**62:
                 raise SamplingError(f"seed must be below 2^62, got {self.seed}")
+        object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
+        if self.grammar is not None:
+            self._check_grammar()
+
+    def _check_grammar(self) -> None:
+        from rorqual.engine.grammar import Grammar  # which imports this module
+
+        if not isinstance(self.grammar, Grammar):
+            raise SamplingError(
+                f"grammar must be a Grammar, as of Grammar.json_schema, got {self.grammar!r:.80}"
+            )
+        if self.ignore_eos:
+            raise SamplingError("ignore_eos can't go with a grammar: nothing may follow where a grammar ends")
+
+    def check_vocab(self, vocab: int) -> None:
+        """Refuse what names tokens outside a vocabulary of this size."""
+        bad = next((token for token, _ in self.bias if token >= vocab), None)
+        if bad is not None:
+            raise SamplingError(f"logit_bias names token id {bad}, outside the vocabulary of {vocab}")
 
     def _in_range(self, name: str, low: float, high: float, open_low: bool = False) -> None:
         value = getattr(self, name)
@@ -83,109 +123,263 @@ class Sampling:
         """Whether earlier tokens change the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
+    @property
+    def filtered(self) -> bool:
+        """Whether some tokens are left out of the draw for being unlikely."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def bias(self) -> tuple[tuple[int, float], ...]:
+        """`logit_bias` as it is kept."""
+        return cast(tuple[tuple[int, float], ...], self.logit_bias)
+
+
+def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
+    """A mapping (or pairs) of token ids to values, checked, in order of id."""
+    try:
+        pairs = sorted(dict(cast(Mapping[int, float], bias)).items())
+    except (TypeError, ValueError):
+        pairs = [(-1, math.nan)]
+    for token, value in pairs:
+        whole = isinstance(token, int) and not isinstance(token, bool) and token >= 0
+        number = isinstance(value, int | float) and not isinstance(value, bool) and -100 <= value <= 100
+        if not whole or not number:
+            raise SamplingError(f"logit_bias must map token ids to numbers in [-100, 100], got {bias!r:.80}")
+    return tuple((token, float(value)) for token, value in pairs)
+
 
 class Sampler:
-    """Draws for a batch, one `Sampling` a row. A row's draws depend on its own seed and logits alone."""
+    """Draws for requests that each hold a slot. What a request draws depends on its seed, the number of tokens
+    it has drawn, and its logits alone: not on the batch, nor on having been put off and taken up again.
 
-    def __init__(
-        self, rows: list[Sampling], prompts: list[list[int]], vocab: int, device: torch.device
-    ) -> None:
-        self.rows, self.device, self.vocab = rows, device, vocab
-        self.generators = [_generator(row.seed) for row in rows]
-        self._all_greedy = all(row.greedy for row in rows)
-        self._filtered = any(row.top_k or row.top_p < 1 or row.min_p > 0 for row in rows if not row.greedy)
-        self._prompt_BV: Tensor | None = None
-        self._count_BV: Tensor | None = None
-        if any(row.penalised for row in rows):
-            self._count_BV = torch.zeros(len(rows), vocab, device=device)
-            self._prompt_BV = torch.zeros(len(rows), vocab, dtype=torch.bool, device=device)
-            for b, prompt in enumerate(prompts):
-                self._prompt_BV[b, torch.tensor(prompt, dtype=torch.long, device=device)] = True
+    Calls name the rows of `logits_RV` by their slots, best as a list: then only the rows that need filters
+    or counts pay for them. For slots in a device tensor, all rows take part as soon as any admitted slot needs
+    something. A slot may stand in several rows. Nothing waits for the device but `check`. A slot that nobody
+    was admitted to draws greedily, so rows that only fill up a batch can have one.
+    """
 
-    def select(self, keep: list[int]) -> None:
-        """Keep only the given rows."""
-        self.rows = [self.rows[i] for i in keep]
-        self.generators = [self.generators[i] for i in keep]
-        self._all_greedy = all(row.greedy for row in self.rows)
-        if self._count_BV is not None and self._prompt_BV is not None:
-            self._count_BV, self._prompt_BV = self._count_BV[keep], self._prompt_BV[keep]
+    def __init__(self, vocab: int, device: torch.device, slots: int) -> None:
+        self.vocab, self.device = vocab, device
+        self._rows: list[Sampling | None] = [None] * slots
+        self._knobs_SK = torch.tensor(_knobs(None), dtype=torch.float64, device=device).repeat(slots, 1)
+        self._key_S = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._drawn_S = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._unsound_S = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._seen = Seen(slots, vocab, device)
+        self._bias = Bias(slots, device)
+        self._plans: dict[tuple[int, ...], _Plan] = {}
+        self._any: _Plan | None = None
 
-    def saw(self, tokens_B: list[int | None]) -> None:
-        """Count one new answer token of each row (None: nothing new in that row)."""
-        if self._count_BV is not None:
-            for b, token in enumerate(tokens_B):
-                if token is not None:
-                    self._count_BV[b, token] += 1
+    @torch.inference_mode()
+    def admit(
+        self, slot: int, sampling: Sampling, prompt: Sequence[int] = (), answer: Sequence[int] = ()
+    ) -> int:
+        """Give `slot` to a request. `answer`: tokens it drew before, if it was put off. Returns its seed: one
+        drawn now if it has none of its own, to be kept by a caller who may have to put the request off."""
+        sampling.check_vocab(self.vocab)
+        seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
+        self._set(slot, sampling, draws.key_of(seed), len(answer))
+        if sampling.penalised:
+            self._seen.admit(slot, prompt, answer)
+        if sampling.bias:
+            self._bias.admit(slot, sampling.bias)
+        return seed
 
-    def draw(self, logits_BV: Tensor) -> Tensor:
-        """One token of each row, [B] int64."""
-        if self._all_greedy:
-            return self._checked(self._penalised(logits_BV)).argmax(-1)
-        return self.draw_from(self.distribution(logits_BV))
+    @torch.inference_mode()
+    def release(self, slot: int) -> None:
+        """Take the slot back."""
+        self._set(slot, None, 0, 0)
 
-    def distribution(self, logits_BV: Tensor) -> Tensor:
-        """What each row draws from, fp32 [B, V], each row summing to one: penalties, temperature and filters
-        applied; greedy rows have all of it on the likeliest token."""
-        logits = self._checked(self._penalised(logits_BV.float()))
-        greedy_B = torch.tensor([row.greedy for row in self.rows], device=self.device)
-        heat_B = self._column([row.temperature if not row.greedy else 1.0 for row in self.rows])
-        p = ((logits - logits.amax(-1, keepdim=True)) / heat_B).softmax(-1)
-        if self._filtered:
-            p = self._filter(p)
-        best = torch.zeros_like(p).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        return torch.where(greedy_B[:, None], best, p)
+    def _set(self, slot: int, sampling: Sampling | None, key: int, drawn: int) -> None:
+        before, self._rows[slot] = self._rows[slot], sampling
+        if before is not None and before.penalised:
+            self._seen.release(slot)
+        if before is not None and before.bias:
+            self._bias.release(slot)
+        self._plans.clear()
+        self._any = None
+        self._knobs_SK[slot] = upload(_knobs(sampling), torch.float64, self.device)
+        state = upload([key, drawn, 0], torch.int64, self.device)
+        self._key_S[slot], self._drawn_S[slot], self._unsound_S[slot] = state
 
-    def draw_from(self, p_BV: Tensor) -> Tensor:
-        """One token of each row from given probabilities (they need not sum to one), [B] int64."""
-        total = p_BV.double().cumsum(-1)
-        u = self.uniforms().double()[:, None] * total[:, -1:]
-        return torch.searchsorted(total, u, right=True).squeeze(-1).clamp(max=self.vocab - 1)
+    @torch.inference_mode()
+    def draw(self, logits_RV: Tensor, slots_R: Slots, mask: Tensor | None = None) -> Tensor:
+        """One token of each row, int64 [R] on the device. `mask`: bool [R, V], true where allowed, or a bitmask
+        as of `draws.apply_bitmask`. A row with NaN or infinite logits gets some token; see `failed`."""
+        plan = self._plan(slots_R)
+        logits_RV = self._shaped(logits_RV, plan, mask)
+        best_R, ids_R = self._best(logits_RV, plan)
+        if plan.all_greedy:
+            return ids_R
+        drawn_R = draws.pick(self._heated(logits_RV, best_R, plan), self._uniforms(plan, draws.TARGET))
+        if not plan.any_greedy:
+            return drawn_R
+        return torch.where(self._knobs_SK[plan.slots_R, _GREEDY] > 0, ids_R, drawn_R)
 
-    def uniforms(self) -> Tensor:
-        """One number in [0, 1) of each row's own stream, [B]."""
-        drawn = [torch.rand((), generator=g, dtype=torch.float64) for g in self.generators]
-        return torch.stack(drawn).to(self.device)
+    @torch.inference_mode()
+    def distribution(self, logits_RV: Tensor, slots_R: Slots, mask: Tensor | None = None) -> Tensor:
+        """What each row draws from, fp32 [R, V], each row summing to one; greedy rows have all of it on the
+        likeliest token."""
+        plan = self._plan(slots_R)
+        logits_RV = self._shaped(logits_RV, plan, mask)
+        best_R, ids_R = self._best(logits_RV, plan)
+        sure_RV = None
+        if plan.any_greedy:
+            sure_RV = torch.zeros_like(logits_RV, dtype=torch.float32).scatter_(1, ids_R[:, None], 1.0)
+        if plan.all_greedy and sure_RV is not None:
+            return sure_RV
+        p_RV = self._heated(logits_RV, best_R, plan)
+        if sure_RV is None:
+            return p_RV
+        return torch.where(self._knobs_SK[plan.slots_R, _GREEDY, None] > 0, sure_RV, p_RV)
 
-    def _column(self, values: list[float]) -> Tensor:
-        return torch.tensor(values, device=self.device)[:, None]
+    def draw_from(self, p_RV: Tensor, slots_R: Slots, stream: int = draws.TARGET, ahead: int = 0) -> Tensor:
+        """One token of each row from given probabilities (they need not sum to one), int64 [R]. `stream`: one
+        of `draws`' names; `ahead`: tokens that the row has drawn and `saw` has not been told of."""
+        return draws.pick(p_RV, self.uniforms(slots_R, stream, ahead))
 
-    def _penalised(self, logits_BV: Tensor) -> Tensor:
-        if self._count_BV is None or self._prompt_BV is None:
-            return logits_BV
-        repeat = self._column([row.repetition_penalty for row in self.rows])
-        seen = self._prompt_BV | (self._count_BV > 0)
-        scaled = torch.where(logits_BV > 0, logits_BV / repeat, logits_BV * repeat)
-        logits = torch.where(seen, scaled, logits_BV)
-        presence = self._column([row.presence_penalty for row in self.rows])
-        frequency = self._column([row.frequency_penalty for row in self.rows])
-        return logits - presence * (self._count_BV > 0) - frequency * self._count_BV
+    def uniforms(self, slots_R: Slots, stream: int, ahead: int = 0) -> Tensor:
+        """Each row's number in [0, 1) for its next token, fp64 [R]."""
+        return self._uniforms(self._plan(slots_R), stream, ahead)
 
-    def _filter(self, p_BV: Tensor) -> Tensor:
-        """What top-k, top-p and min-p leave, summing to one again; the likeliest token always stays."""
-        top_k = self._column([row.top_k or self.vocab for row in self.rows])
-        top_p = self._column([row.top_p for row in self.rows])
-        min_p = self._column([row.min_p for row in self.rows])
-        ranked, order = p_BV.sort(dim=-1, descending=True, stable=True)
-        rank = torch.arange(self.vocab, device=self.device)
-        ranked = ranked * (rank < top_k)
-        before = ranked.cumsum(-1) - ranked
-        keep = (before < top_p * ranked.sum(-1, keepdim=True)) | (rank == 0)
-        keep &= ranked >= min_p * ranked[:, :1]
-        kept = ranked * keep
-        return torch.zeros_like(p_BV).scatter_(-1, order, kept / kept.sum(-1, keepdim=True))
+    @torch.inference_mode()
+    def saw(self, slots_R: Slots, tokens_R: Tensor | Sequence[int], where_R: Tensor | None = None) -> None:
+        """Each row's answer has one more token; with `where_R` (bool) only the rows where it is true."""
+        plan = self._plan(slots_R)
+        tokens_R = tokens_R if isinstance(tokens_R, Tensor) else upload(tokens_R, torch.int64, self.device)
+        new_R = torch.ones_like(plan.slots_R) if where_R is None else where_R.long()
+        self._drawn_S.index_add_(0, plan.slots_R, new_R)
+        if plan.penalised is not None:
+            at = plan.penalised
+            self._seen.add(plan.slots_R[at], tokens_R[at], new_R[at])
 
-    @staticmethod
-    def _checked(logits_BV: Tensor) -> Tensor:
-        # The greatest logit of a row is NaN if any is; -inf below it is what a mask leaves.
-        if not bool(logits_BV.amax(-1).isfinite().all()):
-            raise SamplingError(
-                "the model gave NaN or infinite logits: the weights are damaged or overflow in this dtype; "
-                "try dtype=torch.float32 or bfloat16"
+    def failed(self, slots_R: Slots) -> Tensor:
+        """Rows whose slot has had logits that nothing can be drawn from since it was admitted, bool [R] on the
+        device: NaN, +inf, or -inf everywhere."""
+        return self._unsound_S[self._plan(slots_R).slots_R] > 0
+
+    def check(self, slots_R: Slots) -> None:
+        """Raise `SamplingError` if any row has `failed`. Waits for the device."""
+        if bool(self.failed(slots_R).any()):
+            raise SamplingError(UNSOUND)
+
+    # -------------------------------------------------------------------------------------- inside
+
+    def _plan(self, slots_R: Slots) -> _Plan:
+        if isinstance(slots_R, Tensor):
+            if self._any is None:
+                self._any = self._plan_of([row for row in self._rows if row is not None], slots_R)
+            return replace(self._any, slots_R=slots_R)
+        key = tuple(slots_R)
+        if key not in self._plans:
+            if len(self._plans) >= 64:
+                self._plans.clear()
+            index = upload(key, torch.int64, self.device)
+            self._plans[key] = self._plan_of([self._rows[slot] for slot in key], index, exact=True)
+        return self._plans[key]
+
+    def _plan_of(self, rows: list[Sampling | None], slots_R: Tensor, exact: bool = False) -> _Plan:
+        """What rows need. `exact`: `rows` are the rows' own; else they are all there may be among them."""
+
+        def those(asked: list[bool]) -> Tensor | slice | None:
+            if not any(asked):
+                return None
+            if not exact or all(asked):
+                return slice(None)
+            return upload([r for r, one in enumerate(asked) if one], torch.int64, self.device)
+
+        greedy = [row is None or row.greedy for row in rows]
+        return _Plan(
+            slots_R,
+            all_greedy=all(greedy),
+            any_greedy=not exact or any(greedy),
+            penalised=those([row is not None and row.penalised for row in rows]),
+            biased=those([row is not None and bool(row.bias) for row in rows]),
+            filtered=those([row is not None and row.filtered for row in rows]),
+            top_k=any(row is not None and row.top_k > 0 for row in rows),
+            top_p=any(row is not None and row.top_p < 1 for row in rows),
+        )
+
+    def _shaped(self, logits_RV: Tensor, plan: _Plan, mask: Tensor | None) -> Tensor:
+        """The logits with penalties, bias and mask; in fp32 unless these rows need none of it. Never in place."""
+        if plan.penalised is not None:
+            logits_RV = self._on(plan.penalised, logits_RV.float(), plan, self._penalise)
+        if plan.biased is not None:
+            logits_RV = self._on(plan.biased, logits_RV.float(), plan, self._bias.add)
+        if mask is None:
+            return logits_RV
+        if mask.dtype == torch.bool:
+            return logits_RV.masked_fill(~mask, -torch.inf)
+        return draws.apply_bitmask(logits_RV, mask)
+
+    def _on(
+        self, rows: Tensor | slice, x_RV: Tensor, plan: _Plan, change: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """`x_RV` with `change(rows of x, their slots)` in place of the rows named."""
+        new = change(x_RV[rows], plan.slots_R[rows])
+        return new if isinstance(rows, slice) else x_RV.index_copy(0, rows, new)
+
+    def _penalise(self, logits_RV: Tensor, slots_R: Tensor) -> Tensor:
+        count_RV, prompt_RV = self._seen.of(slots_R)
+        repeat, presence, frequency = self._knobs_SK[slots_R, _REPEAT:, None].float().unbind(1)
+        drawn_RV = count_RV > 0
+        scaled = torch.where(logits_RV > 0, logits_RV / repeat, logits_RV * repeat)
+        logits_RV = torch.where(prompt_RV | drawn_RV, scaled, logits_RV)
+        return logits_RV - presence * drawn_RV - frequency * count_RV
+
+    def _best(self, logits_RV: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+        """Each row's greatest logit and its token. The greatest is NaN if any is; -inf below it is what a mask
+        leaves."""
+        best_R, ids_R = logits_RV.max(-1)
+        self._unsound_S.index_add_(0, plan.slots_R, (~best_R.isfinite()).long())
+        return best_R, ids_R
+
+    def _heated(self, logits_RV: Tensor, best_R: Tensor, plan: _Plan) -> Tensor:
+        """Probabilities after temperature and filters, fp32 [R, V]."""
+        knobs = self._knobs_SK[plan.slots_R]
+        p_RV = (logits_RV.float() - best_R.float()[:, None]).div_(knobs[:, _HEAT, None].float()).softmax(-1)
+        if plan.filtered is None:
+            return p_RV
+
+        def leave(p_RV: Tensor, slots_R: Tensor) -> Tensor:
+            knobs = self._knobs_SK[slots_R]
+            top_k, top_p, min_p, on = knobs[:, _TOP_K : _FILTERED + 1].unbind(1)
+            left_RV = draws.filtered(
+                p_RV, top_k if plan.top_k else None, top_p if plan.top_p else None, min_p
             )
-        return logits_BV
+            # With slots from the device, rows without filters come here too and must stay what they were.
+            return torch.where(on[:, None] > 0, left_RV, p_RV)
+
+        return self._on(plan.filtered, p_RV, plan, leave)
+
+    def _uniforms(self, plan: _Plan, stream: int, ahead: int = 0) -> Tensor:
+        slots = plan.slots_R
+        return draws.uniforms(self._key_S[slots], self._drawn_S[slots] + ahead, stream)
 
 
-def _generator(seed: int | None) -> torch.Generator:
-    generator = torch.Generator()
-    generator.manual_seed(torch.seed() if seed is None else seed)
-    return generator
+@dataclass(frozen=True)
+class _Plan:
+    """What the rows of a call need: their slots on the device, and per feature the rows that have it: indices,
+    slice(None) for all, None for none."""
+
+    slots_R: Tensor
+    all_greedy: bool
+    any_greedy: bool
+    penalised: Tensor | slice | None
+    biased: Tensor | slice | None
+    filtered: Tensor | slice | None
+    top_k: bool
+    """Whether any of the filtered rows may have a top-k, and likewise a top-p."""
+    top_p: bool
+
+
+# Columns of the sampler's table of numbers a slot.
+_GREEDY, _HEAT, _TOP_K, _TOP_P, _MIN_P, _FILTERED, _REPEAT = range(7)
+
+
+def _knobs(sampling: Sampling | None) -> list[float]:
+    s = sampling or Sampling(temperature=0.0)
+    # Below 1e-30 a temperature's quotients could leave fp32's range; all of them are greedy in effect.
+    heat = 1.0 if s.greedy else max(s.temperature, 1e-30)
+    return [s.greedy, heat, s.top_k, s.top_p, s.min_p, s.filtered,
+            s.repetition_penalty, s.presence_penalty, s.frequency_penalty]  # fmt: skip

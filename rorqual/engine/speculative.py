@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rorqual.engine.loop import Answer, Delta, last_states, note_logprobs, prefill, room
-from rorqual.engine.sampling import Sampler
+from rorqual.engine.draws import ACCEPT, DRAFT, RESIDUAL
+from rorqual.engine.loop import Answer, Delta, last_states, masks_of, note_logprobs, prefill, room, seat
 from rorqual.kernels.linear import packing
 from rorqual.nn import InputError, Rows, Transformer
 
@@ -48,15 +48,17 @@ class _Run:
         prompts = [a.prompt for a in answers]
         size = len(answers), room(answers) + 1
         self.cache, self.mtp_cache = model.new_cache(*size), model.new_mtp_cache(*size)
-        self.sampler = Sampler([a.sampling for a in answers], prompts, model.config.vocab, model.device)
+        self.sampler = seat(model, answers)
         state = None
         for chunk, rows in prefill(model, prompts, self.cache):
             self._feed_prompt(self._mtp_state(chunk), rows, prompts)
             state = last_states(chunk, rows, state)
         assert state is not None
         self.first_logits = model.logits(model.finish(state))[:, -1]
-        self.last: list[int] = self.sampler.draw(self.first_logits).tolist()
-        self.sampler.saw(list(self.last))
+        drawn = self.sampler.draw(self.first_logits, self.active, masks_of(answers, model.device))
+        self.sampler.saw(self.active, drawn)
+        self.sampler.check(self.active)
+        self.last: list[int] = drawn.tolist()
         # Pairs that MTP has not seen yet: states [B, t, ...], the ids that follow them, and how many are real.
         self.pending = (self._mtp_state(state), [[t] for t in self.last], [1] * len(answers))
 
@@ -82,11 +84,13 @@ class _Run:
         return self.model.predict_further(state[:, :width], ids, rows, cache=self.mtp_cache)[0], rows
 
     def draft(self) -> None:
-        """Draw one drafted token of each row from MTP's distribution q."""
+        """Draw one drafted token of each row from MTP's distribution q. A grammar's mask holds for it too, or
+        drafts would be made that p can't have."""
         state, following, counts = self.pending
         logits, rows = self._further(state, following, counts)
-        self.q_BV = self.sampler.distribution(last_states(logits, rows, None)[:, 0])
-        self.drafts: list[int] = self.sampler.draw_from(self.q_BV).tolist()
+        self.mask = masks_of(self._answers(), self.model.device)
+        self.q_BV = self.sampler.distribution(last_states(logits, rows, None)[:, 0], self.active, self.mask)
+        self.drafts: list[int] = self.sampler.draw_from(self.q_BV, self.active, DRAFT).tolist()
 
     def verify(self) -> list[list[tuple[int, Tensor]]]:
         """One pass over (last, draft): each row's one or two new tokens with the logits they came from."""
@@ -95,16 +99,19 @@ class _Run:
         before = list(self.cache.lengths)
         state = self.model.run(ids, Rows(before, [2] * batch, 2, device), self.cache)
         logits = self.model.logits(self.model.finish(state))
-        p_BV = self.sampler.distribution(logits[:, 0])
+        sampler, slots = self.sampler, self.active
+        p_BV = sampler.distribution(logits[:, 0], slots, self.mask)
         row, drafts = torch.arange(batch, device=device), ids[:, 1]
-        stands = (self.sampler.uniforms() * self.q_BV[row, drafts] < p_BV[row, drafts]).tolist()
+        stands_B = sampler.uniforms(slots, ACCEPT) * self.q_BV[row, drafts] < p_BV[row, drafts]
         # A refused draft gives way to a token from what p has over q; if rounding leaves nothing, from p.
         rest = (p_BV - self.q_BV).clamp(min=0)
-        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_BV)
-        instead = self.sampler.draw_from(rest).tolist()
-        self.sampler.saw([d if ok else t for d, t, ok in zip(self.drafts, instead, stands, strict=True)])
-        bonus = self.sampler.draw_from(self.sampler.distribution(logits[:, 1])).tolist()
-        self.sampler.saw([t if ok else None for t, ok in zip(bonus, stands, strict=True)])
+        rest = torch.where(rest.sum(-1, keepdim=True) > 1e-9, rest, p_BV)
+        first_B = torch.where(stands_B, drafts, sampler.draw_from(rest, slots, RESIDUAL))
+        sampler.saw(slots, first_B)
+        bonus_B = sampler.draw(logits[:, 1], slots, self._masks_after_drafts())
+        sampler.saw(slots, bonus_B, stands_B)
+        sampler.check(slots)
+        stands, instead, bonus = stands_B.tolist(), first_B.tolist(), bonus_B.tolist()
         new = []
         for b, ok in enumerate(stands):
             done = self.answers[self.active[b]].done
@@ -119,6 +126,22 @@ class _Run:
             [len(t) for t in new],
         )
         return new
+
+    def _answers(self) -> list[Answer]:
+        return [self.answers[r] for r in self.active]
+
+    def _masks_after_drafts(self) -> Tensor | None:
+        """Grammars' masks for the token after the draft (of no account where the draft breaks the grammar)."""
+        states = [a.grammar for a in self._answers()]
+        took = [0 if s is None else s.validate([d]) for s, d in zip(states, self.drafts, strict=True)]
+        for state, draft, ok in zip(states, self.drafts, took, strict=True):
+            if state is not None and ok:
+                state.advance(draft)
+        mask = masks_of(self._answers(), self.model.device)
+        for state, ok in zip(states, took, strict=True):
+            if state is not None and ok:
+                state.rollback(1)
+        return mask
 
     def deliver(self, new: list[list[tuple[int, Tensor]]]) -> Iterator[Delta]:
         """Hand the new tokens to their answers; rows that end leave the batch."""
@@ -137,6 +160,5 @@ class _Run:
             state, following, counts = self.pending
             self.pending = (state[keep], [following[b] for b in keep], [counts[b] for b in keep])
             if keep:
-                self.sampler.select(keep)
                 self.cache.select(keep)
                 self.mtp_cache.select(keep)

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rorqual.kernels.skinny import skinny
+
 PACK_LIMIT = 2**33
 """Bytes of such copies kept at most (8 GiB): beyond it matrices are used as they lie."""
 
@@ -128,6 +130,8 @@ def reference(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | No
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, pack: Pack | None = None) -> Tensor:
     """`reference` for one weight, by the fastest way at hand; `pack` keeps its copy between calls."""
+    if x.is_cuda and not torch.is_grad_enabled():
+        return skinny(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     if not _usable(x, (weight,)):
         return F.linear(x, weight, bias)
     if weight.dtype == torch.bfloat16:
@@ -143,12 +147,41 @@ def linears(
 ) -> Sequence[Tensor]:
     """`reference` for several weights that read the same rows; `pack` keeps their joint copy between calls.
     The results may be views of one tensor."""
+    if x.is_cuda and not torch.is_grad_enabled():
+        whole = joint(weights) if not any(b is not None for b in biases) else None
+        if whole is None:
+            return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        return linear(x, whole).split([weight.shape[0] for weight in weights], -1)
     joined = pack.of(weights) if _open_scopes and _usable(x, weights) else None
     if joined is None:
         return reference(x, weights, biases)
     y = torch.ops.mkldnn._linear_pointwise(x, joined, None, "none", [], "")
     parts = y.split([weight.shape[0] for weight in weights], -1)
     return [part if bias is None else part + bias for part, bias in zip(parts, biases, strict=True)]
+
+
+def adjoin(weights: Sequence[torch.nn.Parameter]) -> None:
+    """Lay weights `[out_i, in]` one behind the other in memory, so that `linears` takes them as one matrix. They
+    stay the parameters they are, as views; nothing is held twice."""
+    if joint(weights) is not None or len({(w.dtype, w.device, w.shape[1:]) for w in weights}) > 1:
+        return
+    whole = torch.cat([weight.detach() for weight in weights])
+    for weight, part in zip(weights, whole.split([w.shape[0] for w in weights]), strict=True):
+        weight.data = part
+
+
+def joint(weights: Sequence[Tensor]) -> Tensor | None:
+    """The one matrix that weights laid out by `adjoin` form; None if they don't."""
+    first, at = weights[0], weights[0].data_ptr()
+    for weight in weights:
+        same = weight.dtype == first.dtype and weight.shape[1:] == first.shape[1:] and weight.is_contiguous()
+        if weight.data_ptr() != at or not same:
+            return None
+        at += weight.numel() * weight.element_size()
+    if first.untyped_storage().data_ptr() != weights[-1].untyped_storage().data_ptr():
+        return None
+    rows = sum(weight.shape[0] for weight in weights)
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def linear_in_fp32(x: Tensor, weight: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from rorqual.family import parts
@@ -15,6 +17,7 @@ from rorqual.nn.mla import MLA
 from rorqual.nn.mlp import SwiGLU
 from rorqual.nn.moe import MoE
 from rorqual.nn.norm import RMSNorm
+from rorqual.nn.paged import Store
 from rorqual.nn.step import Step
 
 AttentionBrick = GQA | MLA | CompressedAttention
@@ -49,14 +52,27 @@ class Block(nn.Module):
         self.attention_mix = Mix(hidden, config.residual, eps) if config.residual else None
         self.ff_mix = Mix(hidden, config.residual, eps) if config.residual else None
 
-    def forward(self, x: Tensor, ids_BT: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, ids_BT: Tensor, step: Step, cache: LayerCache | Store | None) -> Tensor:
         if self.attention_mix is None or self.ff_mix is None:
-            x = x + self.attention(self.attention_norm(x), step, cache)
+            x = x + step.attend(self.attention, self.attention_norm(x), cache)
             return x + self._feed(self.ff_norm(x), ids_BT, step)
         inner, post, comb = self.attention_mix.read(x)
-        x = self.attention_mix.write(x, self.attention(self.attention_norm(inner), step, cache), post, comb)
+        y = step.attend(self.attention, self.attention_norm(inner), cache)
+        x = self.attention_mix.write(x, y, post, comb)
         inner, post, comb = self.ff_mix.read(x)
         return self.ff_mix.write(x, self._feed(self.ff_norm(inner), ids_BT, step), post, comb)
+
+    def deferred(
+        self, x: Tensor, pending: Tensor | None, ids_BT: Tensor, step: Step, cache: Any
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` on x + `pending`, with its own last sum left to whoever comes next: each sum then goes with
+        the norm after it. Returns the residual and what is still to be added."""
+        if pending is None:
+            normed = self.attention_norm(x)
+        else:
+            normed, x = self.attention_norm.after_add(pending, x)
+        normed, x = self.ff_norm.after_add(step.attend(self.attention, normed, cache), x)
+        return x, self._feed(normed, ids_BT, step)
 
     def _feed(self, x_BTD: Tensor, ids_BT: Tensor, step: Step) -> Tensor:
         return self.ff(x_BTD, ids_BT, step) if isinstance(self.ff, MoE) else self.ff(x_BTD)

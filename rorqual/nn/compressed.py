@@ -14,6 +14,7 @@ from rorqual.nn.compressor import Compressor, PoolState
 from rorqual.nn.indexer import choose_in_blocks, gather_blocks, query_blocks
 from rorqual.nn.linear import Linear, Pinned
 from rorqual.nn.norm import RMSNorm, unit_rms, upcast
+from rorqual.nn.paged import Group, Lane, Lanes, PagedStep, RingTail, Store
 from rorqual.nn.rope import rotate_tail
 from rorqual.nn.step import Step
 
@@ -21,18 +22,8 @@ from rorqual.nn.step import Step
 class CompressedCache:
     """The last `window` raw entries, and by kind the compressor's and the indexer's state."""
 
-    def __init__(
-        self,
-        part: parts.CompressedAttention,
-        batch: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.window = Tail(batch, part.window, part.head_dim, dtype, device)
-        c = part.compress
-        self.pool = PoolState(c, part.head_dim, batch, capacity, dtype, device) if c else None
-        self.index = PoolState(c, c.index.dim, batch, capacity, dtype, device) if c and c.index else None
+    def __init__(self, window: Tail | RingTail, pool: PoolState | None, index: PoolState | None) -> None:
+        self.window, self.pool, self.index = window, pool, index
 
     def _pools(self) -> list[PoolState]:
         return [pool for pool in (self.pool, self.index) if pool is not None]
@@ -104,7 +95,39 @@ class CompressedAttention(Pinned):
     def new_cache(
         self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> CompressedCache:
-        return CompressedCache(self.part, batch, capacity, dtype, device)
+        p, c = self.part, self.part.compress
+        window = Tail(batch, p.window, p.head_dim, dtype, device)
+        pool, index = (
+            PoolState.new(c, dim, batch, capacity, dtype, device) if c and dim else None
+            for dim in self._pool_dims()
+        )
+        return CompressedCache(window, pool, index)
+
+    def _pool_dims(self) -> tuple[int, int]:
+        """Widths of an entry and of an indexer key; 0 where there are none."""
+        c = self.part.compress
+        return (self.part.head_dim if c else 0), (c.index.dim if c and c.index else 0)
+
+    def lanes(self, dtype: torch.dtype) -> Lanes:
+        p, c = self.part, self.part.compress
+        found = {"window": Lane((p.head_dim,), dtype, keep=p.window)}
+        for prefix, dim in zip(("pool.", "index."), self._pool_dims(), strict=True):
+            if c and dim:
+                found |= {prefix + name: lane for name, lane in PoolState.lanes(c, dim, dtype).items()}
+        return found
+
+    def view(self, store: Store, group: Group) -> CompressedCache:
+        lanes, c = self.lanes(store["window"].dtype), self.part.compress
+        pool, index = (
+            PoolState.view(store, prefix, PoolState.lanes(c, dim, store["window"].dtype), group)
+            if c and dim
+            else None
+            for prefix, dim in zip(("pool.", "index."), self._pool_dims(), strict=True)
+        )
+        return CompressedCache(RingTail(store["window"], lanes["window"], group), pool, index)
+
+    def paged(self, x_1ND: Tensor, step: PagedStep, store: Store) -> Tensor | None:
+        return None
 
     def forward(self, x_BTD: Tensor, step: Step, cache: CompressedCache | None) -> Tensor:
         p = self.part

@@ -11,6 +11,7 @@ from rorqual.family.parts import Compress, Rope
 from rorqual.nn.cache import Slots, Tail
 from rorqual.nn.linear import Linear, Pinned
 from rorqual.nn.norm import RMSNorm, upcast
+from rorqual.nn.paged import Group, Lane, Lanes, PagedSlots, RingTail, Store
 from rorqual.nn.rope import rotate_tail, rotation
 from rorqual.nn.step import Rows, Step
 
@@ -20,14 +21,39 @@ class PoolState:
     finished entries. With overlap two windows are kept, else one."""
 
     def __init__(
-        self, part: Compress, dim: int, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ):
-        kept, width = (2 * part.ratio, 2 * dim) if part.overlap else (part.ratio, dim)
-        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.kv = Tail(batch, kept, width, state_dtype, device)
-        self.gate = Tail(batch, kept, width, state_dtype, device, fill=float("-inf"))
-        self.entries = Slots(batch, -(-capacity // part.ratio), (dim,), dtype, device)
-        self.ratio = part.ratio
+        self, kv: Tail | RingTail, gate: Tail | RingTail, entries: Slots | PagedSlots, ratio: int
+    ) -> None:
+        self.kv, self.gate, self.entries, self.ratio = kv, gate, entries, ratio
+
+    @classmethod
+    def new(
+        cls, part: Compress, dim: int, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> PoolState:
+        """An empty one."""
+        lanes = cls.lanes(part, dim, dtype)
+        kv, gate = (
+            Tail(batch, lane.keep or 0, lane.shape[0], lane.dtype, device, lane.fill)
+            for lane in (lanes["kv"], lanes["gate"])
+        )
+        entries = Slots(batch, -(-capacity // part.ratio), (dim,), dtype, device)
+        return cls(kv, gate, entries, part.ratio)
+
+    @staticmethod
+    def lanes(part: Compress, dim: int, dtype: torch.dtype) -> Lanes:
+        """What is kept: with overlap two windows of projections as wide as two entries, else one."""
+        keep, width = (2 * part.ratio, 2 * dim) if part.overlap else (part.ratio, dim)
+        state = torch.float64 if dtype == torch.float64 else torch.float32
+        return {
+            "kv": Lane((width,), state, keep=keep),
+            "gate": Lane((width,), state, keep=keep, fill=float("-inf")),
+            "entries": Lane((dim,), dtype, every=part.ratio),
+        }
+
+    @classmethod
+    def view(cls, store: Store, prefix: str, lanes: Lanes, group: Group) -> PoolState:
+        """Over the pages and rings of a group's sequences, stored under names that begin with `prefix`."""
+        kv, gate = (RingTail(store[prefix + name], lanes[name], group) for name in ("kv", "gate"))
+        return cls(kv, gate, PagedSlots(store[prefix + "entries"], group), lanes["entries"].every)
 
     def select(self, rows_B: Tensor) -> None:
         for kept in (self.kv, self.gate, self.entries):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.family import parts
+from rorqual.kernels.cache_write import gqa_write
+from rorqual.kernels.gpu import usable
+from rorqual.kernels.gqa_paged import gqa_paged
 from rorqual.kernels.linear import Pack
 from rorqual.nn.cache import Slots
 from rorqual.nn.linear import Linear, together
 from rorqual.nn.norm import RMSNorm
+from rorqual.nn.paged import Group, Lane, Lanes, PagedSlots, PagedStep, Store
 from rorqual.nn.rope import rotate
 from rorqual.nn.step import Step
 
@@ -18,11 +24,8 @@ from rorqual.nn.step import Step
 class GQACache:
     """Keys and values of every token, `[B, capacity, kv_heads, head_dim]` each."""
 
-    def __init__(
-        self, part: parts.GQA, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.k = Slots(batch, capacity, (part.kv_heads, part.head_dim), dtype, device)
-        self.v = Slots(batch, capacity, (part.kv_heads, part.head_dim), dtype, device)
+    def __init__(self, k: Slots | PagedSlots, v: Slots | PagedSlots) -> None:
+        self.k, self.v = k, v
 
     def select(self, rows_B: Tensor) -> None:
         self.k.select(rows_B)
@@ -52,8 +55,54 @@ class GQA(nn.Module):
         self.q_norm = RMSNorm(part.head_dim, eps) if part.qk_norm else None
         self.k_norm = RMSNorm(part.head_dim, eps) if part.qk_norm else None
 
+    def alike(self) -> tuple[Linear, ...]:
+        """The matrices that read the same rows."""
+        return self.q, self.k, self.v
+
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> GQACache:
-        return GQACache(self.part, batch, capacity, dtype, device)
+        shape = (self.part.kv_heads, self.part.head_dim)
+        k, v = (Slots(batch, capacity, shape, dtype, device) for _ in "kv")
+        return GQACache(k, v)
+
+    def lanes(self, dtype: torch.dtype) -> Lanes:
+        lane = Lane((self.part.kv_heads, self.part.head_dim), dtype)
+        return {"k": lane, "v": lane}
+
+    def view(self, store: Store, group: Group) -> GQACache:
+        return GQACache(PagedSlots(store["k"], group), PagedSlots(store["v"], group))
+
+    def paged(self, x_1ND: Tensor, step: PagedStep, store: Store) -> Tensor | None:
+        """The brick by kernels that read pages as they lie; None where there are none."""
+        if not usable(x_1ND) or torch.is_grad_enabled():
+            return None
+        p, k_pages, v_pages = self.part, store["k"], store["v"]
+        q, k, v = together(x_1ND[0], self.pack, self.q, self.k, self.v)
+        q_NHd = q.unflatten(-1, (p.heads, p.head_dim))
+        k_NGd, v_NGd = (z.unflatten(-1, (p.kv_heads, p.head_dim)) for z in (k, v))
+        cos, sin = (t[0] for t in step.rotation(p.rope))
+        norms: dict[str, Any] = {}
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight, "eps": self.q_norm.eps}
+        gqa_write(
+            q_NHd,
+            k_NGd,
+            v_NGd,
+            cos,
+            sin,
+            k_pages,
+            v_pages,
+            step.slots(),
+            interleaved=p.rope.interleaved,
+            **norms,
+        )
+        out = [
+            gqa_paged(
+                q_NHd[g.tokens], k_pages, v_pages, g.table_SB, g.ends_S, g.offsets_S1,
+                max_count=g.width, scale=p.head_dim**-0.5,
+            )
+            for g in step.groups
+        ]  # fmt: skip
+        return self.o((out[0] if len(out) == 1 else torch.cat(out)).flatten(1))[None]
 
     def forward(self, x_BTD: Tensor, step: Step, cache: GQACache | None) -> Tensor:
         p = self.part

@@ -13,6 +13,7 @@ from rorqual.kernels.simulate import fake_fp8, hadamard
 from rorqual.nn.cache import Slots
 from rorqual.nn.linear import Linear
 from rorqual.nn.norm import LayerNorm, upcast
+from rorqual.nn.paged import PagedSlots
 from rorqual.nn.rope import rotate
 from rorqual.nn.step import Step
 
@@ -85,7 +86,7 @@ class Indexer(nn.Module):
         self.simulate = False
         """Round queries and keys as the released kernels do: Hadamard, then FP8 with one scale a vector."""
 
-    def forward(self, x_BTD: Tensor, c_q_BTC: Tensor, step: Step, keys: Slots | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, c_q_BTC: Tensor, step: Step, keys: Slots | PagedSlots | None) -> Tensor:
         """Positions each token attends, `[B, T, min(top_k, K)]` int64, -1 where fewer exist."""
         p = self.part
         q_BTHd, k_BTd, w_BTH = self.project(x_BTD, c_q_BTC, step)

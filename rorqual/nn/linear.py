@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rorqual.kernels.experts import Weights
+from rorqual.kernels.fp8_linear import fp8_linear
 from rorqual.kernels.linear import Pack, linear, linears
 from rorqual.kernels.quant import FP4_BLOCK, dequantize_fp4, dequantize_fp8
 
@@ -124,6 +126,10 @@ class Linear(Matrix):
     def forward(self, x: Tensor) -> Tensor:
         if self.scale is None:
             return linear(x, self.weight, self.bias, self.pack)
+        if x.is_cuda and not self.fp4 and not torch.is_grad_enabled():
+            assert self.block is not None
+            y = fp8_linear(x.flatten(0, -2), self.weight, self.scale, self.block, self.bias)
+            return y.unflatten(0, x.shape[:-1])
         return linear(x, self.matrix(x.dtype), self.bias)
 
 
@@ -139,6 +145,10 @@ class GroupedLinear(Matrix):
 
     def __init__(self, experts: int, inputs: int, outputs: int) -> None:
         super().__init__(experts, outputs, inputs)
+
+    def stack(self) -> Weights:
+        """What `kernels.experts` takes."""
+        return Weights(self.weight, self.scale, self.block)
 
     def experts(self, dtype: torch.dtype) -> Callable[[int], Tensor]:
         """The matrix `[out, in]` of an expert, by number.

@@ -8,14 +8,23 @@ cached latent (decoding, sparse attention). The cache never holds expanded keys 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.family import parts
+from rorqual.kernels.cache_write import mla_write
+from rorqual.kernels.fuse import rmsnorm
+from rorqual.kernels.gpu import usable
+from rorqual.kernels.linear import Pack
+from rorqual.kernels.mla_decode import mla_decode
+from rorqual.kernels.mla_prefill import gather_latents, mla_prefill
+from rorqual.kernels.skinny import heads_down, heads_up
 from rorqual.nn.cache import Slots
 from rorqual.nn.gqa import attend
 from rorqual.nn.indexer import Indexer, gather_blocks, query_blocks
-from rorqual.nn.linear import Linear
+from rorqual.nn.linear import Linear, together
 from rorqual.nn.norm import RMSNorm, upcast
+from rorqual.nn.paged import Group, Lane, Lanes, PagedSlots, PagedStep, Store
 from rorqual.nn.rope import rotate
 from rorqual.nn.step import Step
 
@@ -24,11 +33,8 @@ class MLACache:
     """The latent and rotary key of every token, side by side `[B, capacity, kv_rank + rope_dim]`; with
     sparse attention also one index key."""
 
-    def __init__(
-        self, part: parts.MLA, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.latent = Slots(batch, capacity, (part.kv_rank + part.rope_dim,), dtype, device)
-        self.index = Slots(batch, capacity, (part.index.dim,), dtype, device) if part.index else None
+    def __init__(self, latent: Slots | PagedSlots, index: Slots | PagedSlots | None) -> None:
+        self.latent, self.index = latent, index
 
     def select(self, rows_B: Tensor) -> None:
         self.latent.select(rows_B)
@@ -63,9 +69,81 @@ class MLA(nn.Module):
         self.kv_b = Linear(p.kv_rank, p.heads * (p.nope_dim + p.v_dim))
         self.o = Linear(p.heads * p.v_dim, hidden)
         self.index = Indexer(hidden, p) if p.index is not None else None
+        self.pack = Pack()
+
+    def alike(self) -> tuple[Linear, ...]:
+        """The matrices that read the same rows."""
+        return (self.q if self.part.q_rank is None else self.q_a), self.kv_a
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> MLACache:
-        return MLACache(self.part, batch, capacity, dtype, device)
+        made = {
+            name: Slots(batch, capacity, lane.shape, dtype, device)
+            for name, lane in self.lanes(dtype).items()
+        }
+        return MLACache(made["latent"], made.get("index"))
+
+    def lanes(self, dtype: torch.dtype) -> Lanes:
+        p = self.part
+        latent = {"latent": Lane((p.kv_rank + p.rope_dim,), dtype)}
+        return latent | {"index": Lane((p.index.dim,), dtype)} if p.index else latent
+
+    def view(self, store: Store, group: Group) -> MLACache:
+        index = PagedSlots(store["index"], group) if "index" in store else None
+        return MLACache(PagedSlots(store["latent"], group), index)
+
+    def paged(self, x_1ND: Tensor, step: PagedStep, store: Store) -> Tensor | None:
+        """The brick by kernels that read pages as they lie: dense attention on a GPU; None elsewhere."""
+        if self.index is not None or not usable(x_1ND) or torch.is_grad_enabled():
+            return None
+        p, x_ND, pages = self.part, x_1ND[0], store["latent"]
+        if p.q_rank is None:
+            q, kv_NC = together(x_ND, self.pack, self.q, self.kv_a)
+        else:
+            c_q, kv_NC = together(x_ND, self.pack, self.q_a, self.kv_a)
+            q = self.q_b(rmsnorm(c_q, self.q_a_norm.weight, self.q_a_norm.eps))
+        q_NHd = q.unflatten(-1, (p.heads, p.qk_dim))
+        cos, sin = (t[0] for t in step.rotation(p.rope))
+        norm, slots_N = self.kv_a_norm, step.slots()
+        absorbed = None
+        if all(group.decoding for group in step.groups):
+            absorbed = q_NHd.new_empty(*q_NHd.shape[:2], p.kv_rank + p.rope_dim)
+        mla_write(
+            kv_NC, norm.weight, norm.eps, cos, sin, q_NHd[..., p.nope_dim :], pages, slots_N,
+            rank=p.kv_rank, interleaved=p.rope.interleaved, q_out_NHC=absorbed,
+        )  # fmt: skip
+        out = [
+            self._decode(q_NHd[g.tokens], absorbed[g.tokens] if absorbed is not None else None, pages, g)
+            if g.decoding
+            else self._prefill(q_NHd[g.tokens], pages, g, step)
+            for g in step.groups
+        ]
+        return self.o((out[0] if len(out) == 1 else torch.cat(out)).flatten(1))[None]
+
+    def _decode(self, q_NHd: Tensor, absorbed: Tensor | None, pages: Tensor, g: Group) -> Tensor:
+        """Absorbed attention of a few queries a sequence: `[n, H, v]`."""
+        p = self.part
+        if absorbed is None:
+            absorbed = q_NHd.new_empty(*q_NHd.shape[:2], p.kv_rank + p.rope_dim)
+            absorbed[..., p.kv_rank :] = q_NHd[..., p.nope_dim :]
+        w_HrC = self.kv_b.weight.unflatten(0, (p.heads, p.nope_dim + p.v_dim))
+        scale = self.kv_b.scale
+        heads_up(q_NHd[..., : p.nope_dim], w_HrC[:, : p.nope_dim], absorbed[..., : p.kv_rank], scale)
+        u_NHc = mla_decode(
+            absorbed, pages, g.table_SB, g.ends_S, width=g.width, rank=p.kv_rank, scale=p.scale
+        )
+        return heads_down(u_NHc, w_HrC[:, p.nope_dim :], None, scale, p.nope_dim)
+
+    def _prefill(self, q_NHd: Tensor, pages: Tensor, g: Group, step: PagedStep) -> Tensor:
+        """Expanded attention of long chunks to their sequences' latents, old and new: `[n, H, v]`."""
+        p, total = self.part, sum(s + c for s, c in zip(g.starts, g.counts, strict=True))
+        starts_k = step.once(("keys", g.tokens.start), lambda: F.pad(g.ends_S.cumsum(0), (1, 0)).int())
+        latent_MC = gather_latents(pages, g.table_SB, starts_k, total=total, rank=p.kv_rank, rope=p.rope_dim)
+        kv_MHd = self.kv_b(latent_MC[:, : p.kv_rank]).unflatten(-1, (p.heads, p.nope_dim + p.v_dim))
+        k_MHn, v_MHv = kv_MHd.split((p.nope_dim, p.v_dim), -1)
+        return mla_prefill(
+            q_NHd, k_MHn, latent_MC[:, p.kv_rank :], v_MHv, g.offsets_S1, starts_k,
+            max_q=g.width, max_k=g.end, scale=p.scale,
+        )  # fmt: skip
 
     def forward(
         self, x_BTD: Tensor, step: Step, cache: MLACache | None, absorb: bool | None = None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rorqual.kernels import fuse
+from rorqual.kernels.gpu import usable
 from rorqual.kernels.linear import Pack
 from rorqual.nn.linear import Linear, together
 from rorqual.nn.norm import upcast
@@ -12,6 +15,8 @@ from rorqual.nn.norm import upcast
 
 def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
     """silu(gate) * up. With `limit` (V4) gate is clamped from above, up on both sides, all in fp32."""
+    if not torch.is_grad_enabled() and usable(gate, up):
+        return fuse.swiglu(gate.flatten(0, -2), up.flatten(0, -2), limit).view(gate.shape)
     if limit is None:
         return F.silu(gate) * up
     return (F.silu(upcast(gate).clamp(max=limit)) * upcast(up).clamp(-limit, limit)).to(gate.dtype)
@@ -27,6 +32,10 @@ class SwiGLU(nn.Module):
         self.down = Linear(width, hidden)
         self.limit = limit
         self.pack = Pack()
+
+    def alike(self) -> tuple[Linear, ...]:
+        """The matrices that read the same rows."""
+        return self.gate, self.up
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = together(x, self.pack, self.gate, self.up)

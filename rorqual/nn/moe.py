@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from rorqual.family import parts
+from rorqual.kernels.experts import Weights, experts
+from rorqual.kernels.gpu import usable
 from rorqual.kernels.linear import linear
 from rorqual.nn.linear import GroupedLinear
 from rorqual.nn.mlp import SwiGLU, swiglu
@@ -65,6 +67,8 @@ class MoE(nn.Module):
 
     def forward(self, x_BTD: Tensor, ids_BT: Tensor, step: Step) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
+        if step.trace is None and not torch.is_grad_enabled() and usable(x_ND):
+            return self._fast(x_ND, ids_BT.flatten()).view_as(x_BTD)
         choice = self.router(x_ND, ids_BT.flatten())
         if step.trace is not None:
             real_N = step.rows.real_BT.flatten()
@@ -77,3 +81,22 @@ class MoE(nn.Module):
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
         return y_ND.view_as(x_BTD)
+
+    def _fast(self, x_ND: Tensor, token_N: Tensor) -> Tensor:
+        """The same by kernels: routing, and all experts, shared ones among them, in a few launches."""
+        e, s = self.experts, self.shared
+        ids_NK, weights_NK = self.router.fast(x_ND, token_N)
+        shared = None
+        if s is not None:
+            gate, up, down = (Weights(m.weight, m.scale, m.block) for m in (s.gate, s.up, s.down))
+            shared = (gate, up, down)
+        return experts(
+            x_ND,
+            ids_NK,
+            weights_NK,
+            e.gate.stack(),
+            e.up.stack(),
+            e.down.stack(),
+            limit=e.limit,
+            shared=shared,
+        )

@@ -11,6 +11,7 @@ from rorqual.nn.cache import LayerCache
 from rorqual.nn.hyper import MixHead
 from rorqual.nn.linear import Linear
 from rorqual.nn.norm import RMSNorm
+from rorqual.nn.paged import Store
 from rorqual.nn.step import Step
 
 
@@ -39,7 +40,7 @@ class MTP(nn.Module):
         self.norm = RMSNorm(hidden, eps)
 
     def forward(
-        self, state: Tensor, embed_BTD: Tensor, ids_BT: Tensor, step: Step, cache: LayerCache | None
+        self, state: Tensor, embed_BTD: Tensor, ids_BT: Tensor, step: Step, cache: LayerCache | Store | None
     ) -> tuple[Tensor, Tensor]:
         """`state` of token i ([B, T, D] or streams [B, T, n, D]) with embedding and id of token i + 1.
 

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rorqual.kernels.fuse import add_rmsnorm, rmsnorm
+from rorqual.kernels.gpu import usable
+
 
 def upcast(x: Tensor) -> Tensor:
     """x in fp32, or in fp64 if it is fp64 already: where the family computes in full precision."""
@@ -21,7 +24,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() and usable(x):
+            return rmsnorm(x.flatten(0, -2), self.weight, self.eps).view(x.shape)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+    def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum."""
+        y, total = add_rmsnorm(x.flatten(0, -2), residual.flatten(0, -2), self.weight, self.eps)
+        return y.view(x.shape), total.view(x.shape)
 
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:

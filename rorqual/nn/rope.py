@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,19 +15,21 @@ Rotation = tuple[Tensor, Tensor]
 """cos and sin, each `[..., dim / 2]` in fp32."""
 
 
+@lru_cache(maxsize=64)
 def inverse_frequencies(rope: Rope, device: torch.device | str = "cpu") -> Tensor:
-    """Radians a position for each channel pair, fp32 `[dim / 2]` (facts 3.2 for YaRN)."""
-    pair = torch.arange(0, rope.dim, 2, dtype=torch.float32, device=device)
-    freq = 1.0 / (rope.theta ** (pair / rope.dim))
-    match rope.scaling:
-        case None:
-            return freq
-        case LinearScaling(factor=factor):
-            return freq / factor
-        case Yarn() as yarn:
-            return _yarn(freq, rope, yarn)
-        case Llama3Scaling() as bands:
-            return _llama3(freq, bands)
+    """Radians a position for each channel pair, fp32 `[dim / 2]` (facts 3.2 for YaRN); not to be written to."""
+    with torch.inference_mode(False):  # so that one made there can be used anywhere
+        pair = torch.arange(0, rope.dim, 2, dtype=torch.float32, device=device)
+        freq = 1.0 / (rope.theta ** (pair / rope.dim))
+        match rope.scaling:
+            case None:
+                return freq
+            case LinearScaling(factor=factor):
+                return freq / factor
+            case Yarn() as yarn:
+                return _yarn(freq, rope, yarn)
+            case Llama3Scaling() as bands:
+                return _llama3(freq, bands)
 
 
 def _yarn(freq: Tensor, rope: Rope, yarn: Yarn) -> Tensor:

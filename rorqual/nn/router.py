@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.family.parts import MoE
+from rorqual.kernels.route import route
 from rorqual.nn.errors import InputError
 from rorqual.nn.linear import keeping_types
 from rorqual.nn.norm import upcast
@@ -68,6 +69,15 @@ class Router(nn.Module):
             return keeping_types(fn)(t) if t is pinned else fn(t)
 
         return super()._apply(guarded, recurse)
+
+    def fast(self, x_ND: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` by kernels: ids [N, K] and weights [N, K] alone."""
+        r = self.part
+        return route(
+            x_ND, self.weight, self.bias, top_k=self.top_k, score=r.score, groups=r.groups, keep=r.keep,
+            group_score=r.group_score, normalize=r.normalize, scale=r.scale, table_VK=self.table,
+            token_N=token_N if self.table is not None else None,
+        )  # fmt: skip
 
     def forward(self, x_ND: Tensor, token_N: Tensor | None = None) -> Choice:
         """x `[N, D]`, and for a hashed router the token ids `[N]`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,11 @@ class Step:
             positions = self.rows.positions_BT[:1] if self.rows.uniform else self.rows.positions_BT
             self._rotations[rope] = rotation(rope, positions)
         return self._rotations[rope]
+
+    def attend(self, brick: Any, x_BTD: Tensor, cache: Any) -> Tensor:
+        """An attention brick on this pass."""
+        out: Tensor = brick(x_BTD, self, cache)
+        return out
 
     @property
     def all_visible(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,17 +11,22 @@ from torch import Tensor, nn
 
 from rorqual.family import parts
 from rorqual.family.parts import ModelConfig
-from rorqual.kernels.linear import Pack, linear, linear_in_fp32
+from rorqual.kernels.gpu import usable
+from rorqual.kernels.linear import Pack, adjoin, linear, linear_in_fp32
 from rorqual.nn.block import Block
 from rorqual.nn.cache import Cache
 from rorqual.nn.compressed import CompressedAttention, EntryIndexer
 from rorqual.nn.errors import ContextError, InputError
+from rorqual.nn.gqa import GQA
 from rorqual.nn.hyper import MixHead
 from rorqual.nn.indexer import Indexer
 from rorqual.nn.init import init_weights
 from rorqual.nn.linear import Embedding, Linear
+from rorqual.nn.mla import MLA
+from rorqual.nn.mlp import SwiGLU
 from rorqual.nn.mtp import MTP
 from rorqual.nn.norm import RMSNorm
+from rorqual.nn.paged import Lanes, PagedStep, Store
 from rorqual.nn.step import Rows, Step, Trace
 
 __all__ = ["Transformer"]
@@ -115,17 +120,30 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The layers alone, on ids whose real tokens come first in each row (unchecked): the residual
         state before the final norm, `[B, T, D]` or streams `[B, T, n, D]`. The cache's lengths move on."""
-        step = Step(rows, trace)
+        x = self._through(ids_BT, Step(rows, trace), cache.layers if cache is not None else None)
+        if cache is not None:
+            cache.lengths = list(rows.ends)
+        return x
+
+    def run_paged(self, ids_1N: Tensor, step: PagedStep, stores: Sequence[Store]) -> Tensor:
+        """The same over pages: the new tokens of many sequences in one row `[1, N]`, one store a layer."""
+        if self.config.residual is not None or not usable(self.embed.weight):
+            return self._through(ids_1N, step, stores)
+        x, pending = self.embed(ids_1N), None
+        layers: Any = self.layers
+        for layer, store in zip(layers, stores, strict=False):
+            x, pending = layer.deferred(x, pending, ids_1N, step, store)
+        return x if pending is None else x + pending
+
+    def _through(self, ids_BT: Tensor, step: Step, caches: Sequence[Any] | None) -> Tensor:
         x = self.embed(ids_BT)
         if self.config.residual is not None:
             x = x[:, :, None].expand(-1, -1, self.config.residual.streams, -1)
         for index, layer in enumerate(self.layers):
             step.layer = index
-            if trace is not None:
-                trace.hidden.append(x)
-            x = layer(x, ids_BT, step, cache.layers[index] if cache is not None else None)
-        if cache is not None:
-            cache.lengths = list(rows.ends)
+            if step.trace is not None:
+                step.trace.hidden.append(x)
+            x = layer(x, ids_BT, step, caches[index] if caches is not None else None)
         return x
 
     def finish(self, state: Tensor, trace: Trace | None = None) -> Tensor:
@@ -155,13 +173,24 @@ class Transformer(nn.Module):
         At depth 0 `state` is what the final norm gave (`finish`), or V4's raw streams (`run`). `cache` is
         one of `new_mtp_cache`.
         """
-        step = Step(rows)
-        step.layer = len(self.layers) + depth
         layer_cache = cache.layers[depth] if cache is not None else None
-        hidden, state = self.mtp[depth](state, self.embed(next_ids_BT), next_ids_BT, step, layer_cache)
+        hidden, state = self._further(state, next_ids_BT, Step(rows), depth, layer_cache)
         if cache is not None:
             cache.lengths = list(rows.ends)
         return self.logits(hidden), state
+
+    def predict_further_paged(
+        self, state: Tensor, next_ids_1N: Tensor, step: PagedStep, depth: int, store: Store
+    ) -> tuple[Tensor, Tensor]:
+        """The same over pages; gives the normed hidden states `[1, N, D]` that `logits` reads, not logits."""
+        return self._further(state, next_ids_1N, step, depth, store)
+
+    def _further(
+        self, state: Tensor, next_ids_BT: Tensor, step: Step, depth: int, cache: Any
+    ) -> tuple[Tensor, Tensor]:
+        step.layer = len(self.layers) + depth
+        out: tuple[Tensor, Tensor] = self.mtp[depth](state, self.embed(next_ids_BT), next_ids_BT, step, cache)
+        return out
 
     # -------------------------------------------------------------------------------------- cache
 
@@ -179,7 +208,23 @@ class Transformer(nn.Module):
         made = [brick.new_cache(batch, capacity, self.dtype, self.device) for brick in bricks]
         return Cache(made, batch)
 
+    def lanes(self, dtype: torch.dtype | None = None) -> list[Lanes]:
+        """What every layer, and after them every MTP module, keeps in pages (`nn.paged`)."""
+        modules: Any = self.mtp
+        bricks: list[Any] = [layer.attention for layer in self.layers]
+        bricks += [module.block.attention for module in modules]
+        return [brick.lanes(dtype or self.dtype) for brick in bricks]
+
     # --------------------------------------------------------------------------------------- misc
+
+    def adjoin(self) -> None:
+        """Lay matrices that read the same rows next to each other in memory, so that one product serves them
+        (GPUs). Parameters stay the same objects, names and values."""
+        for module in self.modules():
+            if isinstance(module, GQA | MLA | SwiGLU):
+                layers = module.alike()
+                if all(layer.scale is None and layer.bias is None for layer in layers):
+                    adjoin([layer.weight for layer in layers])
 
     def packs(self) -> list[Pack]:
         """The packed weight copies of all matrices, for `kernels.linear.packing`."""

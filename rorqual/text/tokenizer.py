@@ -255,6 +255,10 @@ class Tokenizer:
         """The id of a vocabulary entry or added token by its exact spelling, or None."""
         return self._backend.token_to_id(token)
 
+    def to_json(self) -> str:
+        """The vocabulary, merges and added tokens as the text of a tokenizer.json."""
+        return str(self._backend.to_str())
+
     def save(self, directory: str | PathLike[str]) -> None:
         """Write the tokenizer files: the originals byte for byte when it came from a folder, else
         tokenizer.json and a minimal tokenizer_config.json (and generation_config.json for several EOS

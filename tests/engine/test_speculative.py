@@ -67,13 +67,14 @@ def test_sampled_answers_have_the_plain_distribution(kind: str, filters: dict[st
     model = build(kind, vocab=words)
     prompt = [1, 2, 3]
     s = Sampling(temperature=1.3, max_new_tokens=length, ignore_eos=True, seed=0, **filters)
-    definition = Sampler([s], [prompt], words, torch.device("cpu"))
+    definition = Sampler(words, torch.device("cpu"), 1)
+    definition.admit(0, s, prompt)
     exact = {}
     for answer in itertools.product(range(words), repeat=length):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + list(answer)]))[0, 2:-1]
         exact[answer] = math.prod(
-            float(definition.distribution(logits[i : i + 1])[0, t]) for i, t in enumerate(answer)
+            float(definition.distribution(logits[i : i + 1], [0])[0, t]) for i, t in enumerate(answer)
         )
     assert sum(exact.values()) == pytest.approx(1, abs=1e-4)
     done = model.generate([prompt] * samples, s, speculate=True)

@@ -1,0 +1,263 @@
+"""FP8 linear layers (`rorqual.kernels.fp8_linear`): right, and as fast as the tensor cores and memory?
+
+`SWEEP=1` also times the other ways to cut each product. Small products are timed by graph replay over copies of
+the weight that together exceed the L2 cache several times.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.skinny import READ, ROTATE, compile_all, failed, graph_us, poison, short
+from rorqual.kernels import fp8_linear as op
+from rorqual.kernels.quant import E8M0, dequantize_fp8, quantize_fp8
+
+LARGE = (
+    (4096, 7168, 16384),
+    (4096, 4096, 7168),
+    (4096, 7168, 2048),
+    (8192, 8192, 8192),
+    (4096, 2112, 7168),
+    (4096, 24576, 1536),
+)
+SMALL = ((7168, 2048), (576, 2048), (3072, 2048), (2112, 7168), (4096, 7168), (24576, 1536), (7168, 16384))
+ROWS = (1, 16, 32, 64, 128, 256)
+SWEEP = os.environ.get("SWEEP") == "1"
+
+
+def weight(out: int, width: int) -> tuple[Tensor, Tensor]:
+    codes = torch.randn(out, width, device="cuda", dtype=torch.bfloat16).to(torch.float8_e4m3fn)
+    return codes, torch.rand(-(-out // 128), -(-width // 128), device="cuda") + 0.5
+
+
+def exact(x: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
+    """Codes and scales by the definition on the CPU: PyTorch multiplies by 1 / 448 on a GPU."""
+    codes, scale = op.quantize_reference(x.cpu(), pow2)
+    return codes.cuda(), scale.cuda()
+
+
+def check() -> None:
+    for rows, width in ((1, 7168), (5, 200), (333, 2048)):
+        for dtype in (torch.bfloat16, torch.float32):
+            for pow2 in (False, True):
+                try:
+                    x = (
+                        torch.randn(rows, width + 8, device="cuda")
+                        * torch.logspace(-4, 3, rows, device="cuda")[:, None]
+                    )
+                    x = x.to(dtype)[:, :width]
+                    poison()
+                    ours, theirs = op.quantize_rows(x, pow2), exact(x, pow2)
+                    same = [torch.equal(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True)]
+                    if not all(same):
+                        print(
+                            f"WRONG quantize {rows}x{width} {dtype} pow2 {pow2}: codes, scales same: {same}"
+                        )
+                except Exception:
+                    failed("quantize check")
+    worst = 0.0
+    for out, width in ((2112, 7168), (576, 2048), (300, 1000)):
+        for powers in (False, True):
+            dense = (
+                torch.randn(out, width, device="cuda") * torch.logspace(-1, 1, out, device="cuda")[:, None]
+            )
+            codes, scale = quantize_fp8(dense, ue8m0=powers, scale_dtype=E8M0 if powers else torch.float32)
+            w = dequantize_fp8(codes, scale, (128, 128), torch.float64)
+            for rows in (1, 32, 64, 129, 1001):
+                try:
+                    x, bias = torch.randn(rows, width, device="cuda"), torch.randn(out, device="cuda")
+                    poison()
+                    bf16 = op.fp8_linear(
+                        x.bfloat16(), codes, scale, bias=bias.bfloat16(), pow2=powers, ahead=True
+                    )
+                    y = op.fp8_linear(x, codes, scale, bias=bias if powers else None, pow2=powers)
+                    z = dequantize_fp8(*exact(x, powers), (1, 128), torch.float64)
+                    want, size = z @ w.T + (bias if powers else 0), z.abs() @ w.abs().T
+                    off = float(((y - want).abs() / size).max()) if y.isfinite().all() else float("inf")
+                    z = dequantize_fp8(*exact(x.bfloat16(), powers), (1, 128), torch.float64)
+                    want, size = z @ w.T + bias.bfloat16(), z.abs() @ w.abs().T + bias.abs()
+                    off16 = (
+                        float(((bf16 - want).abs() / size).max()) if bf16.isfinite().all() else float("inf")
+                    )
+                    worst = max(worst, off)
+                    if off > 2**-12 or off16 > 2**-8 or bf16.dtype != torch.bfloat16:
+                        print(f"WRONG {rows}x{out}x{width} powers {powers}: {off:.1e} {off16:.1e}")
+                except Exception:
+                    failed(f"check {rows}x{out}x{width}")
+    print(f"worst error over the sum of magnitudes: {worst:.1e}", flush=True)
+
+
+def library(x: tuple[Tensor, Tensor], codes: Tensor, scale: Tensor) -> Tensor:
+    return torch._scaled_mm(x[0], codes.t(), x[1], scale.t(), out_dtype=torch.bfloat16)
+
+
+def check_library() -> None:
+    """How exact cuBLASLt's sums are, beside ours, and whether other rows or poisoned room matter."""
+    for rows, out, width in (
+        (257, 2112, 7168),
+        (1000, 576, 2048),
+        (4096, 2048, 1536),
+        (300, 48, 512),
+        (514, 10944 // 16 * 16, 2048),
+    ):
+        try:
+            codes, scale = weight(out, width)
+            x = torch.randn(rows, width, device="cuda").bfloat16()
+            z = dequantize_fp8(*exact(x), (1, 128), torch.float64)
+            w = dequantize_fp8(codes, scale, (128, 128), torch.float64)
+            size = z.abs() @ w.abs().T
+            offs = [
+                float(((y - z @ w.T).abs() / size).max())
+                for y in (op.library(x, codes, scale), op.fast(x, codes, scale))
+            ]
+            print(
+                f"library {rows}x{out}x{width}: error over magnitudes {offs[0]:.1e}, ours {offs[1]:.1e}",
+                flush=True,
+            )
+        except Exception:
+            failed(f"library {rows}x{out}x{width}")
+
+
+def large_ways() -> list[dict[str, Any]]:
+    cuts = ((64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 3), (128, 64, 4, 4), (128, 128, 8, 4))
+    return [
+        {"BN": n, "BO": o, "SPLIT": 1, "STAGES": s, "TALL": False, "num_warps": w, "FETCH": 0}
+        for n, o, w, s in cuts
+    ]
+
+
+def small_ways(rows: int, out: int, width: int) -> list[dict[str, Any]]:
+    base = {"SPLIT": 1, "num_warps": 4}
+    if rows <= 32:
+        tall = max(16, rows)
+        found = [base | {"BN": tall, "BO": 64, "STAGES": s, "TALL": True} for s in (4, 6, 8, 10)]
+        found.append(base | {"BN": tall, "BO": 128, "STAGES": 6, "TALL": True, "num_warps": 8})
+    elif rows == 64:
+        found = [
+            base | {"BN": 64, "BO": o, "STAGES": s, "TALL": False}
+            for o, s in ((32, 6), (32, 8), (64, 4), (64, 6), (64, 8), (128, 4))
+        ]
+    else:
+        cuts = ((64, 64, 4, 4), (64, 64, 4, 6), (128, 32, 4, 6), (128, 64, 4, 4), (64, 128, 4, 4))
+        found = [base | {"BN": n, "BO": o, "STAGES": s, "TALL": False, "num_warps": w} for n, o, w, s in cuts]
+    best = []
+    for how in found:
+        programs = -(-out // how["BO"]) * -(-rows // how["BN"])
+        for split in (1, 2, 4, 8):
+            if split == 1 or (programs * split <= 400 and split * 4 <= width // 128):
+                for fetch in (0, 512, 1024) if rows <= 64 and how["STAGES"] == 6 else (0,):
+                    if fetch * split <= width:
+                        best.append(how | {"SPLIT": split, "FETCH": fetch})
+    return best
+
+
+def warm(job: Any) -> None:
+    rows, out, width, how = job
+    codes, scale = weight(out, width)
+    op.fast(torch.randn(rows, width, device="cuda").bfloat16(), codes, scale, ahead=True, how=how)
+    torch.cuda.synchronize()
+
+
+def time_quantize() -> None:
+    line = "quantize us (share of read):"
+    for rows, width in ((1, 7168), (64, 2048), (4096, 7168), (4096, 2048)):
+        xs = [
+            torch.randn(rows, width, device="cuda").bfloat16()
+            for _ in range(max(2, min(50, ROTATE // (rows * width * 2))))
+        ]
+        line += f" {rows}x{width}:"
+        for how in (None, {"BN": 4, "num_warps": 1}, {"BN": 16, "num_warps": 2}, {"BN": 32, "num_warps": 4}):
+            if how is None or (rows > 1 and SWEEP):
+                us = graph_us([lambda x=x, how=how: op.quantize_fast(x, how=how) for x in xs])
+                line += f" {us:.2f} ({rows * width * 3 / us / READ * 1e8:.0f}%)" + (
+                    f" {short(how)}" if how else " plan,"
+                )
+    print(line, flush=True)
+
+
+def time_large() -> None:
+    print("large: TFLOP/s with quantising | cuBLASLt alone | our product alone by cut")
+    for rows, out, width in (*LARGE, (512, 4096, 7168), (512, 7168, 2048), (1024, 2112, 7168)):
+        x = torch.randn(rows, width, device="cuda").bfloat16()
+        codes, scale = weight(out, width)
+        held = op.quantize_fast(x)
+        line = f"{rows}x{out}x{width}:"
+
+        def rate(call: Any, flop: float = 2e-6 * rows * out * width) -> str:
+            try:
+                return f"{flop / graph_us([call] * 8, 3):.0f}"
+            except Exception:
+                failed("large")
+                return "-"
+
+        line += f" {rate(lambda x=x, c=codes, s=scale: op.fp8_linear(x, c, s))}"
+        line += f" | {rate(lambda h=held, c=codes, s=scale: library(h, c, s))} |"
+        for how in large_ways() if SWEEP else []:
+            one = rate(lambda x=x, h=held, c=codes, s=scale, how=how: op.fast(x, c, s, quantized=h, how=how))
+            line += f" {one} ({how['BN']} {how['BO']} {how['num_warps']} {how['STAGES']})"
+        print(line, flush=True)
+
+
+def time_small() -> None:
+    print(
+        "small: us, quantising included: plan, ahead (share of read); product alone, ahead | cuBLASLt product alone | best, ahead"
+    )
+    for out, width in SMALL:
+        size = out * width
+        held = [weight(out, width) for _ in range(max(2, min(100, ROTATE // size)))]
+        for rows in ROWS:
+            x = torch.randn(rows, width, device="cuda").bfloat16()
+            given = op.quantize_fast(x)
+            line = f"{rows:3d}x{out}x{width}"
+
+            def call(w: Any, ahead: bool, how: Any = None, quantized: Any = None, x: Any = x) -> Any:
+                return lambda: op.fast(x, *w, ahead=ahead, how=how, quantized=quantized)
+
+            try:
+                us = [
+                    graph_us([call(w, *form) for w in held])
+                    for form in ((False,), (True,), (True, None, given))
+                ]
+                line += f": {us[0]:.2f} {us[1]:.2f} ({size / us[1] / READ * 1e8:.0f}%), {us[2]:.2f} ({size / us[2] / READ * 1e8:.0f}%)"
+                if rows % 4 == 0:
+                    line += f" | {graph_us([lambda w=w, g=given: library(g, *w) for w in held]):.2f}"
+            except Exception:
+                failed(line)
+            timed = []
+            for how in small_ways(rows, out, width) if SWEEP else []:
+                try:
+                    timed.append((graph_us([call(w, True, how) for w in held], 3), short(how)))
+                except Exception:
+                    failed(f"{line} {how}")
+            for one, name in sorted(timed)[:4]:
+                line += f" | {one:.2f} ({size / one / READ * 1e8:.0f}%) {name}"
+            print(line, flush=True)
+        del held
+
+
+def main() -> None:
+    torch.manual_seed(int(time.time()))
+    start = time.time()
+    with torch.inference_mode():
+        if SWEEP:
+            kernels: dict[Any, Any] = {}
+            for out, width in SMALL:
+                for rows in ROWS:
+                    for how in small_ways(rows, out, width):
+                        kernels[str(how), width, min(rows, 2)] = (rows, out, width, how)
+            compile_all("benchmarks.kernels.fp8_linear", kernels.values())
+        for step in (check, check_library, time_quantize, time_large, time_small):
+            try:
+                step()
+            except Exception:
+                failed(step.__name__)
+            print(f"[{step.__name__} done at {time.time() - start:.0f} s]", flush=True)
+
+
+if __name__ == "__main__":
+    main()

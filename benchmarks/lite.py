@@ -1,0 +1,142 @@
+"""Decoding and prefill of the "lite" geometry on one GPU, against what its memory and tensor cores allow.
+
+V3-type, 27 layers, width 2,048, 16 heads, latent 512, no query latent, first layer dense 11,264, then 64 routed
+and 2 shared experts of 1,408, top 6, vocabulary 102,400: 15.7B parameters, 2.45B active. Random weights.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from rorqual.engine.engine import Engine
+from rorqual.engine.loop import Answer
+from rorqual.engine.request import Handle
+from rorqual.engine.sampling import Sampling
+from rorqual.family import MLA, Layer, ModelConfig, MoE, Rope, Router, SwiGLU
+from rorqual.nn import Transformer
+
+READ = 4.35e12
+
+
+def lite(layers: int = 27) -> ModelConfig:
+    """The geometry; fewer layers for a trial."""
+    attention = MLA(16, 512, 128, 64, 128, Rope(64, 50000.0, interleaved=True), q_rank=None)
+    router = Router("sigmoid", bias=True, normalize=True, scale=2.446)
+    plan = (Layer(attention, SwiGLU(11264)),) + (Layer(attention, MoE(64, 6, 1408, 2, router)),) * (
+        layers - 1
+    )
+    return ModelConfig("deepseek_v3", 102400, 2048, plan, 8192, dtype="bfloat16", eos=())
+
+
+def quantise(model: Transformer) -> None:
+    """Hold every matrix of the layers but the routers as FP8 codes in blocks of 128x128."""
+    from rorqual.nn.linear import Matrix
+
+    for layer in model.layers:
+        for module in layer.modules():
+            if not isinstance(module, Matrix):
+                continue
+            weight = module.weight.detach()
+            module.hold_codes(torch.float8_e4m3fn, torch.float32, (128, 128))
+            flat = weight.reshape(-1, *weight.shape[-2:])
+            codes = module.weight.data.view(torch.uint8).reshape(flat.shape)
+            scales = module.scale.data.reshape(-1, *module.scale.shape[-2:])
+            for i, w in enumerate(flat):
+                rows, columns = w.shape
+                pad = torch.zeros(-(-rows // 128) * 128, -(-columns // 128) * 128, device=w.device)
+                pad[:rows, :columns] = w
+                blocks = pad.unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+                s = blocks.abs().amax((1, 3)).clamp(min=1e-8) / 448
+                c = (blocks / s[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :columns]
+                codes[i] = c.to(torch.float8_e4m3fn).view(torch.uint8)
+                scales[i] = s
+
+
+def _sound(handles: list[Handle]) -> None:
+    for handle in handles:
+        if handle.error is not None:
+            raise handle.error
+
+
+def decode(engine: Engine, batch: int, context: int, steps: int = 64) -> tuple[float, float]:
+    """Tokens a second of `batch` answers in step, and of reading their prompts."""
+    vocab = engine.model.config.vocab
+    sampling = Sampling(temperature=0.0, max_new_tokens=steps + 40, ignore_eos=True)
+    prompts = torch.randint(0, vocab, (batch, context)).tolist()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    handles = [engine.submit_answer(Answer(p, sampling, frozenset(), None)) for p in prompts]
+    while min(len(h.completion.ids) for h in handles) < 1:
+        _sound(handles)
+        engine.step()
+    torch.cuda.synchronize()
+    read = batch * context / (time.perf_counter() - begun)
+    while min(len(h.completion.ids) for h in handles) < 16:
+        _sound(handles)
+        engine.step()
+    before = sum(len(h.completion.ids) for h in handles)
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(steps):
+        engine.step()
+    torch.cuda.synchronize()
+    took = time.perf_counter() - begun
+    tokens = sum(len(h.completion.ids) for h in handles) - before
+    for handle in handles:
+        handle.cancel()
+    while engine.busy:
+        engine.step()
+    return tokens / took, read
+
+
+def main() -> None:
+    import sys
+
+    layers = int(sys.argv[1]) if len(sys.argv) > 1 else 27
+    begun = time.perf_counter()
+    model = Transformer(lite(layers), device="cuda", seed=0)
+    print(
+        f"built {sum(p.numel() for p in model.parameters()) / 1e9:.2f}B in {time.perf_counter() - begun:.1f} s"
+    )
+    for kind in ("bf16", "fp8"):
+        if kind == "fp8":
+            quantise(model)
+        engine = Engine(model, prefix_cache=False, step_tokens=16384, memory=24 * 2**30)
+        for batch, context in ((1, 512), (32, 4096), (256, 1024), (8, 4096)):
+            try:
+                decode(engine, batch, context, 8)
+                rate, read = decode(engine, batch, context)
+                print(
+                    f"{kind} batch {batch} context {context}: decode {rate:,.0f} tok/s, prefill {read:,.0f} tok/s",
+                    flush=True,
+                )
+            except Exception as error:
+                import traceback
+
+                print(kind, batch, context, "failed:", repr(error)[:300], flush=True)
+                traceback.print_exc(limit=-6)
+        if kind == "bf16":
+            profile(engine)
+        del engine
+        torch.cuda.empty_cache()
+
+
+def profile(engine: Engine) -> None:
+    """Where a decoding pass of one request spends its time, by kernel."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    for batch, context in ((1, 512), (32, 4096), (256, 1024)):
+        with record(activities=[ProfilerActivity.CUDA]) as prof:
+            decode(engine, batch, context, 16)
+        events = sorted(prof.key_averages(), key=lambda e: -e.device_time_total)[:22]
+        print(f"-- batch {batch}")
+        for e in events:
+            each = e.device_time_total / max(1, e.count)
+            print(f"{e.device_time_total / 1e3:9.2f} ms {e.count:6d} x {each:7.1f} us  {e.key[:90]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""The engine's core: requests in, tokens out, one step at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from rorqual.engine.loop import Answer, Delta
+from rorqual.engine.pages import Pages
+from rorqual.engine.request import Handle, Request
+from rorqual.engine.runner import Drawn, Flight, Pass, Runner
+from rorqual.engine.sampling import SamplingError
+from rorqual.engine.scheduler import Plan, Scheduler
+from rorqual.kernels.linear import packing
+from rorqual.nn import InputError, Transformer
+from rorqual.nn.cache import ROLLBACK
+from rorqual.nn.paged import ring_bytes
+
+
+class EngineFull(InputError):
+    """As many requests wait as the engine takes: try again later."""
+
+
+class Core:
+    """Requests in, tokens out; one step at a time, under one lock.
+
+    `model.generate`'s answers, token for token, whatever arrives, leaves, is preempted or found in the prefix
+    cache. See `rorqual.Engine` for the options.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        slots: int,
+        pages: int,
+        page_size: int,
+        step_tokens: int,
+        max_waiting: int,
+        prefix_cache: bool,
+        speculate: bool,
+    ) -> None:
+        lanes = model.lanes() if speculate else model.lanes()[: len(model.layers)]
+        rings = 0
+        if ring_bytes(lanes):
+            rings = 1 + slots + (slots if prefix_cache else 0)
+        self.model = model
+        self.pages = Pages(pages + 1, rings, page_size, prefix_cache)
+        self.scheduler = Scheduler(self.pages, slots, step_tokens, model.config.max_positions)
+        self.runner = Runner(model, pages + 1, page_size, rings, slots, speculate)
+        self.max_waiting, self.speculate = max_waiting, speculate
+        self._lock = threading.RLock()
+        self._progress = threading.Condition(self._lock)
+        self._thread: threading.Thread | None = None
+        self._flight: tuple[Plan, Flight] | None = None
+        self._arrivals = 0
+        self._limit: int | None = None
+        """Requests a pass, while the device is short of memory."""
+        self.slots = slots
+        self._ahead = model.device.type == "cuda" and not speculate
+        self._weights = self._weights_stamp()
+        self._stopping = False
+        self.steps = 0
+        """Passes run so far."""
+
+    # -------------------------------------------------------------------------------------- submit
+
+    def submit_answer(self, answer: Answer, priority: int = 0) -> Handle:
+        """Queue an answer to be made (its prompt and sampling checked by the caller)."""
+        needed = -(-(len(answer.prompt) + answer.sampling.max_new_tokens) // self.pages.page_size)
+        if needed > self.pages.total:
+            held = self.pages.total * self.pages.page_size
+            raise InputError(
+                f"the request may grow to {len(answer.prompt) + answer.sampling.max_new_tokens} tokens, but the "
+                f"engine's pages hold {held} in all: shorten it, lower max_new_tokens, or give the engine more memory"
+            )
+        with self._lock:
+            if self.scheduler.waiting >= self.max_waiting:
+                raise EngineFull(
+                    f"{self.scheduler.waiting} requests wait already, the engine takes {self.max_waiting}: try later"
+                )
+            handle = Handle(self)
+            self._arrivals += 1
+            request = Request(answer, handle, priority, self._arrivals, list(answer.prompt))
+            handle.request = request
+            self.scheduler.add(request)
+            self._progress.notify_all()
+        return handle
+
+    # ---------------------------------------------------------------------------------------- step
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is under way."""
+        return bool(self._flight or self.scheduler.running or self.scheduler.waiting)
+
+    def step(self) -> bool:
+        """One pass and what it brings; False if there was nothing to do.
+
+        On a GPU a pass is started before the draws of the one before it are read, so the device need not wait
+        for the host; its own draws come after that, when grammars know what they allow.
+        """
+        with self._lock, packing(self.model.packs()) if self._cpu else contextlib.nullcontext():
+            self._check_weights()
+            plan = self.scheduler.plan(self._limit)
+            passed = self._forward(plan) if plan else None
+            self._land()
+            if passed is not None:
+                self._draw(passed, plan)
+            if not self._ahead:
+                self._land()
+            self._progress.notify_all()
+            return passed is not None or self.busy
+
+    @property
+    def _cpu(self) -> bool:
+        return self.model.device.type == "cpu"
+
+    def _forward(self, plan: Plan) -> Pass | None:
+        """Start a pass; if it fails its requests fail, and the engine goes on."""
+        try:
+            passed = self.runner.forward(plan)
+        except torch.OutOfMemoryError as error:
+            self._with_less(plan, error)
+            return None
+        except Exception as error:
+            self._fail(plan.requests, error)
+            return None
+        self.steps += 1
+        self._limit = None if self._limit is None or self._limit > self.slots else self._limit + 1
+        for request in plan.decodes:
+            request.held += 1
+        for request, count in plan.chunks:
+            request.held += count
+        for request in passed.requests:
+            request.flying += 1
+        return passed
+
+    def _with_less(self, plan: Plan, error: Exception) -> None:
+        """The device ran out of memory: the next pass takes half as many requests and tokens; one request alone
+        with no more than a page of tokens fails. Nothing was written that the next pass would not write."""
+        torch.cuda.empty_cache()
+        for request in plan.admitted:
+            self.scheduler.preempt(request)
+        tokens = len(plan.decodes) + sum(count for _, count in plan.chunks)
+        if len(plan.requests) == 1 and tokens <= self.pages.page_size:
+            self._fail(plan.requests, error)
+            return
+        self._limit = max(1, len(plan.requests) // 2)
+        self.scheduler.budget = max(self.pages.page_size, min(self.scheduler.budget, tokens) // 2)
+
+    def _draw(self, passed: Pass, plan: Plan) -> None:
+        try:
+            self._flight = (plan, self.runner.draw(passed))
+        except Exception as error:
+            for request in passed.requests:
+                request.flying -= 1
+            self._fail(plan.requests, error)
+
+    def _land(self) -> None:
+        """Read the draws under way and hand them out."""
+        if self._flight is None:
+            return
+        (plan, flight), self._flight = self._flight, None
+        passed = flight.passed
+        for request in passed.requests:
+            request.flying -= 1
+        try:
+            landed = flight.land()
+            for request, drawn in zip(passed.requests, landed, strict=True):
+                if not request.finished:
+                    self._take(request, drawn)
+            if self.speculate:
+                self.runner.draft(passed, landed)
+        except Exception as error:
+            self._fail(plan.requests, error)
+        for request in plan.requests:
+            if request.running and not request.finished:
+                self._record(request)
+            request.handle._notify()
+
+    def _take(self, request: Request, drawn: Drawn) -> None:
+        """New tokens of a request: to its answer, and to its owner."""
+        if drawn.error:
+            self._fail([request], SamplingError(drawn.error))
+            return
+        done = request.answer.done
+        request.draft = -1
+        request.held += len(drawn.tokens) - 1
+        done.drafted += drawn.drafted
+        done.accepted += len(drawn.tokens) - 1
+        for i, token in enumerate(drawn.tokens):
+            if done.logprobs is not None:
+                done.logprobs.append(drawn.logprobs[i])
+            if done.top_logprobs is not None:
+                done.top_logprobs.append(drawn.top[i])
+            request.ids.append(token)
+            text = request.answer.take(token)
+            request.handle._put(Delta(0, token, text, done.finish_reason))
+            if done.finish_reason is not None:
+                self._record(request)
+                self.scheduler.drop(request)
+                return
+
+    def _record(self, request: Request) -> None:
+        """Full blocks whose tokens are known become findable; rings are copied at a block's end."""
+        size = self.pages.page_size
+        whole = min(request.held, len(request.ids)) // size
+        while request.blocks < whole:
+            at = request.blocks * size
+            request.block_name = self.pages.record(
+                request.block_name if request.blocks else self.pages.root,
+                request.ids[at : at + size],
+                request.pages[request.blocks],
+            )
+            request.blocks += 1
+            if request.blocks == whole and request.held - whole * size <= ROLLBACK - 2:
+                copy = self.pages.room_for_copy(request.pages[whole - 1])
+                if copy:
+                    self.runner.copy_ring(request.ring, copy)
+
+    def _fail(self, requests: Sequence[Request], error: Exception) -> None:
+        """Deliver an error to each, and free what they held."""
+        for request in requests:
+            if request.finished:
+                continue
+            request.handle.error = error
+            with contextlib.suppress(Exception):
+                self.runner.wipe(request.pages[request.blocks :], request.ring)
+            self.scheduler.drop(request)
+            request.handle._notify()
+
+    # -------------------------------------------------------------------------------------- cancel
+
+    def _cancel(self, handle: Handle) -> None:
+        with self._lock:
+            request = handle.request
+            if request is None or request.finished:
+                return
+            request.answer.done.finish_reason = "cancelled"
+            self.scheduler.drop(request)
+            handle._notify()
+            self._progress.notify_all()
+
+    # ------------------------------------------------------------------------------------- weights
+
+    def weights_changed(self) -> None:
+        """The weights have new values: what was computed with the old ones is dropped, and requests under way
+        are computed anew from their tokens. Changes PyTorch counts (in place, optimizers) are noticed without
+        this call; writes through `.data` are not."""
+        with self._lock:
+            self._land()
+            self._weights = self._weights_stamp()
+            for request in list(self.scheduler.running):
+                self.scheduler.preempt(request)
+            self.pages.forget_all()
+
+    def _weights_stamp(self) -> int:
+        return sum(p._version for p in self.model.parameters() if not p.is_inference())
+
+    def _check_weights(self) -> None:
+        if self._weights_stamp() != self._weights:
+            self.weights_changed()
+
+    # --------------------------------------------------------------------------------- who drives it
+
+    def start(self) -> None:
+        """Give the engine a thread of its own (asyncio use does this): it then runs whenever there is work."""
+        with self._lock:
+            if self._thread is None:
+                self._stopping = False
+                self._thread = threading.Thread(target=self._serve, name="rorqual-engine", daemon=True)
+                self._thread.start()
+
+    def stop(self) -> None:
+        """End that thread; requests under way stay as they are."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            with self._lock:
+                self._stopping = True
+                self._progress.notify_all()
+            thread.join()
+
+    def _serve(self) -> None:
+        while True:
+            with self._lock:
+                while not self.busy and not self._stopping:
+                    self._progress.wait()
+                if self._stopping:
+                    return
+            self.step()
+
+    def _wait(self, handle: Handle) -> None:
+        """Until something new may have come for a handle: drive the engine, or wait for its thread."""
+        with self._lock:
+            if self._thread is None:
+                self.step()
+            elif not handle._ready and not handle.done:
+                self._progress.wait(timeout=1.0)

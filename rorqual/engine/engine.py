@@ -1,0 +1,136 @@
+"""`Engine`: the core with text in and out, and memory sized to the machine."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import torch
+
+from rorqual.engine.core import Core
+from rorqual.engine.loop import Completion, Delta
+from rorqual.engine.prompts import answers_of, is_batch
+from rorqual.engine.request import Handle
+from rorqual.engine.sampling import Sampling
+from rorqual.nn import InputError
+from rorqual.nn.paged import page_bytes, ring_bytes
+
+
+class Engine(Core):
+    """Many requests at once on one model: continuous batching over paged caches.
+
+    engine = rorqual.Engine(model)
+    done = engine.generate(["The sea is", "Whales are"], rorqual.Sampling(temperature=0.0))
+    for delta in engine.submit("The sea is"): print(delta.text, end="")
+
+    `max_requests` run at once, `max_waiting` more may wait. `memory` bytes go to caches (by default most of
+    what the GPU has left, or a quarter of the machine's); `page_size` tokens a page. A pass takes at most
+    `step_tokens` tokens: prompts beyond that are worked in chunks beside running answers. `prefix_cache`
+    keeps finished prefixes for requests that begin alike. `speculate` drafts with the MTP module.
+
+    Safe to use from several threads and from asyncio. Raises `InputError` for options that can't work.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_requests: int | None = None,
+        max_waiting: int = 4096,
+        memory: int | None = None,
+        page_size: int | None = None,
+        step_tokens: int | None = None,
+        prefix_cache: bool = True,
+        speculate: bool = False,
+    ) -> None:
+        cpu = model.device.type == "cpu"
+        slots = _whole("max_requests", max_requests, 32 if cpu else 256)
+        step = _whole("step_tokens", step_tokens, 1024 if cpu else 8192)
+        if speculate and not len(model.mtp):
+            raise InputError("speculate=True needs an MTP module, and this model has none")
+        lanes = model.lanes() if speculate else model.lanes()[: len(model.layers)]
+        every = math.lcm(*(lane.every for layer in lanes for lane in layer.values() if lane.keep is None))
+        size = _whole("page_size", page_size, math.lcm(64, every))
+        if size % every:
+            raise InputError(
+                f"page_size {size} must be a multiple of {every}, the longest window of this model"
+            )
+        positions = model.config.max_positions
+        rings = ring_bytes(lanes) * (2 * slots if prefix_cache else slots)
+        page = page_bytes(lanes, size)
+        most = slots * -(-positions // size)
+        if memory is None:
+            room = _free_bytes(model.device) - rings
+        else:
+            room = _whole("memory", memory, 0) - rings
+        pages = min(room // page, most) if page else most
+        if pages < 1:
+            raise InputError(
+                f"{memory if memory is not None else 'the free'} bytes hold no page: a page of {size} tokens takes "
+                f"{page:,} bytes, and {slots} requests' windows {rings:,}; lower max_requests or give more memory"
+            )
+        super().__init__(
+            model,
+            slots=slots,
+            pages=int(pages),
+            page_size=size,
+            step_tokens=step,
+            max_waiting=_whole("max_waiting", max_waiting, 0),
+            prefix_cache=prefix_cache,
+            speculate=speculate,
+        )
+
+    def submit(self, prompt: Any, sampling: Sampling | None = None, *, priority: int = 0) -> Handle:
+        """Queue one prompt (text, ids or a 1-D tensor). Higher `priority` is served first. Raises what
+        `model.generate` would for a bad prompt or sampling, and `EngineFull` when too many wait."""
+        (answer,) = answers_of(self.model, [prompt], sampling)
+        return self.submit_answer(answer, priority)
+
+    def generate(
+        self, prompts: Any, sampling: Sampling | Sequence[Sampling] | None = None, *, priority: int = 0
+    ) -> Any:
+        """`model.generate`, run by the engine: the same shapes, the same answers."""
+        many = is_batch(prompts)
+        answers = answers_of(self.model, list(prompts) if many else [prompts], sampling)
+        handles = []
+        try:
+            for answer in answers:
+                handles.append(self.submit_answer(answer, priority))
+            done: list[Completion] = [handle.result() for handle in handles]
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
+        return done if many else done[0]
+
+    async def stream(
+        self, prompt: Any, sampling: Sampling | None = None, *, priority: int = 0
+    ) -> AsyncIterator[Delta]:
+        """The answer to one prompt as it comes, for asyncio. Leaving the loop cancels the request."""
+        handle = self.submit(prompt, sampling, priority=priority)
+        try:
+            async for delta in handle:
+                yield delta
+        finally:
+            handle.cancel()
+
+
+def _whole(name: str, value: int | None, default: int) -> int:
+    """`value`, or `default` for None; `InputError` unless it is a positive whole number."""
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} must be a positive whole number, got {value!r}")
+    return value
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Bytes that caches may take: what a GPU has left but a tenth of it for activations, or a quarter of
+    the machine's memory."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free - 0.1 * total)
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)

@@ -1,0 +1,156 @@
+"""A request under way, and the handle its owner holds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from rorqual.engine.loop import Answer, Completion, Delta
+from rorqual.engine.sampling import Sampling
+
+if TYPE_CHECKING:
+    from rorqual.engine.core import Core
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence: what is known of it, what it holds, and how far its caches reach."""
+
+    answer: Answer
+    handle: Handle
+    priority: int
+    arrival: int
+    ids: list[int]
+    """Prompt and answer, as far as the host has seen them."""
+    flying: int = 0
+    """Tokens drawn in a pass whose results have not been read yet."""
+    held: int = 0
+    """Tokens whose cache items are written, or will be by passes already under way."""
+    pages: list[int] = field(default_factory=list)
+    ring: int = 0
+    slot: int = -1
+    """Row of the sampler's tables; -1 while waiting."""
+    blocks: int = 0
+    """Full blocks that are recorded in the prefix cache, and the name of the last."""
+    block_name: int = 0
+    draft: int = -1
+    """The token MTP expects next; -1 if none."""
+    seed: int | None = None
+    """What its draws come from, once it has run."""
+    cached: int = 0
+    """Prompt tokens that the prefix cache supplied when the request first ran."""
+    preemptions: int = 0
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.answer.sampling
+
+    @property
+    def length(self) -> int:
+        """Tokens there are, those on their way included."""
+        return len(self.ids) + self.flying
+
+    @property
+    def width(self) -> int:
+        """Tokens that a decode of it brings: the last one, and the draft if one is worth trying."""
+        return 2 if self.draft >= 0 and self.left > 1 else 1
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Order of service: priority first, then who came first."""
+        return -self.priority, self.arrival
+
+    @property
+    def running(self) -> bool:
+        return self.slot >= 0
+
+    @property
+    def finished(self) -> bool:
+        return self.answer.done.finish_reason is not None or self.handle.error is not None
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be drawn, those on their way taken off."""
+        return self.sampling.max_new_tokens - (self.length - len(self.answer.prompt))
+
+
+class Handle:
+    """An answer on its way. Iterate for `Delta`s as they come (`for`, or `async for`), or ask for `result()`.
+
+    While the engine has no thread of its own, waiting on a handle drives the engine. A failed request
+    raises its error from here, once what came before it has been handed out.
+    """
+
+    def __init__(self, engine: Core) -> None:
+        self._engine = engine
+        self._ready: deque[Delta] = deque()
+        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self.error: Exception | None = None
+        self.request: Request | None = None
+
+    @property
+    def done(self) -> bool:
+        """No more tokens will come."""
+        return self.request is None or self.request.finished
+
+    @property
+    def completion(self) -> Completion:
+        """The answer as far as it has come."""
+        assert self.request is not None
+        return self.request.answer.done
+
+    def __iter__(self) -> Iterator[Delta]:
+        while True:
+            while self._ready:
+                yield self._ready.popleft()
+            if self.done and not self._ready:
+                break
+            self._engine._wait(self)
+        if self.error is not None:
+            raise self.error
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        self._engine.start()
+        here = (asyncio.get_running_loop(), asyncio.Event())
+        self._waiters.append(here)
+        try:
+            while True:
+                here[1].clear()
+                while self._ready:
+                    yield self._ready.popleft()
+                if self.done and not self._ready:
+                    break
+                await here[1].wait()
+        finally:
+            self._waiters.remove(here)
+        if self.error is not None:
+            raise self.error
+
+    def result(self) -> Completion:
+        """Wait for the whole answer."""
+        for _ in self:
+            pass
+        return self.completion
+
+    async def wait(self) -> Completion:
+        """The same, for asyncio."""
+        async for _ in self:
+            pass
+        return self.completion
+
+    def cancel(self) -> None:
+        """Stop; the memory is free at once. What has come so far stays; the finish reason is "cancelled"."""
+        self._engine._cancel(self)
+
+    # ------------------------------------------------------------------------------ for the engine
+
+    def _put(self, delta: Delta) -> None:
+        self._ready.append(delta)
+
+    def _notify(self) -> None:
+        for loop, event in self._waiters:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(event.set)

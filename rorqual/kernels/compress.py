@@ -1,0 +1,318 @@
+"""V4's compressor: many tokens pooled into one cache entry (V4 report section 2.3, facts 3.9).
+
+The projections and gates of the newest tokens lie in fp32 rings, one slot a sequence: the item of position p of
+slot r at `[r, p % L]`. When a window of `ratio` tokens is complete, a softmax over its gates (with overlap also
+over those of the window before), separately for each channel, weighs its projections; the sum is normalised,
+its last channels are rotated, and it is written as one entry. Tokens of one sequence stand in consecutive rows
+with consecutive positions, so a row's forerunners of this pass are found by counting rows back; older ones are
+in the ring.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rorqual.kernels.gpu import tl, triton, usable
+
+ROLLBACK = 16
+"""Tokens of one sequence that `compress_decode` may bring: a ring holds this many more than a window needs."""
+
+TILE = 2**14
+"""Numbers of a window that a program reads at a time."""
+
+
+def reference(
+    kv_NW: Tensor,
+    gate_NW: Tensor,
+    ape: Tensor,
+    ring_kv: Tensor,
+    ring_gate: Tensor,
+    ring_N: Tensor,
+    positions_N: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos_Nr: Tensor,
+    sin_Nr: Tensor,
+    entry_pages_PEd: Tensor,
+    entry_slots_N: Tensor,
+    *,
+    ratio: int,
+    overlap: bool,
+    dim: int,
+) -> None:
+    """The definition, a token at a time: first all of a token's window is read, then its ring place written."""
+    entries, length = entry_pages_PEd.view(-1, dim), ring_kv.shape[1]
+    for n, (ring, position) in enumerate(zip(ring_N.tolist(), positions_N.tolist(), strict=True)):
+        if ring < 0:
+            continue
+        ring_kv[ring, position % length] = kv_NW[n].to(ring_kv.dtype)
+        ring_gate[ring, position % length] = (gate_NW[n] + ape[position % ratio]).to(ring_gate.dtype)
+        slot = int(entry_slots_N[n])
+        if (position + 1) % ratio or slot < 0:
+            continue
+        old = max(0, position + 1 - (2 * ratio if overlap else ratio))
+        at = torch.arange(old, position + 1, device=kv_NW.device) % length
+        kv, gate = ring_kv[ring, at], ring_gate[ring, at]
+        if overlap:  # a token's first half belongs to the next window's entry, its second to its own
+            kv, gate = (torch.cat((z[:-ratio, :dim], z[-ratio:, dim:])) for z in (kv, gate))
+        pooled = (kv * gate.softmax(0)).sum(0).to(entries.dtype)
+        entry = F.rms_norm(pooled, (dim,), norm_weight.to(pooled.dtype), eps)
+        entries[slot] = _rotate_tail(entry, cos_Nr[n], sin_Nr[n])
+
+
+def _rotate_tail(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The last channels turned in pairs (2i, 2i + 1)."""
+    still, moving = x.split((x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]), -1)
+    a, b = moving.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    return torch.cat((still, turned.to(x.dtype)), -1)
+
+
+# ----------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _pool(  # type: ignore[no-untyped-def]
+    kv,
+    gate,
+    ape,
+    ring_kv,
+    ring_gate,
+    rings,
+    positions,
+    norm_weight,
+    cos,
+    sin,
+    entries,
+    slots,
+    rows,
+    turned,
+    eps,
+    kv_row,
+    gate_row,
+    LENGTH: tl.constexpr,
+    RATIO: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    DIM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WRITE: tl.constexpr,
+):
+    """Row n's token into its ring (if WRITE), and the entry of the window that it completes."""
+    n = tl.program_id(0)
+    ring = tl.load(rings + n)
+    if ring < 0:
+        return
+    position = tl.load(positions + n).to(tl.int32)
+    c = tl.arange(0, CHANNELS)
+    WIDTH: tl.constexpr = 2 * DIM if OVERLAP else DIM
+    if WRITE:
+        to = (ring.to(tl.int64) * LENGTH + position % LENGTH) * WIDTH
+        for part in tl.static_range(WIDTH // DIM):
+            at = part * DIM + c
+            new = tl.load(kv + n.to(tl.int64) * kv_row + at, mask=c < DIM)
+            tl.store(ring_kv + to + at, new, mask=c < DIM)
+            new = tl.load(gate + n.to(tl.int64) * gate_row + at, mask=c < DIM)
+            new += tl.load(ape + (position % RATIO) * WIDTH + at, mask=c < DIM)
+            tl.store(ring_gate + to + at, new, mask=c < DIM)
+    slot = tl.load(slots + n).to(tl.int64)
+    if ((position + 1) % RATIO != 0) | (slot < 0):
+        return
+    WINDOW: tl.constexpr = 2 * RATIO if OVERLAP else RATIO
+    most = tl.full([CHANNELS], float("-inf"), tl.float32)
+    total, pooled = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
+    for start in tl.range(0, WINDOW, SLOTS):
+        back = WINDOW - 1 - (start + tl.arange(0, SLOTS))  # rows before this one
+        old = position - back
+        there = (back >= 0) & (old >= 0)
+        row = n - back
+        here = there & (row >= 0)
+        fresh = here & (tl.load(rings + row, mask=here, other=-1) == ring)
+        fresh = fresh & (tl.load(positions + row, mask=fresh, other=-1) == old)
+        stale = there & (fresh == 0)
+        half = tl.where(back < RATIO, DIM, 0) if OVERLAP else back * 0
+        new_kv = row.to(tl.int64) * kv_row + half
+        new_gate = row.to(tl.int64) * gate_row + half
+        kept = (ring.to(tl.int64) * LENGTH + old % LENGTH) * WIDTH + half
+        bias = (old % RATIO) * WIDTH + half
+        live = (c < DIM)[None, :]
+        fresh, stale = fresh[:, None] & live, stale[:, None] & live
+        g = tl.load(gate + new_gate[:, None] + c[None, :], mask=fresh, other=0.0)
+        g += tl.load(ape + bias[:, None] + c[None, :], mask=fresh, other=0.0)
+        g += tl.load(ring_gate + kept[:, None] + c[None, :], mask=stale, other=0.0)
+        g = tl.where(fresh | stale, g, float("-inf"))
+        x = tl.load(kv + new_kv[:, None] + c[None, :], mask=fresh, other=0.0)
+        x += tl.load(ring_kv + kept[:, None] + c[None, :], mask=stale, other=0.0)
+        higher = tl.maximum(most, tl.max(g, axis=0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing there yet, or channels of padding
+        weight = tl.exp(g - base[None, :])
+        shrink = tl.exp(most - base)
+        total = total * shrink + tl.sum(weight, axis=0)
+        pooled = pooled * shrink + tl.sum(weight * x, axis=0)
+        most = higher
+    entry = tl.where(c < DIM, pooled / tl.where(total > 0, total, 1.0), 0.0)
+    entry = entry.to(entries.dtype.element_ty).to(tl.float32)
+    scale = tl.load(norm_weight + c, mask=c < DIM, other=0.0).to(entries.dtype.element_ty).to(tl.float32)
+    entry = entry * tl.rsqrt(tl.sum(entry * entry) / DIM + eps) * scale
+    entry = entry.to(entries.dtype.element_ty).to(tl.float32)
+    a, b = tl.split(tl.reshape(entry, [CHANNELS // 2, 2]))
+    pair = tl.arange(0, CHANNELS // 2) - (DIM // 2 - turned)
+    turns = (pair >= 0) & (pair < turned)
+    co = tl.load(cos + n * turned + pair, mask=turns, other=1.0)
+    si = tl.load(sin + n * turned + pair, mask=turns, other=0.0)
+    entry = tl.reshape(tl.join(a * co - b * si, a * si + b * co), [CHANNELS])
+    tl.store(entries + slot * DIM + c, entry.to(entries.dtype.element_ty), mask=c < DIM)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _keep(  # type: ignore[no-untyped-def]
+    kv,
+    gate,
+    ape,
+    ring_kv,
+    ring_gate,
+    rings,
+    positions,
+    rows,
+    kv_row,
+    gate_row,
+    LENGTH: tl.constexpr,
+    RATIO: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Row n's token into its ring, unless a later row of this pass belongs in the same place."""
+    n = tl.program_id(0)
+    ring = tl.load(rings + n)
+    if ring < 0:
+        return
+    position = tl.load(positions + n).to(tl.int32)
+    later = n + LENGTH
+    if tl.load(rings + later, mask=later < rows, other=-1) == ring:
+        return
+    c = tl.arange(0, CHANNELS)
+    to = (ring.to(tl.int64) * LENGTH + position % LENGTH) * WIDTH + c
+    new = tl.load(kv + n.to(tl.int64) * kv_row + c, mask=c < WIDTH)
+    tl.store(ring_kv + to, new, mask=c < WIDTH)
+    new = tl.load(gate + n.to(tl.int64) * gate_row + c, mask=c < WIDTH)
+    new += tl.load(ape + (position % RATIO) * WIDTH + c, mask=c < WIDTH)
+    tl.store(ring_gate + to, new, mask=c < WIDTH)
+
+
+# ------------------------------------------------------------------------------------------ launch
+
+
+def fast(
+    kv_NW: Tensor,
+    gate_NW: Tensor,
+    ape: Tensor,
+    ring_kv: Tensor,
+    ring_gate: Tensor,
+    ring_N: Tensor,
+    positions_N: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos_Nr: Tensor,
+    sin_Nr: Tensor,
+    entry_pages_PEd: Tensor,
+    entry_slots_N: Tensor,
+    *,
+    ratio: int,
+    overlap: bool,
+    dim: int,
+    long: bool = False,
+) -> None:
+    """The kernels: one launch, or two where a sequence may bring more than `ROLLBACK` tokens (`long`)."""
+    rows, width = kv_NW.shape
+    if not rows:
+        return
+    length, window = ring_kv.shape[1], 2 * ratio if overlap else ratio
+    assert length >= window + ROLLBACK and width == (2 * dim if overlap else dim)
+    assert ring_kv.is_contiguous() and ring_gate.is_contiguous() and entry_pages_PEd.is_contiguous()
+    assert (
+        kv_NW.stride(1) == 1 and gate_NW.stride(1) == 1 and cos_Nr.is_contiguous() and sin_Nr.is_contiguous()
+    )
+    channels = triton.next_power_of_2(dim)
+    slots = min(triton.next_power_of_2(window), max(1, TILE // channels))
+    _pool[(rows,)](
+        kv_NW, gate_NW, ape, ring_kv, ring_gate, ring_N, positions_N, norm_weight, cos_Nr, sin_Nr,
+        entry_pages_PEd, entry_slots_N, rows, cos_Nr.shape[1], eps, kv_NW.stride(0), gate_NW.stride(0),
+        LENGTH=length, RATIO=ratio, OVERLAP=overlap, DIM=dim, CHANNELS=channels, SLOTS=slots, WRITE=not long,
+        num_warps=16 if window * channels >= TILE else 4,
+    )  # fmt: skip
+    if long:
+        _keep[(rows,)](
+            kv_NW, gate_NW, ape, ring_kv, ring_gate, ring_N, positions_N, rows,
+            kv_NW.stride(0), gate_NW.stride(0), LENGTH=length, RATIO=ratio, WIDTH=width,
+            CHANNELS=triton.next_power_of_2(width), num_warps=4,
+        )  # fmt: skip
+
+
+def _op(*args: Any, long: bool, **kwargs: Any) -> None:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if usable(*tensors) and all(a.dtype != torch.float64 for a in tensors):
+        fast(*args, long=long, **kwargs)
+    else:
+        reference(*args, **kwargs)
+
+
+def compress_decode(
+    kv_NW: Tensor,
+    gate_NW: Tensor,
+    ape: Tensor,
+    ring_kv: Tensor,
+    ring_gate: Tensor,
+    ring_N: Tensor,
+    positions_N: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos_Nr: Tensor,
+    sin_Nr: Tensor,
+    entry_pages_PEd: Tensor,
+    entry_slots_N: Tensor,
+    *,
+    ratio: int,
+    overlap: bool,
+    dim: int,
+) -> None:
+    """Take in a few tokens a sequence (at most `ROLLBACK`) and write the entries that they complete.
+
+    fp32 projections and gates `[N, W]` (W = 2 * dim with overlap, else dim), `ape` `[ratio, W]`, rings
+    `[R, L, W]` with L >= kept tokens + `ROLLBACK`. Row n is the token at `positions_N[n]` of ring slot
+    `ring_N[n]` (negative: padding, nothing happens); rows of one sequence are consecutive, ascending. If
+    (position + 1) % ratio == 0, the entry goes to flat slot `entry_slots_N[n]` of `entry_pages_PEd` (negative:
+    nowhere), rotated by `cos_Nr[n]`, `sin_Nr[n]`, those of position ratio * (position // ratio).
+    """
+    _op(
+        kv_NW, gate_NW, ape, ring_kv, ring_gate, ring_N, positions_N, norm_weight, eps, cos_Nr, sin_Nr,
+        entry_pages_PEd, entry_slots_N, ratio=ratio, overlap=overlap, dim=dim, long=False,
+    )  # fmt: skip
+
+
+def compress_prefill(
+    kv_NW: Tensor,
+    gate_NW: Tensor,
+    ape: Tensor,
+    ring_kv: Tensor,
+    ring_gate: Tensor,
+    ring_N: Tensor,
+    positions_N: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos_Nr: Tensor,
+    sin_Nr: Tensor,
+    entry_pages_PEd: Tensor,
+    entry_slots_N: Tensor,
+    *,
+    ratio: int,
+    overlap: bool,
+    dim: int,
+) -> None:
+    """The same for chunks of any length: all windows that complete are pooled, reading older tokens from the
+    rings, before the rings take in the chunk's last L tokens."""
+    _op(
+        kv_NW, gate_NW, ape, ring_kv, ring_gate, ring_N, positions_N, norm_weight, eps, cos_Nr, sin_Nr,
+        entry_pages_PEd, entry_slots_N, ratio=ratio, overlap=overlap, dim=dim, long=True,
+    )  # fmt: skip

@@ -1,0 +1,278 @@
+"""Linear layers on FP8 tensor cores (V3 report section 3.3; facts 3.5).
+
+Weights are E4M3 codes with a scale for every 128x128 block. Activations are cut into runs of 128 channels,
+each with its own scale, as they arrive. The tensor cores add up 128 channels at a time; each such part is
+multiplied by both scales and added to an fp32 accumulator.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rorqual.kernels.gpu import tl, triton, usable
+from rorqual.kernels.quant import E8M0, FP8, blocks, dequantize_fp8, encode_fp8, fp8_scale
+from rorqual.kernels.skinny import add_parts, await_inputs, fetch_ahead, release
+
+BLOCK = 128
+"""Channels, and weight rows, that share a scale."""
+
+BAND = 8
+"""Tiles of rows that go through the weight together, so that both stay in L2."""
+
+# ---------------------------------------------------------------------------------------- activations
+
+
+@triton.jit
+def quantize(
+    x, codes, scale, rows, room, width, x_row, c_row, s_row, s_group,
+    BN: tl.constexpr, POWERS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """One run of 128 channels of BN rows a program: scale amax / 448, floored as in quant.py; POWERS rounds it up
+    to a power of two. Rows from `rows` to `room` count as zero."""
+    release(AHEAD)
+    n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    group = tl.program_id(1)
+    d = group * 128 + tl.arange(0, 128)
+    live = (d < width)[None, :]
+    await_inputs(AHEAD)
+    values = tl.load(x + n[:, None] * x_row + d[None, :], mask=(n < rows)[:, None] & live, other=0.0)
+    values = values.to(tl.float32)
+    by = tl.div_rn(tl.maximum(tl.max(tl.abs(values), 1), 1e-4), 448.0)
+    if POWERS:  # any bit of the fraction carries into the exponent
+        by = ((by.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    ratio = tl.minimum(tl.maximum(tl.div_rn(values, by[:, None]), -448.0), 448.0)
+    tl.store(
+        codes + n[:, None] * c_row + d[None, :], ratio.to(tl.float8e4nv), mask=(n < room)[:, None] & live
+    )
+    tl.store(scale + n * s_row + group * s_group, by, mask=n < room)
+
+
+def quantize_reference(x_ND: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` in PyTorch, by the rules of `rorqual.kernels.quant`."""
+    scale = fp8_scale(x_ND, (1, BLOCK), pow2)
+    return encode_fp8(x_ND.float(), scale, (1, BLOCK)), scale
+
+
+def quantize_fast(
+    x_ND: Tensor, pow2: bool = False, ahead: bool = False, how: dict[str, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` by the kernel above. The tensors returned have room for rows up to a multiple of 4."""
+    rows, width = x_ND.shape
+    room, groups = blocks(rows, 4) * 4, blocks(width, BLOCK)
+    codes = torch.empty(room, width, dtype=FP8, device=x_ND.device)
+    scale = torch.empty(groups, room, dtype=torch.float32, device=x_ND.device).t()
+    how = how or {"BN": 1 if rows <= 16 else 16, "num_warps": 1 if rows <= 16 else 4}
+    quantize[(triton.cdiv(room, how["BN"]), groups)](
+        x_ND, codes, scale, rows, room, width, x_ND.stride(0), codes.stride(0), scale.stride(0), scale.stride(1),
+        POWERS=pow2, **how, **_launch(ahead),
+    )  # fmt: skip
+    return codes[:rows], scale[:rows]
+
+
+def quantize_rows(x_ND: Tensor, pow2: bool = False, ahead: bool = False) -> tuple[Tensor, Tensor]:
+    """x `[N, D]` -> E4M3 codes `[N, D]` and fp32 scales `[N, ceil(D / 128)]` of runs of 128 channels.
+
+    scale = max(amax, 1e-4) / 448, with `pow2` the next power of two. The scales lie rows side by side.
+    """
+    if usable(x_ND) and x_ND.stride(1) == 1 and x_ND.numel():
+        return quantize_fast(x_ND, pow2, ahead)
+    return quantize_reference(x_ND, pow2)
+
+
+def _launch(ahead: bool) -> dict[str, Any]:
+    return {"AHEAD": True, "launch_pdl": True} if ahead else {"AHEAD": False}
+
+
+# -------------------------------------------------------------------------------------------- product
+
+
+@triton.jit
+def weight_scale(at, POWERS: tl.constexpr):
+    """Scales read as fp32; bytes of float8_e8m0fnu become their powers of two."""
+    by = tl.load(at)
+    if POWERS:
+        bits = tl.where(by == 0, 0x00400000, by.to(tl.int32) << 23)
+        by = tl.where(by == 255, float("nan"), bits.to(tl.float32, bitcast=True))
+    return by
+
+
+@triton.jit
+def product(
+    x, x_scale, w, w_scale, bias, y, rows, out_width, x_row, s_row, s_group, w_row, b_row, y_row, y_split,
+    D: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    BAND: tl.constexpr, TALL: tl.constexpr, POWERS: tl.constexpr, BIAS: tl.constexpr, FETCH: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """y = x w^T, a tile of BN rows and BO <= 128 outputs a program.
+
+    TALL: weights are the tall side of the tensor cores (few rows). Split s of SPLIT takes its share of the
+    channels and writes to y + s * y_split. FETCH: channels of the weight asked for ahead.
+    """
+    release(AHEAD)
+    STEPS: tl.constexpr = ((D + 127) // 128 + SPLIT - 1) // SPLIT
+    down, across = tl.cdiv(rows, BN), tl.cdiv(out_width, BO)
+    pid, split = tl.program_id(0), tl.program_id(1)
+    band = pid // (BAND * across)
+    high = tl.minimum(down - band * BAND, BAND)
+    n = (band * BAND + pid % (BAND * across) % high) * BN + tl.arange(0, BN)
+    left = pid % (BAND * across) // high * BO
+    o = left + tl.arange(0, BO)
+    row = tl.minimum(n, rows - 1).to(tl.int64)  # past the end: the last one again, not stored
+    col = tl.minimum(o, out_width - 1).to(tl.int64)
+    first = split * (STEPS * 128)
+    fetch_ahead(w, col, w_row, first, D, 1, FETCH, AHEAD)
+    await_inputs(AHEAD)
+    k = first + tl.arange(0, 128)
+    if TALL:
+        x_at = x + row[None, :] * x_row + k[:, None]
+        w_at = w + col[:, None] * w_row + k[None, :]
+        acc = tl.zeros((BO, BN), tl.float32)
+    else:
+        x_at = x + row[:, None] * x_row + k[None, :]
+        w_at = w + col[None, :] * w_row + k[:, None]
+        acc = tl.zeros((BN, BO), tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        if D % (128 * SPLIT) == 0:
+            part = tl.load(x_at)
+            tile = tl.load(w_at)
+        else:
+            live = step * 128 + k < D
+            part = tl.load(x_at, mask=tl.expand_dims(live, 1 if TALL else 0), other=0.0)
+            tile = tl.load(w_at, mask=tl.expand_dims(live, 0 if TALL else 1), other=0.0)
+        group = tl.minimum(split * STEPS + step, (D + 127) // 128 - 1)  # past the end: any, times zeros
+        by_o = tl.load(w_scale + left // 128 * b_row + group)
+        if POWERS:  # bytes of float8_e8m0fnu
+            bits = tl.where(by_o == 0, 0x00400000, by_o.to(tl.int32) << 23)
+            by_o = tl.where(by_o == 255, float("nan"), bits.to(tl.float32, bitcast=True))
+        by_n = tl.load(x_scale + row * s_row + group * s_group)
+        by = tl.expand_dims(by_n * by_o, 0 if TALL else 1)
+        if TALL:
+            acc += tl.dot(tile, part) * by
+        else:
+            acc += tl.dot(part, tile) * by
+        x_at += 128
+        w_at += 128
+    if TALL:
+        n, o = n[None, :], o[:, None]
+    else:
+        n, o = n[:, None], o[None, :]
+    if BIAS:
+        acc += tl.load(bias + o, mask=o < out_width, other=0.0).to(tl.float32)
+    y_at = y + split * y_split + n.to(tl.int64) * y_row + o
+    tl.store(y_at, acc.to(y.dtype.element_ty), mask=(n < rows) & (o < out_width))
+
+
+def reference(
+    x_ND: Tensor,
+    codes_OD: Tensor,
+    scale: Tensor,
+    block: tuple[int, int] = (BLOCK, BLOCK),
+    bias: Tensor | None = None,
+    pow2: bool = False,
+) -> Tensor:
+    """The definition: quantise x, multiply both out in fp32, take the product in fp32, round once."""
+    x_codes, x_scale = quantize_reference(x_ND, pow2)
+    x = dequantize_fp8(x_codes, x_scale, (1, BLOCK), torch.float32)
+    w = dequantize_fp8(codes_OD, scale, block, torch.float32)
+    return F.linear(x, w, None if bias is None else bias.float()).to(x_ND.dtype)
+
+
+def plan(rows: int, out_width: int, width: int) -> dict[str, Any]:
+    """How a product of this shape is cut. Depends on the shape alone."""
+    how = {"SPLIT": 1, "TALL": rows <= 32, "num_warps": 4, "FETCH": 0}
+    if rows > 256:
+        return how | {"BN": 64, "BO": 128, "STAGES": 3}
+    BN = 64 if rows > 32 else max(16, triton.next_power_of_2(rows))
+    tiles, groups = blocks(out_width, 64) * blocks(rows, BN), blocks(width, BLOCK)
+    while how["SPLIT"] < 8 and 2 * how["SPLIT"] * tiles <= 264 and groups >= 8 * how["SPLIT"]:
+        how["SPLIT"] *= 2
+    return how | {"BN": BN, "BO": 64, "STAGES": 6, "FETCH": 512 if rows <= 64 and width >= 512 else 0}
+
+
+def in_library(rows: int, out_width: int, width: int) -> bool:
+    """Whether cuBLASLt takes the shape and is faster. It reads scales of a weight in fours along the width,
+    whatever their stride says."""
+    return rows > 256 and out_width % 16 == 0 and width % (4 * BLOCK) == 0
+
+
+def fast(
+    x_ND: Tensor,
+    codes_OD: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    pow2: bool = False,
+    ahead: bool = False,
+    how: dict[str, Any] | None = None,
+    quantized: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`reference` by the kernels above, blocks of 128x128. `how` replaces `plan`; `quantized` is x's codes and
+    scales where they are at hand."""
+    (rows, width), out_width = x_ND.shape, codes_OD.shape[0]
+    x, x_scale = quantized or quantize_fast(x_ND, pow2, ahead)
+    how = how or plan(rows, out_width, width)
+    powers = scale.dtype == E8M0
+    split = how["SPLIT"]
+    y = x_ND.new_empty(rows, out_width)
+    part = y if split == 1 else torch.empty(split, rows, out_width, dtype=torch.float32, device=y.device)
+    product[(triton.cdiv(rows, how["BN"]) * triton.cdiv(out_width, how["BO"]), split)](
+        x, x_scale, codes_OD, scale.view(torch.uint8) if powers else scale, bias, part, rows, out_width,
+        x.stride(0), x_scale.stride(0), x_scale.stride(1), codes_OD.stride(0), scale.stride(0),
+        part.stride(-2), part.stride(0) if split > 1 else 0,
+        D=width, BAND=BAND, POWERS=powers, BIAS=bias is not None and split == 1, **how, **_launch(ahead),
+    )  # fmt: skip
+    if split > 1:
+        add_parts[(triton.cdiv(out_width, 256), rows)](
+            part, bias, None, y, out_width, part.stride(0), part.stride(1), 0, y.stride(0),
+            SPLIT=split, BO=256, BIAS=bias is not None, RESIDUAL=False, num_warps=2, **_launch(ahead),
+        )  # fmt: skip
+    return y
+
+
+def library(
+    x_ND: Tensor,
+    codes_OD: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    pow2: bool = False,
+    quantized: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`reference` by cuBLASLt where `in_library`; it wants rows in fours."""
+    codes, x_scale = quantized or quantize_fast(x_ND, pow2)
+    room = x_scale.stride(1)
+    codes = codes.as_strided((room, codes.shape[1]), codes.stride())
+    x_scale = x_scale.as_strided((room, x_scale.shape[1]), x_scale.stride())
+    y = torch._scaled_mm(codes, codes_OD.t(), x_scale, scale.float().t(), out_dtype=torch.bfloat16)
+    return y[: x_ND.shape[0]] if bias is None else y[: x_ND.shape[0]] + bias
+
+
+def fp8_linear(
+    x_ND: Tensor,
+    codes_OD: Tensor,
+    scale: Tensor,
+    block: tuple[int, int] = (BLOCK, BLOCK),
+    bias: Tensor | None = None,
+    pow2: bool = False,
+    ahead: bool = False,
+) -> Tensor:
+    """x `[N, D]` through a weight of E4M3 codes `[O, D]` and scales `[ceil(O / 128), ceil(D / 128)]` (fp32 or
+    float8_e8m0fnu): `[N, O]` in x's dtype. x is quantised in runs of 128 channels, `pow2` as `quantize_rows`.
+
+    `ahead` as for `rorqual.kernels.skinny.skinny`. Raises QuantError (off the GPU) on scales of another shape.
+    """
+    if (
+        usable(x_ND, codes_OD)
+        and tuple(block) == (BLOCK, BLOCK)
+        and x_ND.shape[0] > 0
+        and x_ND.dtype in (torch.bfloat16, torch.float32)
+        and x_ND.stride(1) == codes_OD.stride(1) == scale.stride(1) == 1
+    ):
+        rows, (out_width, width) = x_ND.shape[0], codes_OD.shape
+        if x_ND.dtype == torch.bfloat16 and in_library(rows, out_width, width) and scale.is_contiguous():
+            return library(x_ND, codes_OD, scale, bias, pow2)
+        return fast(x_ND, codes_OD, scale, bias, pow2, ahead)
+    return reference(x_ND, codes_OD, scale, block, bias, pow2)

@@ -1,0 +1,315 @@
+"""Manifold-constrained hyper-connections (V4 report section 2.2, facts 3.9): several residual streams, read into
+one layer input and written back through a doubly stochastic matrix. All arithmetic in fp32.
+
+Reading takes two launches: slices of the channels give partial products with `fn` (and partial squares, for the
+unit RMS), then every row adds its slices in one order, balances its matrix and mixes its streams. The slices
+don't depend on the number of rows, so a row's bits don't either. The write before a read rides in its first launch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rorqual.kernels.gpu import tl, triton, usable
+
+Mixed = tuple[Tensor, Tensor, Tensor]
+"""Layer input [N, D], post [N, n] and comb [N, n, n]."""
+
+
+def sinkhorn(raw: Tensor, iterations: int, eps: float) -> Tensor:
+    """`[..., n, n]` -> nearly doubly stochastic: a row softmax (+ eps) and a column division, then rows and
+    columns in turn, `iterations` rounds in all."""
+    m = raw.softmax(-1) + eps
+    m = m / (m.sum(-2, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        m = m / (m.sum(-1, keepdim=True) + eps)
+        m = m / (m.sum(-2, keepdim=True) + eps)
+    return m
+
+
+def reference_read(
+    x_NnD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps_norm: float, eps: float, iterations: int
+) -> Mixed:
+    """The definition. See `mix_read`."""
+    n = x_NnD.shape[1]
+    full = x_NnD if x_NnD.dtype == torch.float64 else x_NnD.float()
+    u = F.linear(F.rms_norm(full.flatten(1), (full[0].numel(),), None, eps_norm), fn.to(full.dtype))
+    pre, post, comb = u.split((n, n, n * n), -1)
+    base_pre, base_post, base_comb = base.split((n, n, n * n))
+    pre = torch.sigmoid(scale[0] * pre + base_pre) + eps
+    post = 2 * torch.sigmoid(scale[1] * post + base_post)
+    comb = sinkhorn((scale[2] * comb + base_comb).unflatten(-1, (n, n)), iterations, eps)
+    return (pre[..., None] * full).sum(-2).to(x_NnD.dtype), post, comb
+
+
+def reference_write(x_NnD: Tensor, y_ND: Tensor, post_Nn: Tensor, comb_Nnn: Tensor) -> Tensor:
+    """The definition. See `mix_write`."""
+    full = x_NnD if x_NnD.dtype == torch.float64 else x_NnD.float()
+    kept = comb_Nnn.transpose(-1, -2) @ full
+    return (post_Nn[..., None] * y_ND[..., None, :].to(full.dtype) + kept).to(x_NnD.dtype)
+
+
+# ----------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _written(x, y, post, comb, rows, d, live, hidden, STREAMS: tl.constexpr, k):  # type: ignore[no-untyped-def]
+    """Stream k after a write, for `rows` and channels `d`, in fp32."""
+    new = tl.load(y + rows[:, None] * hidden + d[None, :], mask=live, other=0.0).to(tl.float32)
+    new *= tl.load(post + rows * STREAMS + k)[:, None]
+    for j in tl.static_range(STREAMS):
+        old = tl.load(x + (rows * STREAMS + j)[:, None] * hidden + d[None, :], mask=live, other=0.0)
+        new += tl.load(comb + (rows * STREAMS + j) * STREAMS + k)[:, None] * old.to(tl.float32)
+    return new
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _slice(  # type: ignore[no-untyped-def]
+    x,
+    y,
+    post,
+    comb,
+    new,
+    fn,
+    partial,
+    squares,
+    rows,
+    hidden,
+    STREAMS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    OUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WRITE: tl.constexpr,
+):
+    """Partial fn x and x^2 of ROWS rows over CHANNELS channels of every stream; with WRITE the streams are
+    written first (`new`)."""
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    safe = tl.minimum(row, rows - 1).to(tl.int64)
+    d = part * CHANNELS + tl.arange(0, CHANNELS)
+    out = tl.arange(0, OUT)
+    live = (row < rows)[:, None] & (d < hidden)[None, :]
+    total = tl.zeros([ROWS, OUT], tl.float32)
+    square = tl.zeros([ROWS], tl.float32)
+    for k in tl.static_range(STREAMS):
+        at = (safe * STREAMS + k)[:, None] * hidden + d[None, :]
+        if WRITE:
+            stream = _written(x, y, post, comb, safe, d, live, hidden, STREAMS, k).to(new.dtype.element_ty)
+            tl.store(new + at, stream, mask=live)
+        else:
+            stream = tl.load(x + at, mask=live, other=0.0)
+        wide = stream.to(tl.float32)
+        square += tl.sum(wide * wide, axis=1)
+        weight = tl.load(
+            fn + (out * STREAMS + k)[None, :] * hidden + d[:, None],
+            mask=(out < OUTPUTS)[None, :] & (d < hidden)[:, None],
+            other=0.0,
+        )
+        if stream.dtype == tl.bfloat16:  # three bf16 parts hold fp32's 24 bits, so every product is exact
+            high = weight.to(tl.bfloat16)
+            rest = weight - high.to(tl.float32)
+            middle = rest.to(tl.bfloat16)
+            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+            total = tl.dot(stream, low, total)
+            total = tl.dot(stream, middle, total)
+            total = tl.dot(stream, high, total)
+        else:
+            total = tl.dot(wide, weight, total, input_precision="ieee")
+    to = (row.to(tl.int64) * parts + part)[:, None] * OUT + out[None, :]
+    tl.store(partial + to, total, mask=(row < rows)[:, None])
+    tl.store(squares + row.to(tl.int64) * parts + part, square, mask=row < rows)
+
+
+@triton.jit
+def _finish(  # type: ignore[no-untyped-def]
+    x,
+    partial,
+    squares,
+    base,
+    scale,
+    inner,
+    post,
+    comb,
+    parts,
+    hidden,
+    eps_norm,
+    eps,
+    ITERATIONS: tl.constexpr,
+    STREAMS: tl.constexpr,
+    POWER: tl.constexpr,
+    OUT: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Row n: its gates, its input's channels of block `program_id(1)`, and by block 0 post and comb."""
+    n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    part, out, j = tl.arange(0, PARTS), tl.arange(0, OUT), tl.arange(0, POWER)
+    square = tl.sum(tl.load(squares + n * parts + part, mask=part < parts, other=0.0))
+    rms = tl.rsqrt(square / (STREAMS * hidden) + eps_norm)
+    at = (n * parts + part)[:, None] * OUT + out[None, :]
+    u = tl.sum(tl.load(partial + at, mask=(part < parts)[:, None], other=0.0), axis=0) * rms
+    d = block * CHANNELS + tl.arange(0, CHANNELS)
+    read = tl.zeros([CHANNELS], tl.float32)
+    s_pre = tl.load(scale)
+    for k in tl.static_range(STREAMS):
+        pre = tl.sigmoid(s_pre * tl.sum(tl.where(out == k, u, 0.0)) + tl.load(base + k)) + eps
+        read += pre * tl.load(x + (n * STREAMS + k) * hidden + d, mask=d < hidden, other=0.0).to(tl.float32)
+    tl.store(inner + n * hidden + d, read.to(inner.dtype.element_ty), mask=d < hidden)
+    if block > 0:
+        return
+    mine = j < STREAMS
+    raw = tl.sum(tl.where(out[None, :] == (STREAMS + j)[:, None], u[None, :], 0.0), axis=1)
+    raw = tl.load(scale + 1) * raw + tl.load(base + STREAMS + j, mask=mine, other=0.0)
+    tl.store(post + n * STREAMS + j, 2 * tl.sigmoid(raw), mask=mine)
+    place = 2 * STREAMS + j[:, None] * STREAMS + j[None, :]
+    inside = mine[:, None] & mine[None, :]
+    m = tl.sum(tl.where(out[None, None, :] == place[:, :, None], u[None, None, :], 0.0), axis=2)
+    m = tl.load(scale + 2) * m + tl.load(base + place, mask=inside, other=0.0)
+    m = tl.where(inside, m, float("-inf"))
+    m = tl.exp(m - tl.where(mine, tl.max(m, axis=1), 0.0)[:, None])
+    m = tl.where(inside, m / tl.where(mine, tl.sum(m, axis=1), 1.0)[:, None] + eps, 0.0)
+    m = m / tl.where(mine, tl.sum(m, axis=0) + eps, 1.0)[None, :]
+    for _ in range(ITERATIONS - 1):
+        m = m / tl.where(mine, tl.sum(m, axis=1) + eps, 1.0)[:, None]
+        m = m / tl.where(mine, tl.sum(m, axis=0) + eps, 1.0)[None, :]
+    tl.store(comb + n * STREAMS * STREAMS + j[:, None] * STREAMS + j[None, :], m, mask=inside)
+
+
+@triton.jit
+def _write(  # type: ignore[no-untyped-def]
+    x, y, post, comb, new, hidden, STREAMS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    n = tl.program_id(0).to(tl.int64)
+    rows = n + tl.zeros([1], tl.int64)
+    d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    live = (d < hidden)[None, :]
+    for k in tl.static_range(STREAMS):
+        stream = _written(x, y, post, comb, rows, d, live, hidden, STREAMS, k)
+        at = (rows * STREAMS + k)[:, None] * hidden + d[None, :]
+        tl.store(new + at, stream.to(new.dtype.element_ty), mask=live)
+
+
+# ------------------------------------------------------------------------------------------ launch
+
+
+def _launch_read(
+    x_NnD: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    eps_norm: float,
+    eps: float,
+    iterations: int,
+    write: tuple[Tensor, Tensor, Tensor] | None,
+) -> tuple[Tensor, Mixed]:
+    """The streams (written first, if `write` gives y, post and comb) and what reading them gives."""
+    rows, n, hidden = x_NnD.shape
+    new_NnD = torch.empty_like(x_NnD) if write else x_NnD
+    inner_ND = x_NnD.new_empty(rows, hidden)
+    post_Nn, comb_Nnn = fn.new_empty(rows, n), fn.new_empty(rows, n, n)
+    if not rows:
+        return new_NnD, (inner_ND, post_Nn, comb_Nnn)
+    assert x_NnD.is_contiguous() and fn.is_contiguous() and fn.dtype == torch.float32
+    outputs = n * (2 + n)
+    out = max(16, triton.next_power_of_2(outputs))
+    channels = 64
+    parts = -(-hidden // channels)
+    partial, squares = fn.new_empty(rows, parts, out), fn.new_empty(rows, parts)
+    y_ND, post, comb = write or (x_NnD, fn, fn)
+    assert y_ND.is_contiguous() and post.is_contiguous() and comb.is_contiguous()
+    _slice[(parts, -(-rows // 16))](
+        x_NnD, y_ND, post, comb, new_NnD, fn, partial, squares, rows, hidden, STREAMS=n, OUTPUTS=outputs,
+        OUT=out, ROWS=16, CHANNELS=channels, WRITE=write is not None, num_warps=4,
+    )  # fmt: skip
+    block = 1024 if rows < 64 else 4096
+    _finish[(rows, -(-hidden // block))](
+        new_NnD, partial, squares, base, scale, inner_ND, post_Nn, comb_Nnn, parts, hidden, eps_norm, eps,
+        ITERATIONS=iterations, STREAMS=n, POWER=triton.next_power_of_2(n), OUT=out,
+        PARTS=triton.next_power_of_2(parts), CHANNELS=block, num_warps=4,
+    )  # fmt: skip
+    return new_NnD, (inner_ND, post_Nn, comb_Nnn)
+
+
+def fast_read(
+    x_NnD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps_norm: float, eps: float, iterations: int
+) -> Mixed:
+    """The kernels; see `mix_read`."""
+    return _launch_read(x_NnD, fn, base, scale, eps_norm, eps, iterations, None)[1]
+
+
+def fast_write(x_NnD: Tensor, y_ND: Tensor, post_Nn: Tensor, comb_Nnn: Tensor) -> Tensor:
+    """The kernel; see `mix_write`."""
+    rows, n, hidden = x_NnD.shape
+    assert (
+        x_NnD.is_contiguous()
+        and y_ND.is_contiguous()
+        and post_Nn.is_contiguous()
+        and comb_Nnn.is_contiguous()
+    )
+    new_NnD = torch.empty_like(x_NnD)
+    if rows:
+        _write[(rows, -(-hidden // 1024))](
+            x_NnD, y_ND, post_Nn, comb_Nnn, new_NnD, hidden, STREAMS=n, CHANNELS=1024, num_warps=4
+        )
+    return new_NnD
+
+
+def fast_write_read(
+    x_NnD: Tensor,
+    y_ND: Tensor,
+    post_Nn: Tensor,
+    comb_Nnn: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    eps_norm: float,
+    eps: float,
+    iterations: int,
+) -> tuple[Tensor, Mixed]:
+    """The kernels; see `mix_write_read`."""
+    write = (y_ND, post_Nn, comb_Nnn)
+    return _launch_read(x_NnD, fn, base, scale, eps_norm, eps, iterations, write)
+
+
+def _single(*tensors: Tensor) -> bool:
+    return usable(*tensors) and all(t.dtype != torch.float64 for t in tensors)
+
+
+def mix_read(
+    x_NnD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps_norm: float, eps: float, iterations: int
+) -> Mixed:
+    """Layer input `[N, D]` (x's type), fp32 post `[N, n]` and comb `[N, n, n]` from streams `[N, n, D]`.
+
+    u = fn x / rms(x) over all n * D channels, fn fp32 `[n * (2 + n), n * D]`; base `[n * (2 + n)]` and scale `[3]`
+    turn its parts into pre = sigmoid + eps, post = 2 sigmoid and, by `sinkhorn`, comb.
+    """
+    if _single(x_NnD, fn, base, scale):
+        return fast_read(x_NnD, fn, base, scale, eps_norm, eps, iterations)
+    return reference_read(x_NnD, fn, base, scale, eps_norm, eps, iterations)
+
+
+def mix_write(x_NnD: Tensor, y_ND: Tensor, post_Nn: Tensor, comb_Nnn: Tensor) -> Tensor:
+    """New streams X_k = post_k y + sum_j comb[j, k] X_j, in x's type."""
+    if _single(x_NnD, y_ND, post_Nn, comb_Nnn):
+        return fast_write(x_NnD, y_ND, post_Nn, comb_Nnn)
+    return reference_write(x_NnD, y_ND, post_Nn, comb_Nnn)
+
+
+def mix_write_read(
+    x_NnD: Tensor,
+    y_ND: Tensor,
+    post_Nn: Tensor,
+    comb_Nnn: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    eps_norm: float,
+    eps: float,
+    iterations: int,
+) -> tuple[Tensor, Mixed]:
+    """`mix_write` and the `mix_read` of what it wrote: the new streams, and what reading gives."""
+    if _single(x_NnD, y_ND, post_Nn, comb_Nnn, fn, base, scale):
+        return fast_write_read(x_NnD, y_ND, post_Nn, comb_Nnn, fn, base, scale, eps_norm, eps, iterations)
+    new_NnD = reference_write(x_NnD, y_ND, post_Nn, comb_Nnn)
+    return new_NnD, reference_read(new_NnD, fn, base, scale, eps_norm, eps, iterations)

@@ -1,0 +1,251 @@
+"""Caches in pages, for many sequences at once: what the engine allocates and attention bricks read and write.
+
+A brick declares *lanes*: kinds of items it keeps. A growing lane has one item for every `every` tokens,
+in pages that a table maps sequences to; a ring lane keeps the last `keep` tokens of a sequence and takes the
+same memory whatever its length. All lanes of a model share one table: block b of a sequence, `page_size`
+tokens, is page `table[s, b]` of every growing lane of every layer. Page 0 and ring 0 take what padding writes.
+
+A pass is flat, `[1, N, D]`: the new tokens of sequence after sequence. Where no kernel reads the pages as
+they lie, each group of like sequences is laid out as rows, and the plain brick runs on a copy of its pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rorqual.family.parts import Rope
+from rorqual.nn.cache import ROLLBACK, LayerCache
+from rorqual.nn.rope import Rotation, rotation
+from rorqual.nn.step import Rows, Step
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Items of one kind: their `shape` and type; one for every `every` tokens, or a ring over the last `keep`.
+
+    `fill` stands in a ring before the first token. `pack` and `unpack` turn items `[..., *shape]` into stored
+    ones and back where a lane is stored in another form (FP8 layouts).
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    every: int = 1
+    keep: int | None = None
+    fill: float = 0.0
+
+    @property
+    def ring(self) -> int:
+        """Places of the ring: what is kept, and a short pass that may be taken back."""
+        assert self.keep is not None
+        return self.keep + ROLLBACK
+
+    def bytes_per_item(self) -> int:
+        """Bytes of one item."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+Lanes = dict[str, Lane]
+Store = dict[str, Tensor]
+"""One layer's lanes: growing ones `[pages, page_size / every, *shape]`, rings `[rings, places, *shape]`."""
+
+
+class PagedBrick(Protocol):
+    """What an attention brick offers for pages."""
+
+    def lanes(self, dtype: torch.dtype) -> Lanes:
+        """The kinds of items it keeps."""
+
+    def view(self, store: Store, group: Group) -> LayerCache:
+        """Its cache over the pages of a group's sequences."""
+
+    def __call__(self, x_BTD: Tensor, step: Step, cache: Any) -> Tensor: ...
+
+
+def page_bytes(layers: Iterable[Lanes], page_size: int) -> int:
+    """Bytes of one page over all layers' growing lanes."""
+    growing = (lane for lanes in layers for lane in lanes.values() if lane.keep is None)
+    return sum(page_size // lane.every * lane.bytes_per_item() for lane in growing)
+
+
+def ring_bytes(layers: Iterable[Lanes]) -> int:
+    """Bytes of one sequence's rings over all layers; 0 if the model keeps none."""
+    return sum(
+        lane.ring * lane.bytes_per_item()
+        for lanes in layers
+        for lane in lanes.values()
+        if lane.keep is not None
+    )
+
+
+def new_store(lanes: Lanes, pages: int, page_size: int, rings: int, device: torch.device) -> Store:
+    """Zeroed memory for a layer: `pages` pages and `rings` rings, those that padding writes to included."""
+    store: Store = {}
+    with torch.inference_mode(False):  # so that weights and pages can be used anywhere
+        for name, lane in lanes.items():
+            lead = (rings, lane.ring) if lane.keep is not None else (pages, page_size // lane.every)
+            store[name] = torch.zeros(*lead, *lane.shape, dtype=lane.dtype, device=device)
+    return store
+
+
+@dataclass
+class Group:
+    """Sequences of a pass whose new tokens stand next to each other in the flat batch.
+
+    Sequence s brings `counts[s]` tokens from position `starts[s]` on. `table_SB`: page numbers; `ring_S`:
+    ring numbers; `ends_S` tokens held after the pass; `offsets_S1` where each one's tokens begin within the
+    group. The lists are for hosts: under graph capture they are empty and only the tensors count.
+    """
+
+    tokens: slice
+    starts: list[int]
+    counts: list[int]
+    width: int
+    """Tokens of the sequence that brings most; all bring as many in a decoding group."""
+    end: int
+    """Bound on the tokens any sequence holds after the pass."""
+    table_SB: Tensor
+    ring_S: Tensor
+    ends_S: Tensor
+    offsets_S1: Tensor
+    decoding: bool
+
+    @cached_property
+    def step(self) -> Step:
+        """The pass as rows, one a sequence."""
+        return Step(Rows(self.starts, self.counts, self.width, self.table_SB.device))
+
+    @cached_property
+    def _place(self) -> tuple[Tensor, Tensor] | None:
+        """Row and column of every token; None where all rows are full."""
+        if all(count == self.width for count in self.counts):
+            return None
+        row, column, _ = self.step.rows.where
+        return row, column
+
+    def rows(self, x_1N: Tensor) -> Tensor:
+        """The group's part of a flat batch `[1, N, ...]` as rows `[S, width, ...]`, zero where padded."""
+        mine = x_1N[0, self.tokens]
+        if self._place is None:
+            return mine.unflatten(0, (len(self.counts), self.width))
+        out = mine.new_zeros(len(self.counts), self.width, *mine.shape[1:])
+        out[self._place] = mine
+        return out
+
+    def flat(self, y_ST: Tensor) -> Tensor:
+        """Rows `[S, width, ...]` back to the group's tokens `[n, ...]`."""
+        return y_ST.flatten(0, 1) if self._place is None else y_ST[self._place]
+
+
+class PagedStep(Step):
+    """One pass over a flat batch: `positions_N` of its tokens, and its groups in the order they stand."""
+
+    def __init__(self, positions_N: Tensor, groups: Sequence[Group], page_size: int) -> None:
+        self.positions_N, self.groups, self.page_size = positions_N, list(groups), page_size
+        self.trace = None
+        self.layer = 0
+        self._rotations: dict[Rope, Rotation] = {}
+        self.shared: dict[Any, Any] = {}
+        """What kernels work out once a pass, for all layers."""
+
+    def rotation(self, rope: Rope) -> Rotation:
+        if rope not in self._rotations:
+            self._rotations[rope] = rotation(rope, self.positions_N[None])
+        return self._rotations[rope]
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """`make()` the first time this pass asks for `key`, its result afterwards."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def slots(self, every: int = 1) -> Tensor:
+        """Flat place `[N]` of each token's item in a growing lane: page * items a page + place in the page. For a
+        lane of one item for `every` tokens, the place that a token's item belongs to, finished or not."""
+
+        def make() -> Tensor:
+            per_page, parts = self.page_size // every, []
+            for g in self.groups:
+                position = self.positions_N[g.tokens]
+                block = position // self.page_size
+                if g.decoding:
+                    row = torch.arange(g.table_SB.shape[0], device=position.device)
+                    row = row.repeat_interleave(g.width, output_size=position.shape[0])
+                else:
+                    counts = g.offsets_S1.diff()
+                    row = torch.arange(counts.shape[0], device=position.device)
+                    row = row.repeat_interleave(counts, output_size=position.shape[0])
+                page = g.table_SB[row, block]
+                parts.append(page.long() * per_page + position % self.page_size // every)
+            return torch.cat(parts)
+
+        made: Tensor = self.once(("slots", every), make)
+        return made
+
+    def attend(self, brick: Any, x_1ND: Tensor, cache: Any) -> Tensor:
+        fast = brick.paged(x_1ND, self, cache)
+        if fast is not None:
+            return fast
+        parts = [g.flat(brick(g.rows(x_1ND), g.step, brick.view(cache, g))) for g in self.groups]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+
+
+class PagedSlots:
+    """`nn.cache.Slots` over pages: stores new items, and gives a copy of all of a group's items."""
+
+    def __init__(self, pages_PT: Tensor, group: Group) -> None:
+        self.pages, self.table_SB = pages_PT, group.table_SB
+
+    def append(self, new_BT: Tensor, rows: Rows) -> Tensor:
+        """Store the real items of `new_BT` [S, T, *shape]; returns all items up to the longest row's end.
+
+        Items past a shorter row's end hold anything finite; causality hides them.
+        """
+        per_page = self.pages.shape[1]
+        row, column, position = rows.where
+        page = self.table_SB[row, position // per_page].long()
+        self.pages[page, position % per_page] = new_BT[row, column].to(self.pages.dtype)
+        blocks = -(-rows.end // per_page)
+        return self.pages[self.table_SB[:, :blocks].long()].flatten(1, 2)[:, : rows.end]
+
+    def select(self, rows_B: Tensor) -> None:
+        raise NotImplementedError("pages belong to the engine: a view of them selects nothing")
+
+    def bytes_per_item(self) -> int:
+        return self.pages[0, 0].numel() * self.pages.element_size()
+
+
+class RingTail:
+    """`nn.cache.Tail` over rings: the last items of each row, in the place of their position modulo the ring."""
+
+    def __init__(self, ring_RL: Tensor, lane: Lane, group: Group) -> None:
+        assert lane.keep is not None
+        self.ring, self.keep, self.fill, self.ring_S = ring_RL, lane.keep, lane.fill, group.ring_S.long()
+
+    def extend(self, new_BTW: Tensor, rows: Rows) -> Tensor:
+        """`[S, keep + T, width]`: column keep + t holds the item of position `starts[s]` + t."""
+        places = self.ring.shape[1]
+        before = rows.starts_B[:, None] + torch.arange(-self.keep, 0, device=rows.device)
+        old = self.ring[self.ring_S[:, None], before % places]
+        old = torch.where((before >= 0)[..., None], old, self.fill)
+        row, column, position = rows.where
+        if rows.width > places:
+            ends = torch.tensor(rows.ends, device=rows.device)
+            last = position >= ends[row] - places
+            row, column, position = row[last], column[last], position[last]
+        self.ring[self.ring_S[row], position % places] = new_BTW[row, column].to(self.ring.dtype)
+        return torch.cat((old, new_BTW.to(old.dtype)), 1)
+
+    def reaches(self, starts: list[int]) -> bool:
+        return True
+
+    def select(self, rows_B: Tensor) -> None:
+        raise NotImplementedError("rings belong to the engine: a view of them selects nothing")
+
+    def bytes_per_row(self) -> int:
+        return self.keep * self.ring.shape[2] * self.ring.element_size()

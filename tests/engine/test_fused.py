@@ -1,0 +1,122 @@
+"""The one-launch draw against the definition in whole numbers, and against the sampler's plain operations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from rorqual.engine import Sampler, Sampling, draws, fused
+from rorqual.kernels import gpu
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if not gpu.INSTALLED:
+        pytest.skip("Triton is not installed")
+    if (request.param == "cpu") == torch.cuda.is_available():
+        pytest.skip("kernels run interpreted only where there is no GPU")
+    return torch.device(request.param)
+
+
+def defined(x: np.ndarray, s: Sampling, u: float) -> tuple[int, float]:
+    """The token and how far from a border of the running sum it was drawn, as a share of the whole."""
+    if s.greedy:
+        return int(x.argmax()), 1.0
+    e = np.exp((x - x.max()) / np.float32(s.temperature))
+    weight = (e * np.float32(2**44)).astype(np.int64)
+    order = sorted(range(len(x)), key=lambda t: (-e[t], t))[: s.top_k or None]
+    whole, before, kept = int(weight[order].sum()), 0, []
+    for t in order:
+        if s.top_p < 1 and before >= math.ceil(s.top_p * whole):
+            break
+        before += int(weight[t])
+        kept.append(t)
+    kept = sorted(t for t in kept if e[t] >= np.float32(s.min_p))
+    goal = min(int(u * float(weight[kept].sum())), int(weight[kept].sum()) - 1)
+    ends = np.cumsum(weight[kept])
+    at = int((ends <= goal).sum())
+    border = np.abs(ends - goal).min() / ends[-1]
+    return kept[at], float(border)
+
+
+CASES = [
+    Sampling(),
+    Sampling(temperature=0.6, top_p=0.95),
+    Sampling(temperature=0.0),
+    Sampling(top_k=1),
+    Sampling(top_k=5, temperature=2.0),
+    Sampling(top_k=40, top_p=0.7),
+    Sampling(top_k=100, top_p=0.9, min_p=0.05),
+    Sampling(min_p=0.3),
+    Sampling(top_p=0.01),
+    Sampling(top_p=0.9999999),
+    Sampling(temperature=1e-20, top_p=0.5),
+    Sampling(temperature=30.0, top_p=0.5),
+]
+
+
+@pytest.mark.parametrize("filters", [True, False])
+@pytest.mark.parametrize(("vocab", "block"), [(1, 16), (37, 16), (130, 32), (300, 64)])
+@pytest.mark.parametrize("levels", [0, 4])
+def test_tokens_are_the_definitions(device: torch.device, vocab: int, block: int, levels: int, filters: bool) -> None:
+    """Many chunks, a ragged end, many equal logits or none, rows in another order than their slots."""
+    cases = [s for s in CASES if filters or not s.filtered] * (1 if filters else 4)
+    ours = Sampler(vocab, device, len(cases) + 2)
+    for slot, s in enumerate(cases):
+        ours.admit(slot, s if s.seed else Sampling(**{**vars(s), "seed": slot}), [], [0] * slot)
+    slots = torch.randperm(len(cases))
+    logits = torch.randn(len(cases), vocab + 3) * 3
+    if levels:
+        logits = (torch.rand(len(cases), vocab + 3) * levels).floor()
+    logits = logits[:, :vocab]
+    for _ in range(3):
+        there = slots.to(device)
+        got = fused.draw(
+            logits.to(device), there, ours._knobs_SK, ours._key_S, ours._drawn_S, ours._unsound_S,
+            filters=filters, block=block, warps=4,
+        )  # fmt: skip
+        u = draws.uniforms(ours._key_S[there], ours._drawn_S[there], 0).tolist()
+        for r, slot in enumerate(slots.tolist()):
+            token, border = defined(logits[r].numpy(), cases[slot], u[r])
+            assert int(got[r]) == token or border < 1e-5, (r, cases[slot])
+        ours.saw(there, got)
+    assert not ours.failed(there).any()
+
+
+def test_unsound_rows_are_told(device: torch.device) -> None:
+    logits = torch.zeros(5, 40, device=device)
+    logits[1, 3], logits[2, 39], logits[3] = math.nan, math.inf, -math.inf
+    logits[4, 1:] = -math.inf
+    for s in (Sampling(top_k=3), Sampling(temperature=0.0), Sampling(top_p=0.5, min_p=0.1)):
+        ours = Sampler(40, device, 5)
+        for slot in range(5):
+            ours.admit(slot, s)
+        at = torch.arange(5, device=device)
+        got = fused.draw(
+            logits, at, ours._knobs_SK, ours._key_S, ours._drawn_S, ours._unsound_S, filters=True, block=16, warps=4
+        )
+        assert ((got >= 0) & (got < 40)).all() and got[4] == 0
+        assert ours.failed(at).tolist() == [False, True, True, True, False]
+
+
+@pytest.mark.gpu
+def test_a_real_vocabulary_draws_what_plain_operations_draw(device: torch.device) -> None:
+    """The same tokens but for a few that fall on borders, where exp rounds one way or the other."""
+    rows, vocab, same = 48, 129280, 0
+    ours = Sampler(vocab, device, rows)
+    for slot in range(rows):
+        ours.admit(slot, Sampling(**{**vars(CASES[slot % len(CASES)]), "seed": slot}))
+    at = torch.arange(rows, device=device)
+    for _ in range(5):
+        logits = torch.randn(rows, vocab, device=device).bfloat16() * 3
+        tables = ours._knobs_SK, ours._key_S, ours._drawn_S, ours._unsound_S
+        got = fused.draw(logits, at, *tables, filters=True)
+        for r in (0, 1, 5, 47):
+            assert got[r] == fused.draw(logits[r : r + 1], at[r : r + 1], *tables, filters=True)[0]
+        p = ours.distribution(logits, at)
+        same += int((got == draws.pick(p, ours.uniforms(at, 0))).sum())
+        ours.saw(at, got)
+    assert same >= 5 * rows - 6
