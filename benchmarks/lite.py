@@ -92,11 +92,13 @@ def decode(engine: Engine, batch: int, context: int, steps: int = 64) -> tuple[f
 
 
 def main() -> None:
+    """`python -m benchmarks.lite [layers] [profile]`."""
     import sys
+    import traceback
 
-    layers = int(sys.argv[1]) if len(sys.argv) > 1 else 27
+    numbers = [int(a) for a in sys.argv[1:] if a.isdigit()]
     begun = time.perf_counter()
-    model = Transformer(lite(layers), device="cuda", seed=0)
+    model = Transformer(lite(numbers[0] if numbers else 27), device="cuda", seed=0)
     print(
         f"built {sum(p.numel() for p in model.parameters()) / 1e9:.2f}B in {time.perf_counter() - begun:.1f} s"
     )
@@ -109,33 +111,51 @@ def main() -> None:
                 decode(engine, batch, context, 8)
                 rate, read = decode(engine, batch, context)
                 print(
-                    f"{kind} batch {batch} context {context}: decode {rate:,.0f} tok/s, prefill {read:,.0f} tok/s",
+                    f"{kind} batch {batch} context {context}: decode {rate:,.0f}, prefill {read:,.0f} tok/s",
                     flush=True,
                 )
+                if "profile" in sys.argv and batch < 256:
+                    profile(engine, batch, context)
             except Exception as error:
-                import traceback
-
                 print(kind, batch, context, "failed:", repr(error)[:300], flush=True)
-                traceback.print_exc(limit=-6)
-        if kind == "bf16":
-            profile(engine)
+                traceback.print_exc(limit=-4)
         del engine
         torch.cuda.empty_cache()
 
 
-def profile(engine: Engine) -> None:
-    """Where a decoding pass of one request spends its time, by kernel."""
+def profile(engine: Engine, batch: int, context: int) -> None:
+    """Where a decoding pass spends its time, by kernel, and what the host takes for one."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    for batch, context in ((1, 512), (32, 4096), (256, 1024)):
-        with record(activities=[ProfilerActivity.CUDA]) as prof:
-            decode(engine, batch, context, 16)
-        events = sorted(prof.key_averages(), key=lambda e: -e.device_time_total)[:22]
-        print(f"-- batch {batch}")
-        for e in events:
-            each = e.device_time_total / max(1, e.count)
-            print(f"{e.device_time_total / 1e3:9.2f} ms {e.count:6d} x {each:7.1f} us  {e.key[:90]}")
+    vocab = engine.model.config.vocab
+    sampling = Sampling(temperature=0.0, max_new_tokens=100, ignore_eos=True)
+    prompts = torch.randint(0, vocab, (batch, context)).tolist()
+    handles = [engine.submit_answer(Answer(p, sampling, frozenset(), None)) for p in prompts]
+    while min(len(h.completion.ids) for h in handles) < 4:
+        engine.step()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    engine.step()
+    host = time.perf_counter() - begun
+    engine.step()
+    torch.cuda.synchronize()
+    with record(activities=[ProfilerActivity.CUDA]) as prof:
+        for _ in range(10):
+            engine.step()
+        torch.cuda.synchronize()
+    events = sorted(prof.key_averages(), key=lambda e: -e.device_time_total)
+    total = sum(e.device_time_total for e in events)
+    print(
+        f"-- batch {batch}: kernels {total / 1e4:.2f} ms a pass, {sum(e.count for e in events) / 10:.0f} of them; host {host * 1e3:.2f} ms"
+    )
+    for e in events[:24]:
+        each = e.device_time_total / max(1, e.count)
+        print(f"{e.device_time_total / 1e4:8.3f} ms {e.count / 10:6.1f} x {each:7.1f} us  {e.key[:90]}")
+    for handle in handles:
+        handle.cancel()
+    while engine.busy:
+        engine.step()
 
 
 if __name__ == "__main__":

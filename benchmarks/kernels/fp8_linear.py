@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.skinny import READ, ROTATE, compile_all, failed, graph_us, poison, short
+from benchmarks.kernels.skinny import READ, ROTATE, beside, failed, graph_us, poison, short
 from rorqual.kernels import fp8_linear as op
 from rorqual.kernels.quant import E8M0, dequantize_fp8, quantize_fp8
 
@@ -41,7 +41,7 @@ def exact(x: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
     return codes.cuda(), scale.cuda()
 
 
-def check() -> None:
+def check_quantize() -> None:
     for rows, width in ((1, 7168), (5, 200), (333, 2048)):
         for dtype in (torch.bfloat16, torch.float32):
             for pow2 in (False, True):
@@ -60,67 +60,52 @@ def check() -> None:
                         )
                 except Exception:
                     failed("quantize check")
+
+
+def check(out: int, width: int) -> None:
     worst = 0.0
-    for out, width in ((2112, 7168), (576, 2048), (300, 1000)):
-        for powers in (False, True):
-            dense = (
-                torch.randn(out, width, device="cuda") * torch.logspace(-1, 1, out, device="cuda")[:, None]
-            )
-            codes, scale = quantize_fp8(dense, ue8m0=powers, scale_dtype=E8M0 if powers else torch.float32)
-            w = dequantize_fp8(codes, scale, (128, 128), torch.float64)
-            for rows in (1, 32, 64, 129, 1001):
-                try:
-                    x, bias = torch.randn(rows, width, device="cuda"), torch.randn(out, device="cuda")
-                    poison()
-                    bf16 = op.fp8_linear(
-                        x.bfloat16(), codes, scale, bias=bias.bfloat16(), pow2=powers, ahead=True
-                    )
-                    y = op.fp8_linear(x, codes, scale, bias=bias if powers else None, pow2=powers)
-                    z = dequantize_fp8(*exact(x, powers), (1, 128), torch.float64)
-                    want, size = z @ w.T + (bias if powers else 0), z.abs() @ w.abs().T
-                    off = float(((y - want).abs() / size).max()) if y.isfinite().all() else float("inf")
-                    z = dequantize_fp8(*exact(x.bfloat16(), powers), (1, 128), torch.float64)
-                    want, size = z @ w.T + bias.bfloat16(), z.abs() @ w.abs().T + bias.abs()
-                    off16 = (
-                        float(((bf16 - want).abs() / size).max()) if bf16.isfinite().all() else float("inf")
-                    )
-                    worst = max(worst, off)
-                    if off > 2**-12 or off16 > 2**-8 or bf16.dtype != torch.bfloat16:
-                        print(f"WRONG {rows}x{out}x{width} powers {powers}: {off:.1e} {off16:.1e}")
-                except Exception:
-                    failed(f"check {rows}x{out}x{width}")
-    print(f"worst error over the sum of magnitudes: {worst:.1e}", flush=True)
+    for powers in (False, True):
+        dense = torch.randn(out, width, device="cuda") * torch.logspace(-1, 1, out, device="cuda")[:, None]
+        codes, scale = quantize_fp8(dense, ue8m0=powers, scale_dtype=E8M0 if powers else torch.float32)
+        w = dequantize_fp8(codes, scale, (128, 128), torch.float64)
+        for rows in (1, 32, 64, 129, 1001):
+            try:
+                x, bias = torch.randn(rows, width, device="cuda"), torch.randn(out, device="cuda")
+                poison()
+                bf16 = op.fp8_linear(
+                    x.bfloat16(), codes, scale, bias=bias.bfloat16(), pow2=powers, ahead=True
+                )
+                y = op.fp8_linear(x, codes, scale, bias=bias if powers else None, pow2=powers)
+                z = dequantize_fp8(*exact(x, powers), (1, 128), torch.float64)
+                want, size = z @ w.T + (bias if powers else 0), z.abs() @ w.abs().T
+                off = float(((y - want).abs() / size).max()) if y.isfinite().all() else float("inf")
+                z = dequantize_fp8(*exact(x.bfloat16(), powers), (1, 128), torch.float64)
+                want, size = z @ w.T + bias.bfloat16(), z.abs() @ w.abs().T + bias.abs()
+                off16 = float(((bf16 - want).abs() / size).max()) if bf16.isfinite().all() else float("inf")
+                worst = max(worst, off)
+                if off > 2**-12 or off16 > 2**-8 or bf16.dtype != torch.bfloat16:
+                    print(f"WRONG {rows}x{out}x{width} powers {powers}: {off:.1e} {off16:.1e}")
+            except Exception:
+                failed(f"check {rows}x{out}x{width}")
+    print(f"fp8 {out}x{width}: worst error over the sum of magnitudes {worst:.1e}", flush=True)
 
 
 def library(x: tuple[Tensor, Tensor], codes: Tensor, scale: Tensor) -> Tensor:
     return torch._scaled_mm(x[0], codes.t(), x[1], scale.t(), out_dtype=torch.bfloat16)
 
 
-def check_library() -> None:
-    """How exact cuBLASLt's sums are, beside ours, and whether other rows or poisoned room matter."""
-    for rows, out, width in (
-        (257, 2112, 7168),
-        (1000, 576, 2048),
-        (4096, 2048, 1536),
-        (300, 48, 512),
-        (514, 10944 // 16 * 16, 2048),
-    ):
-        try:
-            codes, scale = weight(out, width)
-            x = torch.randn(rows, width, device="cuda").bfloat16()
-            z = dequantize_fp8(*exact(x), (1, 128), torch.float64)
-            w = dequantize_fp8(codes, scale, (128, 128), torch.float64)
-            size = z.abs() @ w.abs().T
-            offs = [
-                float(((y - z @ w.T).abs() / size).max())
-                for y in (op.library(x, codes, scale), op.fast(x, codes, scale))
-            ]
-            print(
-                f"library {rows}x{out}x{width}: error over magnitudes {offs[0]:.1e}, ours {offs[1]:.1e}",
-                flush=True,
-            )
-        except Exception:
-            failed(f"library {rows}x{out}x{width}")
+def check_library(rows: int, out: int, width: int) -> None:
+    """How exact cuBLASLt's sums are, beside ours."""
+    codes, scale = weight(out, width)
+    x = torch.randn(rows, width, device="cuda").bfloat16()
+    z = dequantize_fp8(*exact(x), (1, 128), torch.float64)
+    w = dequantize_fp8(codes, scale, (128, 128), torch.float64)
+    size = z.abs() @ w.abs().T
+    ys = (op.library(x, codes, scale), op.fast(x, codes, scale))
+    offs = [float(((y - z @ w.T).abs() / size).max()) for y in ys]
+    print(
+        f"library {rows}x{out}x{width}: error over magnitudes {offs[0]:.1e}, ours {offs[1]:.1e}", flush=True
+    )
 
 
 def large_ways() -> list[dict[str, Any]]:
@@ -156,11 +141,13 @@ def small_ways(rows: int, out: int, width: int) -> list[dict[str, Any]]:
     return best
 
 
-def warm(job: Any) -> None:
-    rows, out, width, how = job
+def warm(rows: int, out: int, width: int, how: Any) -> None:
+    """Compile one cut."""
     codes, scale = weight(out, width)
-    op.fast(torch.randn(rows, width, device="cuda").bfloat16(), codes, scale, ahead=True, how=how)
-    torch.cuda.synchronize()
+    x = torch.randn(rows, width, device="cuda").bfloat16()
+    if how is None:
+        op.fast(x, codes, scale)
+    op.fast(x, codes, scale, ahead=how is None or how["BN"] < 64 or rows <= 256, how=how)
 
 
 def time_quantize() -> None:
@@ -240,18 +227,28 @@ def time_small() -> None:
         del held
 
 
+def jobs() -> list[tuple[str, Any]]:
+    """Checks, and one job for each kernel to compile that differs."""
+    found: list[tuple[str, Any]] = [("check_quantize", ())]
+    found += [("check", shape) for shape in ((2112, 7168), (576, 2048), (300, 1000))]
+    found += [("check_library", shape) for shape in ((257, 2112, 7168), (1000, 576, 2048), (300, 48, 512))]
+    kernels: dict[Any, Any] = {}
+    for out, width in SMALL:
+        for rows in ROWS:
+            for how in (None, *(small_ways(rows, out, width) if SWEEP else ())):
+                kernels[str(how), width, rows if how is None else min(rows, 2)] = (rows, out, width, how)
+    for _, out, width in LARGE:
+        for how in large_ways() if SWEEP else ():
+            kernels[str(how), width, 0] = (512, out, width, how)
+    return found + [("warm", job) for job in kernels.values()]
+
+
 def main() -> None:
     torch.manual_seed(int(time.time()))
     start = time.time()
+    beside("benchmarks.kernels.fp8_linear", jobs())
     with torch.inference_mode():
-        if SWEEP:
-            kernels: dict[Any, Any] = {}
-            for out, width in SMALL:
-                for rows in ROWS:
-                    for how in small_ways(rows, out, width):
-                        kernels[str(how), width, min(rows, 2)] = (rows, out, width, how)
-            compile_all("benchmarks.kernels.fp8_linear", kernels.values())
-        for step in (check, check_library, time_quantize, time_large, time_small):
+        for step in (time_small, time_large, time_quantize):
             try:
                 step()
             except Exception:

@@ -4,6 +4,7 @@
 own with a time limit, since a kernel that hangs hangs its process.
 """
 
+import functools
 import itertools
 import os
 import subprocess
@@ -25,11 +26,16 @@ PEAK = 790.0
 """TFLOP/s of a large bf16 product there."""
 PLAIN = {"128/64/8/3": (128, 64, 8, 3), "128/128/8/2": (128, 128, 8, 2), "128/64/8/2": (128, 64, 8, 2)}
 HOPPER: dict[str, dict[str, Any]] = {
-    "group 1": {"group": 1},
-    "group 1, no turns": {"group": 1, "turns": False},
-    "group 1, not persistent": {"group": 1, "programs": 2**30},
-    "group 1, neither": {"group": 1, "programs": 2**30, "turns": False},
-    "group 2, no turns": {"group": 2, "turns": False},
+    "as is": {},
+    "no turns": {"turns": False},
+    "early": {"early": True},
+    "early, bounded": {"early": True, "bounded": True},
+    "early, no turns": {"early": True, "turns": False},
+    "group 2": {"group": 2},
+    "group 4": {"group": 4},
+    "group 16": {"group": 16},
+    "not persistent": {"programs": 2**30},
+    "as is, again": {},
 }
 """Variants of the two kernels by name."""
 
@@ -85,6 +91,15 @@ def invariant(form: Callable[..., Tensor]) -> str:
     cuts = [(0, 1000), (0, 333), (333, 500), (500, 997), (0, 1), (63, 64), (64, 65), (127, 130), (999, 1000)]
     wrong = [cut for cut in cuts if not torch.equal(part(*cut), whole[slice(*cut)])]
     return f"DIFFERS at {wrong}" if wrong else "same bits"
+
+
+def isolated(form: Callable[..., Tensor], **options: Any) -> str:
+    """A sequence beside one of NaN: the bits that it has beside a sound one."""
+    x = inputs([(200, 300), (100, 100)], 2, seed=6)
+    sound = form(**x, **options)[:200].clone()
+    for name in ("k_MHn", "rope_Mr", "v_MHv"):
+        x[name][300:] = float("nan")
+    return "isolated" if torch.equal(form(**x, **options)[:200], sound) else "NOT ISOLATED"
 
 
 def rate(form: Callable[..., Any], shape: tuple[int, int, int], **options: Any) -> float:
@@ -146,10 +161,14 @@ def gather() -> None:
         starts = torch.arange(S + 1, device="cuda", dtype=torch.int32) * length
         x = (pages, table, starts)
 
-        def work(x: Any = x, total: int = S * length, row: int = pages.stride(1) * pages.element_size()) -> str:
+        def work(
+            x: Any = x, total: int = S * length, row: int = pages.stride(1) * pages.element_size()
+        ) -> str:
             same = torch.equal(plain.gather_fast(*x, total=total), plain.gather_reference(*x, total=total))
             ms = do_bench(lambda: plain.gather_fast(*x, total=total), return_mode="median")
-            return f"{'ok' if same else 'WRONG'} {ms * 1e3:.0f} us, {total * (row + 1152) / ms / 1e6:.0f} GB/s"
+            return (
+                f"{'ok' if same else 'WRONG'} {ms * 1e3:.0f} us, {total * (row + 1152) / ms / 1e6:.0f} GB/s"
+            )
 
         guarded(f"gather_latents {S} {pages.dtype}", work)
 
@@ -171,6 +190,13 @@ def part(name: str) -> None:
         for lengths, heads in CASES:
             guarded(f"{kind} {heads} heads {str(lengths)[:18]}", lambda: error(form, lengths, heads))  # noqa: B023
         guarded(f"{kind} fixed", lambda: invariant(form))
+        if kind == "hopper":
+            bounded = functools.partial(form, bounded=True, early=True)
+            for lengths, heads in CASES:
+                guarded(f"bounded {heads} heads {str(lengths)[:18]}", lambda: error(bounded, lengths, heads))  # noqa: B023
+            guarded("bounded fixed", lambda: invariant(bounded))
+            guarded("bounded isolated", lambda: isolated(bounded))
+        guarded(f"{kind} isolated", lambda: isolated(form))
         guarded(kind, lambda: rates(form))
     else:
         form, variants = forms[kind]
@@ -186,7 +212,9 @@ def run(name: str, limit: float, warm: bool = False) -> subprocess.Popen[str]:
     env = {**os.environ, "WARM": "1"} if warm else dict(os.environ)
     command = ["timeout", "-k", "1", str(limit), sys.executable, "-m", "benchmarks.kernels.mla_prefill", name]
     pipe = subprocess.PIPE if warm else None
-    return subprocess.Popen(command, env=env, stdout=pipe, stderr=subprocess.STDOUT if warm else None, text=True)
+    return subprocess.Popen(
+        command, env=env, stdout=pipe, stderr=subprocess.STDOUT if warm else None, text=True
+    )
 
 
 def main() -> None:

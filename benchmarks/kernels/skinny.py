@@ -153,11 +153,27 @@ def warm(rows: int, out: int, width: int, how: Any, dtype: Any) -> None:
         w = torch.empty(width, 256, 512, device="cuda", dtype=torch.bfloat16)
         x = w.new_zeros(rows, width, 192 if out else 576)[..., : 128 if out else 512]
         y = w.new_zeros(rows, width, 576 if out else 128)[..., : 512 if out else 128]
-        skinny.heads_fast(x, w[:, :128] if out else w[:, 128:], out, y, ahead=True, how=how)
+        part = w[:, :128] if out else w[:, 128:]
+        if how is not None:
+            skinny.heads_fast(x, part, bool(out), y, ahead=True, how=how)
+            return
+        scale = torch.ones(2 * width, 4, device="cuda")
+        for ahead in (False, True):
+            skinny.heads_fast(x, part, bool(out), y, ahead=ahead)
+            skinny.heads_fast(x, part.to(torch.float8_e4m3fn), bool(out), y, scale, 0, ahead)
         return
     w = torch.empty(out, width, device="cuda", dtype=torch.bfloat16)
-    skinny.fast(w.new_zeros(rows, width), w, out_dtype=dtype, ahead=True, how=how)
-    torch.cuda.synchronize()
+    x = w.new_zeros(rows, width)
+    if how is not None:
+        skinny.fast(x, w, out_dtype=dtype, ahead=True, how=how)
+        return
+    norm, residual = w.new_zeros(width), w.new_zeros(rows, out)
+    for ahead in (False, True):
+        skinny.fast(x, w, out_dtype=dtype, ahead=ahead)
+        skinny.fast(x, w, None, residual, out_dtype=dtype, ahead=ahead)
+        skinny.fast(x, w, None, None, norm, out_dtype=dtype, ahead=ahead)
+    for more in (rows, 33, 512, 2048, 8192) if rows == 1 else (rows,):
+        fixed.fast(x.expand(more, width).contiguous(), w)
 
 
 def logits(out: int) -> torch.dtype:
@@ -189,40 +205,39 @@ def check_rows(out: int, width: int) -> None:
     print(f"skinny {out}x{width} worst error:", {k: f"{v:.1e}" for k, v in worst.items()}, flush=True)
 
 
-def check_ahead() -> None:
+def check_ahead(rows: int) -> None:
     """A chain in which every product needs the one before, replayed: the same bits with kernels that run ahead."""
-    for rows in (1, 2, 8, 32):
-        try:
-            ws = [torch.randn(2048, 2048, device="cuda").bfloat16() / 45 for _ in range(24)]
-            norm = torch.ones(2048, device="cuda").bfloat16()
-            first = torch.randn(rows, 2048, device="cuda").bfloat16()
-            held = torch.empty_like(first)
+    try:
+        ws = [torch.randn(2048, 2048, device="cuda").bfloat16() / 45 for _ in range(24)]
+        norm = torch.ones(2048, device="cuda").bfloat16()
+        first = torch.randn(rows, 2048, device="cuda").bfloat16()
+        held = torch.empty_like(first)
 
-            def chain(ahead: bool, held: Tensor = held, ws: list[Tensor] = ws, norm: Tensor = norm) -> Tensor:
-                x = held
-                for i, w in enumerate(ws):
-                    x = skinny.fast(x, w, None, x, norm if i % 3 else None, ahead=ahead)
-                return x
+        def chain(ahead: bool, held: Tensor = held, ws: list[Tensor] = ws, norm: Tensor = norm) -> Tensor:
+            x = held
+            for i, w in enumerate(ws):
+                x = skinny.fast(x, w, None, x, norm if i % 3 else None, ahead=ahead)
+            return x
 
+        held.copy_(first)
+        want = chain(False)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        eager = torch.equal(chain(True), want)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            graph.capture_begin()
+            y = chain(True)
+            graph.capture_end()
+        same = 0
+        for i in range(50):
+            held.fill_(i)
+            graph.replay()
             held.copy_(first)
-            want = chain(False)
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-            eager = torch.equal(chain(True), want)
-            torch.cuda.synchronize()
-            with torch.cuda.stream(stream):
-                graph.capture_begin()
-                y = chain(True)
-                graph.capture_end()
-            same = 0
-            for i in range(50):
-                held.fill_(i)
-                graph.replay()
-                held.copy_(first)
-                graph.replay()
-                same += torch.equal(y, want)
-            print(f"ahead chain {rows} rows: same bits {same} of 50, eager {eager}", flush=True)
-        except Exception:
-            failed(f"chain {rows}")
+            graph.replay()
+            same += torch.equal(y, want)
+        print(f"ahead chain {rows} rows: same bits {same} of 50, eager {eager}", flush=True)
+    except Exception:
+        failed(f"chain {rows}")
 
 
 def time_rows() -> None:
@@ -302,27 +317,26 @@ def time_extras() -> None:
 # ------------------------------------------------------------------------------------- products by head
 
 
-def check_heads() -> None:
-    for heads, rows in ((16, 1), (16, 37), (128, 5), (128, 200)):
-        for codes in (False, True):
-            try:
-                dense = torch.randn(heads * 256, 512, device="cuda")
-                c, scale = quantize_fp8(dense)
-                kv_b = dequantize_fp8(c, scale, (128, 128), torch.bfloat16) if codes else dense.bfloat16()
-                held = (c if codes else kv_b).view(heads, 256, 512)
-                by = scale if codes else None
-                kv_b = kv_b.view(heads, 256, 512).double()
-                q = torch.randn(rows, heads, 192, device="cuda").bfloat16()[..., :128]
-                wide = torch.full((rows, heads, 576), float("nan"), device="cuda", dtype=torch.bfloat16)
-                poison()
-                up = skinny.heads_fast(q, held[:, :128], True, wide[..., :512], by)
-                down = skinny.heads_fast(up, held[:, 128:], False, None, by, 128)
-                a = error(up, torch.einsum("nhd,hdc->nhc", q.double(), kv_b[:, :128]))
-                b = error(down, torch.einsum("nhc,hvc->nhv", up.double(), kv_b[:, 128:]))
-                if max(a, b) > 6e-3:
-                    print(f"WRONG heads {heads} rows {rows} codes {codes}: errors {a:.1e} {b:.1e}")
-            except Exception:
-                failed(f"heads check {heads} {rows} {codes}")
+def check_heads(heads: int, rows: int) -> None:
+    for codes in (False, True):
+        try:
+            dense = torch.randn(heads * 256, 512, device="cuda")
+            c, scale = quantize_fp8(dense)
+            kv_b = dequantize_fp8(c, scale, (128, 128), torch.bfloat16) if codes else dense.bfloat16()
+            held = (c if codes else kv_b).view(heads, 256, 512)
+            by = scale if codes else None
+            kv_b = kv_b.view(heads, 256, 512).double()
+            q = torch.randn(rows, heads, 192, device="cuda").bfloat16()[..., :128]
+            wide = torch.full((rows, heads, 576), float("nan"), device="cuda", dtype=torch.bfloat16)
+            poison()
+            up = skinny.heads_fast(q, held[:, :128], True, wide[..., :512], by)
+            down = skinny.heads_fast(up, held[:, 128:], False, None, by, 128)
+            a = error(up, torch.einsum("nhd,hdc->nhc", q.double(), kv_b[:, :128]))
+            b = error(down, torch.einsum("nhc,hvc->nhv", up.double(), kv_b[:, 128:]))
+            if max(a, b) > 6e-3:
+                print(f"WRONG heads {heads} rows {rows} codes {codes}: errors {a:.1e} {b:.1e}")
+        except Exception:
+            failed(f"heads check {heads} {rows} {codes}")
 
 
 def head_ways(rows: int, heads: int) -> list[dict[str, int]]:
@@ -394,40 +408,35 @@ def time_heads() -> None:
 # ---------------------------------------------------------------------------------------------- fixed
 
 
-def check_fixed() -> None:
-    for out, width in ((2112, 7168), (10240, 2048), (576, 1000)):
-        w = torch.randn(out, width, device="cuda").bfloat16()
-        x = torch.randn(4096, width, device="cuda").bfloat16()
-        poison()
-        full = fixed.matmul_fixed(x, w, out_dtype=torch.float32)
-        parts = (
-            (0, 1),
-            (7, 9),
-            (100, 116),
-            (1, 33),
-            (5, 69),
-            (3, 131),
-            (9, 265),
-            (20, 532),
-            (4000, 4096),
-            (0, 2048),
-        )
-        same = [
-            torch.equal(fixed.matmul_fixed(x[a:b], w, out_dtype=torch.float32), full[a:b]) for a, b in parts
-        ]
-        cuts = [torch.equal(fixed.fast(x, w, out_dtype=torch.float32, how=cut), full) for cut in fixed.CUTS]
-        few = [
-            {"kind": "dot", "BO": o, "BD": d, "SPLIT": 1, "STAGES": 3, "num_warps": n, "FETCH": 0}
-            for o, d, n in ((16, 256, 2), (32, 256, 4), (64, 128, 4), (128, 64, 4))
-        ]
-        tall = [
-            torch.equal(skinny.fast(x[:16], w, out_dtype=torch.float32, how=how), full[:16]) for how in few
-        ]
-        off = error(full, x.double() @ w.double().T)
-        print(
-            f"fixed {out}x{width}: error {off:.1e}; rows independent {same}; same bits by cut {cuts} and few rows {tall}",
-            flush=True,
-        )
+def check_fixed(out: int, width: int) -> None:
+    w = torch.randn(out, width, device="cuda").bfloat16()
+    x = torch.randn(4096, width, device="cuda").bfloat16()
+    poison()
+    full = fixed.matmul_fixed(x, w, out_dtype=torch.float32)
+    parts = (
+        (0, 1),
+        (7, 9),
+        (100, 116),
+        (1, 33),
+        (5, 69),
+        (3, 131),
+        (9, 265),
+        (20, 532),
+        (4000, 4096),
+        (0, 2048),
+    )
+    same = [torch.equal(fixed.matmul_fixed(x[a:b], w, out_dtype=torch.float32), full[a:b]) for a, b in parts]
+    cuts = [torch.equal(fixed.fast(x, w, out_dtype=torch.float32, how=cut), full) for cut in fixed.CUTS]
+    few = [
+        {"kind": "dot", "BO": o, "BD": d, "SPLIT": 1, "STAGES": 3, "num_warps": n, "FETCH": 0}
+        for o, d, n in ((16, 256, 2), (32, 256, 4), (64, 128, 4), (128, 64, 4))
+    ]
+    tall = [torch.equal(skinny.fast(x[:16], w, out_dtype=torch.float32, how=how), full[:16]) for how in few]
+    off = error(full, x.double() @ w.double().T)
+    print(
+        f"fixed {out}x{width}: error {off:.1e}; rows independent {same}; same bits by cut {cuts} and few rows {tall}",
+        flush=True,
+    )
 
 
 def time_fixed() -> None:
@@ -451,38 +460,37 @@ def time_fixed() -> None:
         print(f"fixed {rows}x{out}x{width} TFLOP/s: {flop / us:.0f}, cuBLAS {flop / base:.0f}", flush=True)
 
 
+def jobs() -> list[tuple[str, Any]]:
+    """Checks, and one job for each kernel to compile that differs."""
+    found: list[tuple[str, Any]] = [("check_ahead", (rows,)) for rows in (1, 2, 8, 32)]
+    found += [("check_rows", s) for s in ((64, 2048), (576, 2048), (333, 1000), (2112, 7168), (10240, 2048))]
+    found += [("check_heads", s) for s in ((16, 1), (16, 37), (128, 5), (128, 200))]
+    found += [("check_fixed", s) for s in ((2112, 7168), (10240, 2048), (576, 1000))]
+    kernels: dict[Any, Any] = {}
+    for out, width in SHAPES:
+        for rows in ROWS:
+            for how in (None, *(ways(rows, out, width) if SWEEP else ())):
+                form = max(16, rows) if how and how["kind"] == "dot" else rows
+                kernels[form, rows == 16, width, str(how), logits(out)] = (rows, out, width, how, logits(out))
+    for heads, rows in HEADS:
+        for how in (None, *(head_ways(rows, heads) if SWEEP else ())):
+            for up in (1, 0):
+                kernels[up, str(how), min(rows, 16), heads if how is None else 0] = (
+                    rows,
+                    up,
+                    heads,
+                    how,
+                    None,
+                )
+    return found + [("warm", job) for job in kernels.values()]
+
+
 def main() -> None:
     torch.manual_seed(int(time.time()))
     start = time.time()
+    beside("benchmarks.kernels.skinny", jobs())
     with torch.inference_mode():
-        if SWEEP:
-            kernels: dict[Any, Any] = {}  # one job for each kernel that differs
-            for out, width in SHAPES:
-                for rows in ROWS:
-                    for how in ways(rows, out, width):
-                        form = max(16, rows) if how["kind"] == "dot" else rows
-                        kernels[form, rows == 16, width, str(how), logits(out)] = (
-                            rows,
-                            out,
-                            width,
-                            how,
-                            logits(out),
-                        )
-            for heads, rows in HEADS[:4]:
-                for how in head_ways(rows, heads):
-                    for up in (True, False):
-                        kernels[up, str(how), min(rows, 16)] = (rows, up, heads, how, None)
-            compile_all("benchmarks.kernels.skinny", kernels.values())
-        for step in (
-            check_rows,
-            check_ahead,
-            check_heads,
-            check_fixed,
-            time_extras,
-            time_rows,
-            time_heads,
-            time_fixed,
-        ):
+        for step in (time_rows, time_heads, time_extras, time_fixed):
             try:
                 step()
             except Exception:

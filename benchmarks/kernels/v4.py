@@ -25,10 +25,9 @@ Call = Callable[[], Any]
 
 def micros(calls: list[Call], least: int = 8, budget: float = 0.05) -> float:
     """Median us of one call, all of `calls` in turn in one graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
+    torch.cuda.synchronize()
+    for call in calls:
+        call()
     torch.cuda.synchronize()
     begun = time.perf_counter()
     calls[0]()
@@ -66,7 +65,6 @@ def guarded(what: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     except Exception:
         print(f"FAILED {what.__name__} {args} {kwargs}"[:200])
         print("\n".join(traceback.format_exc().strip().splitlines()[-4:])[:1500], flush=True)
-        torch.cuda.synchronize()
         return None
 
 
@@ -341,14 +339,22 @@ def sweep_union(*case: Any) -> None:
 
 def union_options(rows: int, sequences: int, count: int, heads: int, kind: str) -> Iterator[dict[str, int]]:
     keys = 128 + {"swa": 0, "csa": 512, "hca": count}[kind]
-    blocks = rows * heads // 64
-    for tile, warps, stages in [(64, 8, 2), (32, 8, 2), (32, 8, 3), (32, 8, 4), (64, 8, 1), (32, 4, 2)]:
-        if rows >= 1024:
-            yield {"splits": 1, "keys": tile, "warps": warps, "stages": stages}
-            continue
-        for waves in (1, 2) if tile == 32 else (1,):
-            splits = max(1, min(waves * 132 // blocks, -(-keys // tile), 128))
-            yield {"splits": splits, "keys": tile, "warps": warps, "stages": stages}
+
+    def option(splits: int, most_heads: int, tile: int, warps: int, stages: int) -> dict[str, int]:
+        cut = max(1, min(splits, -(-keys // tile), 128))
+        return {"splits": cut, "most_heads": most_heads, "keys": tile, "warps": warps, "stages": stages}
+
+    if rows >= 1024:
+        for tile, warps, stages in [(64, 8, 2), (32, 8, 2), (32, 8, 3), (32, 8, 4), (64, 8, 1), (32, 4, 2)]:
+            yield option(1, 64, tile, warps, stages)
+        return
+    for waves in (0.5, 1, 2):
+        for most_heads, tile, warps, stages in [
+            (64, 64, 8, 2), (64, 32, 8, 3), (32, 64, 4, 2), (32, 32, 4, 3), (16, 64, 4, 2), (16, 32, 4, 3),
+            (16, 64, 4, 3), (16, 128, 8, 2),
+        ]:  # fmt: skip
+            blocks = rows * heads // most_heads
+            yield option(int(waves * 132 / blocks), most_heads, tile, warps, stages)
 
 
 # ---------------------------------------------------------------------------------- compress and mix
@@ -466,6 +472,24 @@ def time_mix(rows: int, hidden: int) -> None:
     line(f"mix write+read {rows} {hidden}", us, weight + stream * 2.5)
 
 
+MIX_TILES = [(rows, channels) for rows in (16, 32, 64) for channels in (32, 64)]
+
+
+def sweep_mix(rows: int, hidden: int) -> None:
+    copies = [mix_inputs(rows, hidden) for _ in range(16 if rows < 1024 else 4)]
+    mixed = [mix.fast_read(x, fn, base, scale, 1e-6, 1e-6, 20)[1:] for x, _, fn, base, scale in copies]
+    both, found, kept = list(zip(copies, mixed, strict=True)), [], (mix.ROWS, mix.CHANNELS)
+    for mix.ROWS, mix.CHANNELS in MIX_TILES:
+        one = micros([lambda c=c: mix.fast_read(c[0], *c[2:], 1e-6, 1e-6, 20) for c in copies], budget=0.02)
+        two = micros(
+            [lambda c=c, m=m: mix.fast_write_read(c[0], c[1], *m, *c[2:], 1e-6, 1e-6, 20) for c, m in both],
+            budget=0.02,
+        )
+        found.append((two, (mix.ROWS, mix.CHANNELS, f"read {one:.1f}")))
+    mix.ROWS, mix.CHANNELS = kept
+    report("mix", (rows, hidden), found)
+
+
 # -------------------------------------------------------------------------------------------- all
 
 
@@ -484,6 +508,7 @@ def warm(task: tuple[str, tuple[Any, ...], Any]) -> None:
         elif kind == "compress":
             Compress(*case).run(long=case[0] >= 1024)
         else:
+            mix.ROWS, mix.CHANNELS = tiles or (mix.ROWS, mix.CHANNELS)
             x, y, fn, base, scale = mix_inputs(*case)
             mixed = mix.fast_read(x, fn, base, scale, 1e-6, 1e-6, 20)[1:]
             mix.fast_write(x, y, *mixed)
@@ -496,6 +521,7 @@ def warm(task: tuple[str, tuple[Any, ...], Any]) -> None:
 SWEEPS: list[tuple[str, tuple[Any, ...]]] = [
     *(("index", case) for case in (V32[6], V32[8], V4[0], SHARED[0], PREFILL[1], FP8_CASES[1])),
     *(("union", case) for case in (UNION[0], UNION[2], UNION[3], UNION[5], *UNION_PREFILL[:2])),
+    *(("mix", (n, 4096)) for n in (1, 64, 2048)),
 ]
 
 
@@ -536,21 +562,22 @@ def main() -> None:
         for case in [(1, 4096), (17, 7168), (64, 4096)]:
             guarded(check_mix, *case)
     print(f"checked after {time.perf_counter() - begun:.0f} s", flush=True)
-    timers = {"mix": time_mix, "compress": time_compress, "union": time_union, "index": time_index}
+    timers = {"index": time_index, "union": time_union, "mix": time_mix, "compress": time_compress}
     for kind, timer in timers.items():
         for case in cases[kind] if kind in only else ():
             guarded(timer, *case)
     print(f"timed after {time.perf_counter() - begun:.0f} s", flush=True)
     if os.environ.get("SWEEP", "1") == "1":
         sweeps = [(kind, case) for kind, case in SWEEPS if kind in only]
-        options = {"index": index_plans, "union": union_options}
+        options: dict[str, Any] = {"index": index_plans, "union": union_options, "mix": lambda *_: MIX_TILES}
+        sweepers = {"index": sweep_index, "union": sweep_union, "mix": sweep_mix}
         list(pool.map(warm, [(kind, case, tiles) for kind, case in sweeps for tiles in options[kind](*case)]))
         print(f"compiled after {time.perf_counter() - begun:.0f} s", flush=True)
         for kind, case in sweeps:
             if time.perf_counter() - begun > 67:
                 print(f"out of time before {kind} {case}")
                 continue
-            guarded(sweep_index if kind == "index" else sweep_union, *case)
+            guarded(sweepers[kind], *case)
     pool.shutdown(wait=False, cancel_futures=True)
     print(f"done after {time.perf_counter() - begun:.0f} s")
 

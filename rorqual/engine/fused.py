@@ -49,34 +49,39 @@ def _leading(list_e, n, need, MASS: tl.constexpr, BLOCK: tl.constexpr):  # type:
     the number and weight of those above it. Two bits a pass."""
     at = tl.arange(0, BLOCK)
     least = need.to(tl.int32) * 0
+    one = least + 1
     for step in tl.range(15):
-        unit = 1 << (28 - 2 * step)
+        unit = one << (28 - 2 * step)
         sum1 = tl.zeros([BLOCK], tl.int64)
         sum2 = tl.zeros([BLOCK], tl.int64)
         sum3 = tl.zeros([BLOCK], tl.int64)
-        for start in tl.range(0, n, BLOCK):
+        start = least * 0
+        while start < n:
             e = tl.load(list_e + start + at, mask=start + at < n, other=0.0)
             bits = e.to(tl.int32, bitcast=True)
             worth = _weight(e) if MASS else tl.full([BLOCK], 1, tl.int64)
             sum1 += tl.where(bits >= least + unit, worth, 0)
             sum2 += tl.where(bits >= least + 2 * unit, worth, 0)
             sum3 += tl.where(bits >= least + 3 * unit, worth, 0)
+            start += BLOCK
         steps = (tl.sum(sum1, 0) >= need).to(tl.int32) + (tl.sum(sum2, 0) >= need).to(tl.int32)
         least += unit * (steps + (tl.sum(sum3, 0) >= need).to(tl.int32))
     count = tl.zeros([BLOCK], tl.int64)
     mass = tl.zeros([BLOCK], tl.int64)
-    for start in tl.range(0, n, BLOCK):
+    start = least * 0
+    while start < n:
         e = tl.load(list_e + start + at, mask=start + at < n, other=0.0)
         above = e.to(tl.int32, bitcast=True) > least
         count += tl.where(above, 1, 0)
         mass += tl.where(above, _weight(e), 0)
+        start += BLOCK
     return least, tl.sum(count, 0), tl.sum(mass, 0)
 
 
 @triton.jit
 def _draw(  # type: ignore[no-untyped-def]
-    logits, stride, slots, knobs, key, drawn, unsound, out, list_e, list_id, vocab, stream,
-    KNOBS: tl.constexpr, FILTER: tl.constexpr, BLOCK: tl.constexpr,
+    logits, stride, slots, knobs, key, drawn, unsound, out, list_e, list_id, stream,
+    vocab: tl.constexpr, KNOBS: tl.constexpr, FILTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
@@ -86,18 +91,18 @@ def _draw(  # type: ignore[no-untyped-def]
 
     best = tl.full([BLOCK], -float("inf"), tl.float32)
     which = tl.zeros([BLOCK], tl.int32)
-    spoilt = tl.zeros([BLOCK], tl.int32)
+    bad = tl.zeros([BLOCK], tl.int32)
     for start in tl.range(0, vocab, BLOCK):
         x = tl.load(line + start + at, mask=start + at < vocab, other=-float("inf")).to(tl.float32)
-        spoilt += (x != x).to(tl.int32)
+        bad += (x != x).to(tl.int32)
         which = tl.where(x > best, start + at, which)
         best = tl.where(x > best, x, best)
     most = tl.max(best, 0)
     first = tl.min(tl.where(best == most, which, vocab - 1), 0)
-    sound = (tl.sum(spoilt, 0) == 0) & (most > -float("inf")) & (most < float("inf"))
-    if (tl.load(knobs + slot * KNOBS) > 0) | (sound == 0):
+    spoilt = (tl.sum(bad, 0) > 0) | (most == -float("inf")) | (most == float("inf"))
+    if (tl.load(knobs + slot * KNOBS) > 0) | spoilt:
         tl.store(out + row, first.to(tl.int64))
-        if sound == 0:
+        if spoilt:
             tl.atomic_add(unsound + slot, 1)
     else:
         sums = tl.zeros([BLOCK], tl.int64)
@@ -121,7 +126,7 @@ def _draw(  # type: ignore[no-untyped-def]
                     bits = tl.exp((best - most) / heat).to(tl.int32, bitcast=True)
                     low = first * 0
                     for step in tl.range(30):
-                        unit = 1 << (29 - step)
+                        unit = (low * 0 + 1) << (29 - step)
                         enough = tl.sum((bits >= low + unit).to(tl.int32), 0) >= top_k
                         low += unit * enough.to(tl.int32)
                     cut = tl.maximum(cut, low.to(tl.float32, bitcast=True))
@@ -151,11 +156,13 @@ def _draw(  # type: ignore[no-untyped-def]
             least = tl.maximum(least, bound - 1)
             sums = tl.zeros([BLOCK], tl.int64)
             ties = few * 0
-            for start in tl.range(0, end, BLOCK):
+            start = first * 0
+            while start < end:
                 e = _load(line, list_e, start + at, end, most, heat, True)
                 weight, new = _kept(e, least, few, ties)
                 sums += weight
                 ties += new
+                start += BLOCK
             mass = tl.sum(sums, 0)
         place = tl.load(drawn + slot) * 4 + stream
         goal = (_uniform(tl.load(key + slot), place) * mass.to(tl.float64)).to(tl.int64)
@@ -165,13 +172,15 @@ def _draw(  # type: ignore[no-untyped-def]
         ties = mass * 0
         ties_there = mass * 0
         chunk = first * 0
-        for start in tl.range(0, end, BLOCK):
+        start = first * 0
+        while start < end:
             e = _load(line, list_e, start + at, end, most, heat, FILTER)
             weight, new = _kept(e, least, few, ties)
             run += tl.sum(weight, 0)
             ties += new
             if run <= goal:
-                before, ties_there, chunk = run, ties, first * 0 + start + BLOCK
+                before, ties_there, chunk = run, ties, start + BLOCK
+            start += BLOCK
         e = _load(line, list_e, chunk + at, end, most, heat, FILTER)
         weight, new = _kept(e, least, few, ties_there)
         found = chunk + tl.sum((before + tl.cumsum(weight, 0) <= goal).to(tl.int32), 0)
@@ -204,12 +213,16 @@ def draw(
     if logits_RV.stride(1) != 1:
         logits_RV = logits_RV.contiguous()
     _draw[(rows,)](
-        logits_RV, logits_RV.stride(0), slots_R, knobs_SK, key_S, drawn_S, unsound_S, out, list_e, list_id, vocab,
-        stream, KNOBS=knobs_SK.shape[1], FILTER=filters, BLOCK=block, num_warps=warps,
+        logits_RV, logits_RV.stride(0), slots_R, knobs_SK, key_S, drawn_S, unsound_S, out, list_e, list_id, stream,
+        vocab=vocab, KNOBS=knobs_SK.shape[1], FILTER=filters, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return out
 
 
+ON = False
+"""Not yet measured on a GPU."""
+
+
 def supported(logits_RV: Tensor) -> bool:
     """Whether `draw` can run here: weights of more than 2^18 tokens could overflow."""
-    return usable(logits_RV) and 0 < logits_RV.shape[1] <= 2**18 and len(logits_RV) > 0
+    return ON and usable(logits_RV) and 0 < logits_RV.shape[1] <= 2**18 and len(logits_RV) > 0

@@ -83,21 +83,20 @@ class Graphs:
     def _numbers(
         self, requests: Sequence[Request], size: int, width: int, blocks: int, idle: int
     ) -> np.ndarray:
-        """All a pass needs: a row a sequence of ids, positions, slots (`width` each), ring, end, slot, pages."""
-        table = np.zeros((size, 3 * width + 3 + blocks), dtype=np.int64)
-        table[:, 3 * width + 2] = idle
-        for row, r in zip(table, requests, strict=False):
-            ids = r.ids[r.held :]
-            ids = ids if ids else [-1]
-            row[:width] = ids if width == 1 else [*ids, r.draft]
-            for j in range(width):
+        """All a pass needs, one field after the other: see `_fields`."""
+        flat = np.zeros(size * (3 * width + 3 + blocks), dtype=np.int64)
+        ids, positions, slots, ring, ends, slot, table = _fields(flat, size, width)
+        slot[:] = idle
+        for row, r in enumerate(requests):
+            known = r.ids[r.held :] or [-1]
+            for j, token in enumerate(known if width == 1 else [*known, r.draft]):
                 position = r.held + j
-                row[width + j] = position
                 page = r.pages[position // self.page_size]
-                row[2 * width + j] = page * self.page_size + position % self.page_size
-            row[3 * width : 3 * width + 3] = r.ring, r.held + width, r.slot
-            row[3 * width + 3 : 3 * width + 3 + len(r.pages)] = r.pages
-        return table
+                ids[row, j], positions[row, j] = token, position
+                slots[row, j] = page * self.page_size + position % self.page_size
+            ring[row], ends[row], slot[row] = r.ring, r.held + width, r.slot
+            table[row, : len(r.pages)] = r.pages
+        return flat
 
     def _send(self, numbers: np.ndarray, packed: Tensor) -> None:
         """To the device through memory of two turns, so that one can be filled while the other is read."""
@@ -109,16 +108,16 @@ class Graphs:
             self._host[self._turn] = torch.empty(numbers.size, dtype=torch.int64, pin_memory=True)
         self._read[self._turn].synchronize()
         host = self._host[self._turn][: numbers.size]
-        host.numpy()[:] = numbers.ravel()
-        packed.view(-1).copy_(host, non_blocking=True)
+        host.numpy()[:] = numbers
+        packed.copy_(host, non_blocking=True)
         self._read[self._turn].record()
 
     def _record(self, size: int, width: int, blocks: int, newest: Tensor, numbers: np.ndarray) -> _Recorded:
         packed = torch.from_numpy(numbers).to(newest.device)
 
         def once() -> tuple[Tensor, Tensor]:
-            ids, positions, slots = (packed[:, i * width : (i + 1) * width].flatten() for i in range(3))
-            ring, ends, slot = packed[:, 3 * width : 3 * width + 3].unbind(1)
+            ids, positions, slots, ring, ends, slot, table = _fields(packed, size, width)
+            ids, positions, slots = ids.view(-1), positions.view(-1), slots.view(-1)
             if width == 1:
                 ids = torch.where(ids < 0, newest[slot], ids)
             offsets = torch.arange(0, size * width + 1, width, device=newest.device, dtype=torch.int32)
@@ -128,7 +127,7 @@ class Graphs:
                 counts=[],
                 width=width,
                 end=blocks * self.page_size,
-                table_SB=packed[:, 3 * width + 3 :].int(),
+                table_SB=table.int(),
                 ring_S=ring,
                 ends_S=ends.int(),
                 offsets_S1=offsets,
@@ -142,7 +141,7 @@ class Graphs:
         blank = torch.zeros_like(packed)
         kept = packed.clone()
         packed.copy_(blank)
-        packed[:, 3 * width + 2] = newest.shape[0] - 1
+        _fields(packed, size, width)[5][:] = newest.shape[0] - 1
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -155,3 +154,14 @@ class Graphs:
             out = once()
         self._pool = graph.pool()
         return _Recorded(graph, packed, out)
+
+
+def _fields(flat: Any, size: int, width: int) -> list[Any]:
+    """Views of a pass's numbers: ids, positions and slots `[size, width]` each, ring, end and the sampler's slot
+    `[size]` each, page table `[size, blocks]`."""
+    cuts = [size * width] * 3 + [size] * 3
+    parts, at = [], 0
+    for cut in cuts:
+        parts.append(flat[at : at + cut])
+        at += cut
+    return [p.reshape(size, width) for p in parts[:3]] + parts[3:] + [flat[at:].reshape(size, -1)]

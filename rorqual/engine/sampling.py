@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from rorqual.engine import draws
+from rorqual.engine import draws, fused
 from rorqual.engine.tallies import Bias, Seen, upload
 
 if TYPE_CHECKING:
@@ -208,6 +208,9 @@ class Sampler:
         as of `draws.apply_bitmask`. A row with NaN or infinite logits gets some token; see `failed`."""
         plan = self._plan(slots_R)
         logits_RV = self._shaped(logits_RV, plan, mask)
+        if not plan.all_greedy and fused.supported(logits_RV):
+            tables = self._knobs_SK, self._key_S, self._drawn_S, self._unsound_S
+            return fused.draw(logits_RV, plan.slots_R, *tables, filters=plan.filtered is not None)
         best_R, ids_R = self._best(logits_RV, plan)
         if plan.all_greedy:
             return ids_R
@@ -373,7 +376,7 @@ class _Plan:
     top_p: bool
 
 
-# Columns of the sampler's table of numbers a slot.
+# Columns of the sampler's table of numbers a slot; `fused` reads the first five.
 _GREEDY, _HEAT, _TOP_K, _TOP_P, _MIN_P, _FILTERED, _REPEAT = range(7)
 
 

@@ -19,7 +19,7 @@ from rorqual.kernels.gpu import tl, triton, usable
 ROLLBACK = 16
 """Tokens of one sequence that `compress_decode` may bring: a ring holds this many more than a window needs."""
 
-TILE = 2**14
+TILE = 2**13
 """Numbers of a window that a program reads at a time."""
 
 
@@ -73,7 +73,17 @@ def _rotate_tail(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------- kernels
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def _add(g, x, most, total, pooled):  # type: ignore[no-untyped-def]
+    """A few more slots into a running softmax over slots, by channel."""
+    higher = tl.maximum(most, tl.max(g, axis=0))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing there yet, or channels of padding
+    weight = tl.exp(g - base[None, :])
+    shrink = tl.exp(most - base)
+    return higher, total * shrink + tl.sum(weight, axis=0), pooled * shrink + tl.sum(weight * x, axis=0)
+
+
+@triton.jit
 def _pool(  # type: ignore[no-untyped-def]
     kv,
     gate,
@@ -87,7 +97,6 @@ def _pool(  # type: ignore[no-untyped-def]
     sin,
     entries,
     slots,
-    rows,
     turned,
     eps,
     kv_row,
@@ -98,6 +107,8 @@ def _pool(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     CHANNELS: tl.constexpr,
     SLOTS: tl.constexpr,
+    POWER: tl.constexpr,
+    STAGES: tl.constexpr,
     WRITE: tl.constexpr,
 ):
     """Row n's token into its ring (if WRITE), and the entry of the window that it completes."""
@@ -111,47 +122,49 @@ def _pool(  # type: ignore[no-untyped-def]
     if WRITE:
         to = (ring.to(tl.int64) * LENGTH + position % LENGTH) * WIDTH
         for part in tl.static_range(WIDTH // DIM):
-            at = part * DIM + c
-            new = tl.load(kv + n.to(tl.int64) * kv_row + at, mask=c < DIM)
-            tl.store(ring_kv + to + at, new, mask=c < DIM)
-            new = tl.load(gate + n.to(tl.int64) * gate_row + at, mask=c < DIM)
-            new += tl.load(ape + (position % RATIO) * WIDTH + at, mask=c < DIM)
-            tl.store(ring_gate + to + at, new, mask=c < DIM)
+            own = part * DIM + c
+            new = tl.load(kv + n.to(tl.int64) * kv_row + own, mask=c < DIM)
+            tl.store(ring_kv + to + own, new, mask=c < DIM)
+            new = tl.load(gate + n.to(tl.int64) * gate_row + own, mask=c < DIM)
+            new += tl.load(ape + (position % RATIO) * WIDTH + own, mask=c < DIM)
+            tl.store(ring_gate + to + own, new, mask=c < DIM)
     slot = tl.load(slots + n).to(tl.int64)
     if ((position + 1) % RATIO != 0) | (slot < 0):
         return
     WINDOW: tl.constexpr = 2 * RATIO if OVERLAP else RATIO
+    back = tl.arange(0, POWER)  # rows before this one, and tokens before this one
+    mask = (back < WINDOW) & (back <= n) & (back <= position)
+    mine = tl.load(rings + n - back, mask=mask, other=-1) == ring
+    mine = mine & (tl.load(positions + n - back, mask=mask, other=-1) == position - back)
+    fresh = tl.sum(mine.to(tl.int32))
+    present = tl.minimum(WINDOW, position + 1)
     most = tl.full([CHANNELS], float("-inf"), tl.float32)
     total, pooled = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
-    for start in tl.range(0, WINDOW, SLOTS):
-        back = WINDOW - 1 - (start + tl.arange(0, SLOTS))  # rows before this one
-        old = position - back
-        there = (back >= 0) & (old >= 0)
-        row = n - back
-        here = there & (row >= 0)
-        fresh = here & (tl.load(rings + row, mask=here, other=-1) == ring)
-        fresh = fresh & (tl.load(positions + row, mask=fresh, other=-1) == old)
-        stale = there & (fresh == 0)
-        half = tl.where(back < RATIO, DIM, 0) if OVERLAP else back * 0
-        new_kv = row.to(tl.int64) * kv_row + half
-        new_gate = row.to(tl.int64) * gate_row + half
-        kept = (ring.to(tl.int64) * LENGTH + old % LENGTH) * WIDTH + half
-        bias = (old % RATIO) * WIDTH + half
-        live = (c < DIM)[None, :]
-        fresh, stale = fresh[:, None] & live, stale[:, None] & live
-        g = tl.load(gate + new_gate[:, None] + c[None, :], mask=fresh, other=0.0)
-        g += tl.load(ape + bias[:, None] + c[None, :], mask=fresh, other=0.0)
-        g += tl.load(ring_gate + kept[:, None] + c[None, :], mask=stale, other=0.0)
-        g = tl.where(fresh | stale, g, float("-inf"))
-        x = tl.load(kv + new_kv[:, None] + c[None, :], mask=fresh, other=0.0)
-        x += tl.load(ring_kv + kept[:, None] + c[None, :], mask=stale, other=0.0)
-        higher = tl.maximum(most, tl.max(g, axis=0))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing there yet, or channels of padding
-        weight = tl.exp(g - base[None, :])
-        shrink = tl.exp(most - base)
-        total = total * shrink + tl.sum(weight, axis=0)
-        pooled = pooled * shrink + tl.sum(weight * x, axis=0)
-        most = higher
+    live = (c < DIM)[None, :]
+    for start in tl.range(
+        WINDOW - present, WINDOW - fresh, SLOTS, num_stages=STAGES
+    ):  # tokens of earlier passes
+        slot_of = start + tl.arange(0, SLOTS)
+        old = position - WINDOW + 1 + slot_of
+        at = (ring.to(tl.int64) * LENGTH + old % LENGTH) * WIDTH
+        if OVERLAP:
+            at += tl.where(slot_of < RATIO, 0, DIM)
+        there = live & (slot_of < WINDOW - fresh)[:, None]
+        g = tl.load(ring_gate + at[:, None] + c[None, :], mask=there, other=float("-inf"))
+        x = tl.load(ring_kv + at[:, None] + c[None, :], mask=there, other=0.0)
+        most, total, pooled = _add(g, x, most, total, pooled)
+    for start in tl.range(WINDOW - fresh, WINDOW, SLOTS):  # and of this one
+        slot_of = start + tl.arange(0, SLOTS)
+        row = (n - WINDOW + 1 + slot_of).to(tl.int64)
+        half = slot_of * 0
+        if OVERLAP:
+            half = tl.where(slot_of < RATIO, 0, DIM)
+        there = live & (slot_of < WINDOW)[:, None]
+        g = tl.load(gate + (row * gate_row + half)[:, None] + c[None, :], mask=there, other=float("-inf"))
+        bias = (slot_of % RATIO) * WIDTH + half  # a window begins at a multiple of the ratio
+        g += tl.load(ape + bias[:, None] + c[None, :], mask=there, other=0.0)
+        x = tl.load(kv + (row * kv_row + half)[:, None] + c[None, :], mask=there, other=0.0)
+        most, total, pooled = _add(g, x, most, total, pooled)
     entry = tl.where(c < DIM, pooled / tl.where(total > 0, total, 1.0), 0.0)
     entry = entry.to(entries.dtype.element_ty).to(tl.float32)
     scale = tl.load(norm_weight + c, mask=c < DIM, other=0.0).to(entries.dtype.element_ty).to(tl.float32)
@@ -235,12 +248,13 @@ def fast(
         kv_NW.stride(1) == 1 and gate_NW.stride(1) == 1 and cos_Nr.is_contiguous() and sin_Nr.is_contiguous()
     )
     channels = triton.next_power_of_2(dim)
-    slots = min(triton.next_power_of_2(window), max(1, TILE // channels))
+    power = triton.next_power_of_2(window)
+    slots = min(power, max(1, TILE // channels))
     _pool[(rows,)](
         kv_NW, gate_NW, ape, ring_kv, ring_gate, ring_N, positions_N, norm_weight, cos_Nr, sin_Nr,
-        entry_pages_PEd, entry_slots_N, rows, cos_Nr.shape[1], eps, kv_NW.stride(0), gate_NW.stride(0),
-        LENGTH=length, RATIO=ratio, OVERLAP=overlap, DIM=dim, CHANNELS=channels, SLOTS=slots, WRITE=not long,
-        num_warps=16 if window * channels >= TILE else 4,
+        entry_pages_PEd, entry_slots_N, cos_Nr.shape[1], eps, kv_NW.stride(0), gate_NW.stride(0),
+        LENGTH=length, RATIO=ratio, OVERLAP=overlap, DIM=dim, CHANNELS=channels, SLOTS=slots, POWER=power,
+        STAGES=1 if long else 3, WRITE=not long, num_warps=8 if power > slots else 4,
     )  # fmt: skip
     if long:
         _keep[(rows,)](

@@ -183,7 +183,6 @@ PDL = os.environ.get("PDL", "1") == "1"
 EXACT = Plan(Tiles(16, 32, 32, 4, 2, True), Tiles(16, 32, 32, 4, 2, True))
 """For fp32 matrices, which are multiplied without tensor cores."""
 
-AHEAD = int(os.environ.get("AHEAD", "2"))
 FEW_TOKENS = 4
 """Batches up to this size go through `experts_few`."""
 
@@ -345,7 +344,6 @@ def _few(b: Batch, how: Plan) -> Tensor:
         inner, b.ids, down.codes, _scale(down), shared_down.codes, _scale(shared_down),
         y_ND if b.add is None else b.add, y_ND, b.pairs, b.tokens, b.count, b.extra, b.width, b.shared_width, b.hidden,
         OUT=tile.out, SPLIT=tile.rows, DEPTH=tile.depth, STAGES=tile.stages, ADD=b.add is not None,
-        LINES=triton.next_power_of_2(triton.cdiv(b.width * down.codes.element_size(), 128)), AHEAD=AHEAD,
         num_warps=tile.warps, **common, **b.launch,
     )  # fmt: skip
     return y_ND

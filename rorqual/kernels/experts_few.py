@@ -9,7 +9,7 @@ which holds them exactly, so activations need no quantising.
 
 # mypy: disable-error-code="no-untyped-def"
 
-from rorqual.kernels.experts_triton import COUNTS, follow
+from rorqual.kernels.experts_triton import COUNTS, gdc_launch_dependents, gdc_wait
 from rorqual.kernels.gpu import tl, triton
 
 
@@ -45,7 +45,7 @@ def few_up_kernel(
 ):  # fmt: skip
     """inner `[slots, N, W]`: routing weight (0 where not chosen) * swiglu(gate x, up x); shared experts last."""
     if PDL:
-        follow()
+        gdc_wait()
     across = tl.cdiv(width, OUT)
     slot = tl.program_id(0) // across
     column = tl.program_id(0) % across * OUT
@@ -97,6 +97,8 @@ def few_up_kernel(
             acc += part * w_scale[:, :, None]
         else:
             acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
+    if PDL:
+        gdc_launch_dependents()
     y = tl.sum(acc, 0)
     if FP8:
         y *= 64.0
@@ -112,66 +114,57 @@ def few_up_kernel(
     )
 
 
-@triton.jit
-def _prefetch(w_ptr, row, width, wanted, LINES: tl.constexpr):
-    """Ask for whole rows of a matrix to be brought into the cache."""
-    size: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    place = tl.arange(0, LINES) * size
-    at = (w_ptr + row[:, None] * width + place[None, :]).to(tl.int64)
-    here = (row[:, None] * 0 + place[None, :] < width) & wanted
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
-        "=r,l,r", [at, here.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def few_down_kernel(
     inner_ptr, ids_ptr, down_ptr, down_scale_ptr, shared_ptr, shared_scale_ptr, add_ptr, y_ptr, pairs,
     tokens, experts, shared, width, shared_width, hidden, PAIRS: tl.constexpr, ROWS: tl.constexpr,
     OUT: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr,
-    ADD: tl.constexpr, LINES: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
+    ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y `[N, D]`: the sum over all slots of inner `[slots, N, W]` times the slot's down matrix, and `add`."""
+    """y `[N, D]`: the sum over all slots of inner `[slots, N, W]` times the slot's down matrix, and `add`.
+
+    The inner axis is that of all slots together: a step takes `SPLIT` pieces of it, of one slot or several.
+    """
     column = tl.program_id(0) * OUT
-    # Before the wait: ids and matrices are older than the kernel that this one follows.
+    # Before the wait: ids are older than the kernel that this one follows.
     listed, count = slots(ids_ptr, pairs, experts, PAIRS)
+    if PDL:
+        gdc_wait()
     token = tl.arange(0, ROWS)
     row = tl.minimum(column + tl.arange(0, OUT), hidden - 1)
-    if PDL:
-        for first in tl.static_range(AHEAD):
-            soon = tl.sum(tl.where(tl.arange(0, PAIRS) == first, listed, 0)).to(tl.int64)
-            _prefetch(down_ptr + soon * hidden * width, row, width, first < count, LINES)
-        follow()
     split = tl.arange(0, SPLIT)
-    depth = split[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :]
-    steps = tl.cdiv(width, SPLIT * DEPTH)
+    depth = tl.arange(0, DEPTH)
+    each = tl.cdiv(width, DEPTH)
+    pieces = (count + shared) * each
     acc = tl.zeros((SPLIT, OUT, ROWS), tl.float32)
-    for step in tl.range(0, (count + shared) * steps, num_stages=STAGES):
-        slot = step // steps
-        start = step % steps * (SPLIT * DEPTH)
-        expert = tl.sum(tl.where(tl.arange(0, PAIRS) == slot, listed, 0))
+    for start in tl.range(0, pieces, SPLIT, num_stages=STAGES):
+        piece = start + split
+        slot = piece // each
+        at = piece % each * DEPTH
+        chosen = tl.arange(0, PAIRS)[None, :] == slot[:, None]
+        expert = tl.sum(tl.where(chosen, listed[None, :], 0), 1)
         routed = slot < count
         stride = tl.where(routed, width, shared_width)
-        own = expert.to(tl.int64) * hidden * width
-        w_ptr = tl.where(routed, down_ptr + own, shared_ptr + (slot - count) * width)
-        there = start + depth < width
-        w_ptrs = w_ptr + row[None, :, None] * stride + (start + depth)[:, None, :]
-        w = tl.load(w_ptrs, there[:, None, :], other=0.0)
-        x_ptrs = inner_ptr + (slot * tokens + token)[None, :, None] * width + (start + depth)[:, None, :]
-        x = tl.load(x_ptrs, there[:, None, :] & (token < tokens)[None, :, None], other=0.0)
+        first = tl.where(routed, expert.to(tl.int64) * hidden * width, (slot - count) * width) + at
+        w_base = tl.where(routed, down_ptr, shared_ptr) + first
+        inside = (at[:, None] + depth[None, :] < width) & (piece < pieces)[:, None]
+        w_ptrs = w_base[:, None, None] + row[None, :, None] * stride[:, None, None] + depth[None, None, :]
+        w = tl.load(w_ptrs, inside[:, None, :], other=0.0)
+        x_at = (slot[:, None] * tokens + token[None, :]) * width + at[:, None]
+        x_ptrs = inner_ptr + x_at[:, :, None] + depth[None, None, :]
+        x = tl.load(x_ptrs, inside[:, None, :] & (token < tokens)[None, :, None], other=0.0)
         if FP8:
-            scales = tl.cdiv(stride, 128)
-            own_scale = (expert * tl.cdiv(hidden, 128) + column // 128) * scales
+            scales = stride // 128
+            own = (expert * tl.cdiv(hidden, 128) + column // 128) * scales
             common = column // 128 * scales + (slot - count) * (width // 128)
-            scale_ptr = tl.where(routed, down_scale_ptr + own_scale, shared_scale_ptr + common)
-            block = start // 128 + split
-            w_scale = tl.load(scale_ptr + block, block * 128 < width, other=0.0)
+            scale_at = tl.where(routed, down_scale_ptr, shared_scale_ptr) + tl.where(routed, own, common)
+            w_scale = tl.load(scale_at + at // 128, piece < pieces, other=0.0)
             part = tl.dot(w.to(tl.float16), tl.permute(to_half(x), (0, 2, 1)))
             acc += part * w_scale[:, None, None]
         else:
             acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
+    if PDL:
+        gdc_launch_dependents()
     y = tl.sum(acc, 0).T
     if FP8:
         y *= 64.0

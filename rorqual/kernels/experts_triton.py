@@ -15,6 +15,11 @@ each 128 channels' product is added up in fp32.
 
 from rorqual.kernels.gpu import tl, triton
 
+__all__ = [
+    "COUNTS", "down_kernel", "follow", "gate_up_kernel", "gdc_launch_dependents", "gdc_wait", "sort_kernel",
+    "spread_kernel", "sum_kernel", "to_fp8",
+]  # fmt: skip
+
 try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # a machine without Triton
@@ -129,7 +134,7 @@ def _list_tiles(
 
 @triton.jit
 def _gate_up(
-    x_ptr, x_scale_ptr, token_R, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, column, width, hidden,
+    x_ptr, x_scale_ptr, token_R, there_R, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, column, width, hidden,
     scales, limit, ROWS: tl.constexpr, OUT: tl.constexpr, DEPTH: tl.constexpr, THIN: tl.constexpr,
     FP8: tl.constexpr, EVEN: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
@@ -160,10 +165,11 @@ def _gate_up(
     for start in range(0, hidden, DEPTH):
         if EVEN:
             w = tl.load(w_ptrs + start)
-            x = tl.load(x_ptrs + start)
+            x = tl.load(x_ptrs + start, there_R[:, None], other=0.0)
         else:
-            w = tl.load(w_ptrs + start, (start + depth < hidden)[None, :], other=0.0)
-            x = tl.load(x_ptrs + start, (start + depth < hidden)[None, :], other=0.0)
+            inside = (start + depth < hidden)[None, :]
+            w = tl.load(w_ptrs + start, inside, other=0.0)
+            x = tl.load(x_ptrs + start, inside & there_R[:, None], other=0.0)
         if FP8:
             # The next block's scales arrive while this one's product is under way.
             ahead = tl.minimum(start // 128 + 1, scales - 1)
@@ -235,7 +241,7 @@ def gate_up_kernel(
         gate_scale = shared_gate_scale_ptr + scale_at
         up_scale = shared_up_scale_ptr + scale_at
     inner = _gate_up(
-        x_ptr, x_scale_ptr, token_R, gate, up, gate_scale, up_scale, column, width, hidden, scales, limit,
+        x_ptr, x_scale_ptr, token_R, there_R, gate, up, gate_scale, up_scale, column, width, hidden, scales, limit,
         ROWS, OUT, DEPTH, THIN, FP8, EVEN, LIMIT,
     )  # fmt: skip
     inner = inner * weight_R[:, None]
@@ -243,7 +249,7 @@ def gate_up_kernel(
     channel = column + tl.arange(0, OUT)[None, :]
     if CODES:
         second = _gate_up(
-            x_ptr, x_scale_ptr, token_R, gate, up, gate_scale, up_scale, column + OUT, width, hidden, scales, limit,
+            x_ptr, x_scale_ptr, token_R, there_R, gate, up, gate_scale, up_scale, column + OUT, width, hidden, scales, limit,
             ROWS, OUT, DEPTH, THIN, FP8, EVEN, LIMIT,
         )  # fmt: skip
         second = second * weight_R[:, None]
@@ -309,10 +315,11 @@ def down_kernel(
     for start in range(0, width, DEPTH):
         if EVEN:
             w = tl.load(w_ptrs + start)
-            x = tl.load(x_ptrs + start)
+            x = tl.load(x_ptrs + start, there_R[:, None], other=0.0)
         else:
-            w = tl.load(w_ptrs + start, (start + depth < width)[None, :], other=0.0)
-            x = tl.load(x_ptrs + start, (start + depth < width)[None, :], other=0.0)
+            inside = (start + depth < width)[None, :]
+            w = tl.load(w_ptrs + start, inside, other=0.0)
+            x = tl.load(x_ptrs + start, inside & there_R[:, None], other=0.0)
         if FP8:
             if not CODES:
                 x, x_scale = to_fp8(x.to(tl.float32))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rorqual.kernels import gqa_paged_gluon
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.mla_decode import choose_splits, combine, processors
 
@@ -224,6 +225,20 @@ def fast(
     out = torch.zeros_like(q)
     if max_count == 0 or sequences == 0:
         return out
+    base_two = scale * math.log2(math.e)
+    if not (fixed or config or max_count <= FEW) and gqa_paged_gluon.supported(q, k_pages_PTGd, v_pages_PTGd):
+        gqa_paged_gluon.launch(
+            q,
+            k_pages_PTGd,
+            v_pages_PTGd,
+            table_SB,
+            ends_S,
+            starts_S1,
+            out,
+            max_count=max_count,
+            scale=base_two,
+        )
+        return out
     rows = max_count * group
     cut = config or configure(rows, max_count, fixed, size, q.dtype == torch.float32)
     blocks, capacity = -(-rows // cut.block_m), table_SB.shape[1] * page
@@ -247,7 +262,7 @@ def fast(
         starts_S1,
         part,
         lse,
-        scale * math.log2(math.e),
+        base_two,
         groups,
         table_SB.stride(0),
         pieces,

@@ -157,7 +157,7 @@ def _compute(  # type: ignore[no-untyped-def]
     HALF: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps: its half of the rows."""
-    k_full, k_free, v_full, v_free = bars
+    k_full, k_free, v_full, _v_free = bars
     STEP: gl.constexpr = k_ring.shape[1]
     SIZE: gl.constexpr = k_ring.shape[2]
     ROWS: gl.constexpr = q_tile.shape[1]
@@ -174,17 +174,49 @@ def _compute(  # type: ignore[no-untyped-def]
         left, right = _scores(q, k_ring, k_full, 0, 0, S)
         left, right = warpgroup_mma_wait(0, deps=[left, right])
         mbarrier.arrive(k_free.index(0))
-        left, right, fade, top, total = _soften(left, right, top, total, scale, place, 0, True, S)
+        left, right, _fade, top, total = _soften(left, right, top, total, scale, place, 0, True, S)
         left = gl.convert_layout(left.to(v_ring.dtype), gl.DotOperandLayout(0, A, 2))
         right = gl.convert_layout(right.to(v_ring.dtype), gl.DotOperandLayout(0, A, 2))
         whole = gl.minimum((end - count + first // GROUP + 1) // (2 * STEP), tiles)
         for j in range(1, whole):
             acc, left, right, top, total = _step(
-                q, k_ring, v_ring, bars, acc, left, right, top, total, scale, place, j, last, False, S, A, STAGES
+                q,
+                k_ring,
+                v_ring,
+                bars,
+                acc,
+                left,
+                right,
+                top,
+                total,
+                scale,
+                place,
+                j,
+                last,
+                False,
+                S,
+                A,
+                STAGES,
             )
         for j in range(gl.maximum(whole, 1), tiles):
             acc, left, right, top, total = _step(
-                q, k_ring, v_ring, bars, acc, left, right, top, total, scale, place, j, last, True, S, A, STAGES
+                q,
+                k_ring,
+                v_ring,
+                bars,
+                acc,
+                left,
+                right,
+                top,
+                total,
+                scale,
+                place,
+                j,
+                last,
+                True,
+                S,
+                A,
+                STAGES,
             )
         before = (tiles - 1) % STAGES
         mbarrier.wait(v_full.index(before), ((tiles - 1) // STAGES) & 1)
@@ -226,7 +258,9 @@ def _attend(  # type: ignore[no-untyped-def]
     held = gl.where(tiles > 0, count * GROUP, 0)
 
     Q: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    q_tile = gl.allocate_shared_memory(dtype, [2, ROWS, SIZE], gl.NVMMASharedLayout.get_default_for([ROWS, SIZE], dtype))
+    q_tile = gl.allocate_shared_memory(
+        dtype, [2, ROWS, SIZE], gl.NVMMASharedLayout.get_default_for([ROWS, SIZE], dtype)
+    )
     for half in gl.static_range(2):
         row = (2 * block + half) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, Q))
         at = (start + row // GROUP).to(gl.int64) * heads + head * GROUP + row % GROUP

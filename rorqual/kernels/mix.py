@@ -12,6 +12,9 @@ from torch import Tensor
 
 from rorqual.kernels.gpu import tl, triton, usable
 
+ROWS, CHANNELS = 32, 64
+"""Rows and channels of a slice. Whatever the number of rows: another tile would give other bits."""
+
 Mixed = tuple[Tensor, Tensor, Tensor]
 """Layer input [N, D], post [N, n] and comb [N, n, n]."""
 
@@ -53,13 +56,21 @@ def reference_write(x_NnD: Tensor, y_ND: Tensor, post_Nn: Tensor, comb_Nnn: Tens
 
 
 @triton.jit
-def _written(x, y, post, comb, rows, d, live, hidden, STREAMS: tl.constexpr, k):  # type: ignore[no-untyped-def]
-    """Stream k after a write, for `rows` and channels `d`, in fp32."""
-    new = tl.load(y + rows[:, None] * hidden + d[None, :], mask=live, other=0.0).to(tl.float32)
-    new *= tl.load(post + rows * STREAMS + k)[:, None]
+def _old(x, y, rows, d, live, hidden, STREAMS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a write reads: y and the streams, a tile each."""
+    found = (tl.load(y + rows[:, None] * hidden + d[None, :], mask=live, other=0.0),)
     for j in tl.static_range(STREAMS):
-        old = tl.load(x + (rows * STREAMS + j)[:, None] * hidden + d[None, :], mask=live, other=0.0)
-        new += tl.load(comb + (rows * STREAMS + j) * STREAMS + k)[:, None] * old.to(tl.float32)
+        at = (rows * STREAMS + j)[:, None] * hidden + d[None, :]
+        found = found + (tl.load(x + at, mask=live, other=0.0),)  # noqa: RUF005 (Triton has no starred items)
+    return found
+
+
+@triton.jit
+def _written(old, post, comb, rows, STREAMS: tl.constexpr, k):  # type: ignore[no-untyped-def]
+    """Stream k after a write, in fp32."""
+    new = tl.load(post + rows * STREAMS + k)[:, None] * old[0].to(tl.float32)
+    for j in tl.static_range(STREAMS):
+        new += tl.load(comb + (rows * STREAMS + j) * STREAMS + k)[:, None] * old[j + 1].to(tl.float32)
     return new
 
 
@@ -90,22 +101,26 @@ def _slice(  # type: ignore[no-untyped-def]
     d = part * CHANNELS + tl.arange(0, CHANNELS)
     out = tl.arange(0, OUT)
     live = (row < rows)[:, None] & (d < hidden)[None, :]
-    total = tl.zeros([ROWS, OUT], tl.float32)
-    square = tl.zeros([ROWS], tl.float32)
-    for k in tl.static_range(STREAMS):
+    if WRITE:
+        old = _old(x, y, safe, d, live, hidden, STREAMS)
+        for k in tl.static_range(STREAMS):
+            fresh = _written(old, post, comb, safe, STREAMS, k).to(new.dtype.element_ty)
+            tl.store(new + (safe * STREAMS + k)[:, None] * hidden + d[None, :], fresh, mask=live)
+        tl.debug_barrier()  # read back below: products want another layout, in which every warp would redo all this
+        x = new
+    weights, streams = (), ()
+    for k in tl.static_range(STREAMS):  # all loads first: none of them waits for arithmetic
+        at = (out * STREAMS + k)[None, :] * hidden + d[:, None]
+        mask = (out < OUTPUTS)[None, :] & (d < hidden)[:, None]
+        weights = weights + (tl.load(fn + at, mask=mask, other=0.0),)  # noqa: RUF005 (as above)
         at = (safe * STREAMS + k)[:, None] * hidden + d[None, :]
-        if WRITE:
-            stream = _written(x, y, post, comb, safe, d, live, hidden, STREAMS, k).to(new.dtype.element_ty)
-            tl.store(new + at, stream, mask=live)
-        else:
-            stream = tl.load(x + at, mask=live, other=0.0)
+        streams = streams + (tl.load(x + at, mask=live, other=0.0),)  # noqa: RUF005
+    total = tl.zeros([ROWS, OUT], tl.float32)
+    square = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for k in tl.static_range(STREAMS):
+        stream, weight = streams[k], weights[k]
         wide = stream.to(tl.float32)
-        square += tl.sum(wide * wide, axis=1)
-        weight = tl.load(
-            fn + (out * STREAMS + k)[None, :] * hidden + d[:, None],
-            mask=(out < OUTPUTS)[None, :] & (d < hidden)[:, None],
-            other=0.0,
-        )
+        square += wide * wide
         if stream.dtype == tl.bfloat16:  # three bf16 parts hold fp32's 24 bits, so every product is exact
             high = weight.to(tl.bfloat16)
             rest = weight - high.to(tl.float32)
@@ -118,7 +133,7 @@ def _slice(  # type: ignore[no-untyped-def]
             total = tl.dot(wide, weight, total, input_precision="ieee")
     to = (row.to(tl.int64) * parts + part)[:, None] * OUT + out[None, :]
     tl.store(partial + to, total, mask=(row < rows)[:, None])
-    tl.store(squares + row.to(tl.int64) * parts + part, square, mask=row < rows)
+    tl.store(squares + row.to(tl.int64) * parts + part, tl.sum(square, axis=1), mask=row < rows)
 
 
 @triton.jit
@@ -137,55 +152,51 @@ def _finish(  # type: ignore[no-untyped-def]
     eps,
     ITERATIONS: tl.constexpr,
     STREAMS: tl.constexpr,
-    POWER: tl.constexpr,
     OUT: tl.constexpr,
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Row n: its gates, its input's channels of block `program_id(1)`, and by block 0 post and comb."""
-    n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    part, out, j = tl.arange(0, PARTS), tl.arange(0, OUT), tl.arange(0, POWER)
-    square = tl.sum(tl.load(squares + n * parts + part, mask=part < parts, other=0.0))
-    rms = tl.rsqrt(square / (STREAMS * hidden) + eps_norm)
-    at = (n * parts + part)[:, None] * OUT + out[None, :]
-    u = tl.sum(tl.load(partial + at, mask=(part < parts)[:, None], other=0.0), axis=0) * rms
+    """Row n: block `program_id(1)` of its input's channels, or by the first program post and comb."""
+    n, block = tl.program_id(0).to(tl.int64), tl.program_id(1) - 1
+    part, out, j = tl.arange(0, PARTS), tl.arange(0, OUT), tl.arange(0, STREAMS)
     d = block * CHANNELS + tl.arange(0, CHANNELS)
-    read = tl.zeros([CHANNELS], tl.float32)
-    s_pre = tl.load(scale)
-    for k in tl.static_range(STREAMS):
-        pre = tl.sigmoid(s_pre * tl.sum(tl.where(out == k, u, 0.0)) + tl.load(base + k)) + eps
-        read += pre * tl.load(x + (n * STREAMS + k) * hidden + d, mask=d < hidden, other=0.0).to(tl.float32)
-    tl.store(inner + n * hidden + d, read.to(inner.dtype.element_ty), mask=d < hidden)
-    if block > 0:
+    at = (n * parts + part)[:, None] * OUT + out[None, :]
+    sums = tl.load(partial + at, mask=(part < parts)[:, None], other=0.0)
+    square = tl.sum(tl.load(squares + n * parts + part, mask=part < parts, other=0.0))
+    u = tl.sum(sums, axis=0) * tl.rsqrt(square / (STREAMS * hidden) + eps_norm)
+    if block >= 0:
+        rows = (n * STREAMS + j)[:, None] * hidden
+        streams = tl.load(x + rows + d[None, :], mask=(d < hidden)[None, :], other=0.0).to(tl.float32)
+        pre = tl.sum(tl.where(out[None, :] == j[:, None], u[None, :], 0.0), axis=1)
+        pre = tl.sigmoid(tl.load(scale) * pre + tl.load(base + j)) + eps
+        read = tl.sum(pre[:, None] * streams, axis=0)
+        tl.store(inner + n * hidden + d, read.to(inner.dtype.element_ty), mask=d < hidden)
         return
-    mine = j < STREAMS
     raw = tl.sum(tl.where(out[None, :] == (STREAMS + j)[:, None], u[None, :], 0.0), axis=1)
-    raw = tl.load(scale + 1) * raw + tl.load(base + STREAMS + j, mask=mine, other=0.0)
-    tl.store(post + n * STREAMS + j, 2 * tl.sigmoid(raw), mask=mine)
+    raw = tl.load(scale + 1) * raw + tl.load(base + STREAMS + j)
+    tl.store(post + n * STREAMS + j, 2 * tl.sigmoid(raw))
     place = 2 * STREAMS + j[:, None] * STREAMS + j[None, :]
-    inside = mine[:, None] & mine[None, :]
     m = tl.sum(tl.where(out[None, None, :] == place[:, :, None], u[None, None, :], 0.0), axis=2)
-    m = tl.load(scale + 2) * m + tl.load(base + place, mask=inside, other=0.0)
-    m = tl.where(inside, m, float("-inf"))
-    m = tl.exp(m - tl.where(mine, tl.max(m, axis=1), 0.0)[:, None])
-    m = tl.where(inside, m / tl.where(mine, tl.sum(m, axis=1), 1.0)[:, None] + eps, 0.0)
-    m = m / tl.where(mine, tl.sum(m, axis=0) + eps, 1.0)[None, :]
+    m = tl.load(scale + 2) * m + tl.load(base + place)
+    m = tl.exp(m - tl.max(m, axis=1)[:, None])
+    m = m / tl.sum(m, axis=1)[:, None] + eps
+    m = m * (1 / (tl.sum(m, axis=0) + eps))[None, :]
     for _ in range(ITERATIONS - 1):
-        m = m / tl.where(mine, tl.sum(m, axis=1) + eps, 1.0)[:, None]
-        m = m / tl.where(mine, tl.sum(m, axis=0) + eps, 1.0)[None, :]
-    tl.store(comb + n * STREAMS * STREAMS + j[:, None] * STREAMS + j[None, :], m, mask=inside)
+        m = m * (1 / (tl.sum(m, axis=1) + eps))[:, None]
+        m = m * (1 / (tl.sum(m, axis=0) + eps))[None, :]
+    tl.store(comb + n * STREAMS * STREAMS + j[:, None] * STREAMS + j[None, :], m)
 
 
 @triton.jit
 def _write(  # type: ignore[no-untyped-def]
     x, y, post, comb, new, hidden, STREAMS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    n = tl.program_id(0).to(tl.int64)
-    rows = n + tl.zeros([1], tl.int64)
+    rows = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
     d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     live = (d < hidden)[None, :]
+    old = _old(x, y, rows, d, live, hidden, STREAMS)
     for k in tl.static_range(STREAMS):
-        stream = _written(x, y, post, comb, rows, d, live, hidden, STREAMS, k)
+        stream = _written(old, post, comb, rows, STREAMS, k)
         at = (rows * STREAMS + k)[:, None] * hidden + d[None, :]
         tl.store(new + at, stream.to(new.dtype.element_ty), mask=live)
 
@@ -211,21 +222,21 @@ def _launch_read(
     if not rows:
         return new_NnD, (inner_ND, post_Nn, comb_Nnn)
     assert x_NnD.is_contiguous() and fn.is_contiguous() and fn.dtype == torch.float32
+    assert n & (n - 1) == 0, f"kernels take a power of two of streams, got {n}"
     outputs = n * (2 + n)
     out = max(16, triton.next_power_of_2(outputs))
-    channels = 64
-    parts = -(-hidden // channels)
+    parts = -(-hidden // CHANNELS)
     partial, squares = fn.new_empty(rows, parts, out), fn.new_empty(rows, parts)
     y_ND, post, comb = write or (x_NnD, fn, fn)
     assert y_ND.is_contiguous() and post.is_contiguous() and comb.is_contiguous()
-    _slice[(parts, -(-rows // 16))](
+    _slice[(parts, -(-rows // ROWS))](
         x_NnD, y_ND, post, comb, new_NnD, fn, partial, squares, rows, hidden, STREAMS=n, OUTPUTS=outputs,
-        OUT=out, ROWS=16, CHANNELS=channels, WRITE=write is not None, num_warps=4,
+        OUT=out, ROWS=ROWS, CHANNELS=CHANNELS, WRITE=write is not None, num_warps=4,
     )  # fmt: skip
     block = 1024 if rows < 64 else 4096
-    _finish[(rows, -(-hidden // block))](
+    _finish[(rows, 1 + -(-hidden // block))](
         new_NnD, partial, squares, base, scale, inner_ND, post_Nn, comb_Nnn, parts, hidden, eps_norm, eps,
-        ITERATIONS=iterations, STREAMS=n, POWER=triton.next_power_of_2(n), OUT=out,
+        ITERATIONS=iterations, STREAMS=n, OUT=out,
         PARTS=triton.next_power_of_2(parts), CHANNELS=block, num_warps=4,
     )  # fmt: skip
     return new_NnD, (inner_ND, post_Nn, comb_Nnn)
@@ -273,7 +284,8 @@ def fast_write_read(
 
 
 def _single(*tensors: Tensor) -> bool:
-    return usable(*tensors) and all(t.dtype != torch.float64 for t in tensors)
+    n = tensors[0].shape[1]
+    return usable(*tensors) and n & (n - 1) == 0 and all(t.dtype != torch.float64 for t in tensors)
 
 
 def mix_read(

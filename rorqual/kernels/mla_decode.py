@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rorqual.kernels import mla_decode_gluon
+from rorqual.kernels import mla_decode_gluon, mla_decode_pairs
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.quant import FP8, dequantize_fp8, quantize_fp8
 
@@ -289,9 +289,10 @@ def configure(rows: int, heads: int, fixed: bool, fp8: bool, hopper: bool) -> Co
     look at `heads` alone."""
     rows = heads if fixed else rows
     if hopper:
-        if rows <= 32:
-            return Config(16 if rows <= 16 else 32, 64, 4, 2, True, 1, True)
-        return Config(64, 64, 8, 2, False, 1, True)
+        if 16 < rows <= 32:
+            return Config(32, 64, 4, 2, True, 1, True)
+        if rows > 32:
+            return Config(64, 64, 8, 2, False, 1, True)
     if rows <= 16:
         return Config(16, 32, 4, 3, False, 2)
     if rows <= 32 and not fp8:
@@ -315,7 +316,8 @@ def combine(
     `[..., size]`, whose rows are those of `part`, or with `starts_S1` only those that a sequence has."""
     splits, total, size = part.shape
     block_s = 16 if fixed else min(32, triton.next_power_of_2(splits))
-    block_c = min(128 if splits > 8 else 512, triton.next_power_of_2(size))
+    # The order of a sum lies in its tile's shape: the fixed form's must not depend on the number of splits.
+    block_c = min(128 if fixed or splits > 8 else 512, triton.next_power_of_2(size))
     _combine[(total, -(-size // block_c))](
         part,
         lse,
@@ -435,7 +437,22 @@ def fast(
         lse = torch.empty(pieces, tokens * heads, dtype=torch.float32, device=q.device)
     exponent = scale * math.log2(math.e)
     grid = (blocks, pieces, sequences)
-    if cut.gluon:
+    if cut.gluon and not cut.keys_first and cut.block_n == mla_decode_pairs.PAIR:
+        mla_decode_pairs.launch(
+            q,
+            pages_PTC,
+            table_SB,
+            ends_S,
+            part,
+            lse,
+            grid=grid,
+            scale=exponent,
+            rows=rows,
+            width=width,
+            fixed=fixed,
+            direct=direct,
+        )
+    elif cut.gluon:
         mla_decode_gluon.launch(
             q,
             pages_PTC,

@@ -67,7 +67,7 @@ def _tile(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Queries meet the BLOCK_N keys from `start` on: the softmax state `acc` [M, V], `top`, `total` [M] moves
-    on. Every product is an explicit fma, so that both forms of the loop round alike."""
+    on, `top` in powers of two. Every product is an explicit fma, so that both forms of the loop round alike."""
     n = start + tl.arange(0, BLOCK_N)
     m = n.to(tl.int64)[:, None]
     k_ptr = k + m * k_m + tl.arange(0, NOPE)[None, :]
@@ -86,10 +86,9 @@ def _tile(  # type: ignore[no-untyped-def]
     score = tl.dot(q_rope, tl.trans(key_rope), score, input_precision=PRECISION)
     if MASKED:
         score = tl.where(place[:, None] >= n[None, :], score, float("-inf"))
-    higher = tl.maximum(top, tl.max(score, 1))
-    offset = higher * factor
-    weight = tl.exp2(tl.fma(score, tl.full(score.shape, factor, tl.float32), -offset[:, None]))
-    fade = tl.exp2(tl.fma(top, tl.full(top.shape, factor, tl.float32), -offset))
+    higher = tl.maximum(top, tl.max(score, 1) * factor)
+    weight = tl.exp2(tl.fma(score, tl.full(score.shape, factor, tl.float32), -higher[:, None]))
+    fade = tl.exp2(top - higher)
     total = tl.fma(total, fade, tl.sum(weight, 1))
     acc = acc * fade[:, None]
     acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
@@ -247,7 +246,9 @@ def split_fp8_pages(pages_PTC: Tensor, rank: int, rope: int) -> tuple[Tensor, Te
     scales `[P, T, rank / 128]` and bf16 rotary keys `[P, T, rope]`."""
     groups = rank // FP8_GROUP
     if rank % FP8_GROUP or pages_PTC.shape[-1] != rank + 4 * groups + 2 * rope:
-        raise ValueError(f"FP8 pages {tuple(pages_PTC.shape)} don't hold a latent of {rank} and a key of {rope}")
+        raise ValueError(
+            f"FP8 pages {tuple(pages_PTC.shape)} don't hold a latent of {rank} and a key of {rope}"
+        )
     codes = pages_PTC[..., :rank].view(FP8)
     scales = pages_PTC[..., rank : rank + 4 * groups].view(torch.float32)
     return codes, scales, pages_PTC[..., rank + 4 * groups :].view(torch.bfloat16)
@@ -277,66 +278,75 @@ def gather_reference(
     return latent_MC
 
 
-@triton.jit(do_not_specialize=("total", "sequences", "table_s"))
+@triton.jit(
+    do_not_specialize=("total", "sequences", "table_s"), do_not_specialize_on_alignment=("table", "starts")
+)
 def _gather(  # type: ignore[no-untyped-def]
-    pages, scales, rotary, table, starts, out, total, sequences, table_s, out_m,
-    p_p, p_t, s_p, s_t, r_p, r_t,
-    PAGE: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr, PADDED: tl.constexpr, HALVINGS: tl.constexpr,
-    BLOCK: tl.constexpr, QUANTIZED: tl.constexpr,
+    pages, scales, rest, table, starts, out, total, sequences, table_s, p_p, p_t, s_p, s_t, r_p, r_t, out_m,
+    PAGE: tl.constexpr, FIRST: tl.constexpr, FIRST_P: tl.constexpr, REST: tl.constexpr, REST_P: tl.constexpr,
+    ROWS: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK rows of the output. WIDTH numbers are read as `pages` holds them, times scales if QUANTIZED."""
-    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = m < total
-    low = tl.zeros([BLOCK], tl.int32)  # the last sequence that starts at or before row m, by halving
-    high = tl.zeros([BLOCK], tl.int32) + sequences
-    for _ in tl.static_range(HALVINGS):
-        middle = (low + high + 1) // 2
-        before = tl.load(starts + middle) <= m
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle - 1)
-    real = inside & (low < sequences)
-    place = m - tl.load(starts + low)
-    # No mask: with one and a table that is not 16-byte aligned, Triton 3.6 fails to compile.
-    page = tl.load(table + tl.where(real, low * table_s + place // PAGE, 0)).to(tl.int64)
-    slot = (place % PAGE).to(tl.int64)
-    column = tl.arange(0, PADDED)
-    mask = real[:, None] & (column < WIDTH)[None, :]
-    row = tl.load(pages + (page * p_p + slot * p_t)[:, None] + column[None, :], mask=mask, other=0.0)
-    to = out + m.to(tl.int64)[:, None] * out_m
-    keep = inside[:, None] & (column < WIDTH)[None, :]
-    if QUANTIZED:
-        group = (page * s_p + slot * s_t)[:, None] + column[None, :] // 128
-        row = row.to(tl.float32) * tl.load(scales + group, mask=mask, other=0.0)
-        turn = tl.arange(0, ROPE)
-        r = tl.load(rotary + (page * r_p + slot * r_t)[:, None] + turn[None, :], mask=real[:, None], other=0.0)
-        tl.store(to + WIDTH + turn[None, :], r, mask=inside[:, None])
-    tl.store(to + column[None, :], row.to(out.dtype.element_ty), mask=keep)
+    """Block `program_id(0)` of sequence `program_id(1)`, a page of it at most: FIRST channels, times their scales if
+    QUANTIZED, and the REST. The programs of a sequence that is not there write the rows behind the last one."""
+    s = tl.program_id(1)
+    first = tl.load(starts + s)
+    begin = first + tl.program_id(0) * PAGE
+    column = tl.arange(0, FIRST_P)[None, :]
+    behind = tl.arange(0, REST_P)[None, :]
+    if s < sequences:
+        end = tl.load(starts + s + 1)
+        if begin < end:
+            page = tl.load(table + s * table_s + tl.program_id(0)).to(tl.int64)
+            for start in tl.static_range(0, PAGE, ROWS):
+                place = start + tl.arange(0, ROWS)[:, None]
+                real = begin + place < end
+                mask = real & (column < FIRST)
+                row = tl.load(pages + page * p_p + place * p_t + column, mask=mask, other=0.0)
+                if QUANTIZED:
+                    scale = scales + page * s_p + place * s_t + column // 128
+                    row = row.to(tl.float32) * tl.load(scale, mask=mask, other=0.0)
+                to = out + (begin + place).to(tl.int64) * out_m
+                tl.store(to + column, row.to(out.dtype.element_ty), mask=mask)
+                if REST > 0:
+                    mask = real & (behind < REST)
+                    row = tl.load(rest + page * r_p + place * r_t + behind, mask=mask, other=0.0)
+                    tl.store(to + FIRST + behind, row, mask=mask)
+    else:
+        for start in tl.range(begin, total, tl.num_programs(0) * PAGE):
+            for part in tl.static_range(0, PAGE, ROWS):
+                place = start + part + tl.arange(0, ROWS)[:, None]
+                to = out + place.to(tl.int64) * out_m
+                nothing = tl.zeros([ROWS, FIRST_P], out.dtype.element_ty)
+                tl.store(to + column, nothing, mask=(place < total) & (column < FIRST))
+                if REST > 0:
+                    nothing = tl.zeros([ROWS, REST_P], out.dtype.element_ty)
+                    tl.store(to + FIRST + behind, nothing, mask=(place < total) & (behind < REST))
 
 
 def gather_fast(
     pages_PTC: Tensor, table_SB: Tensor, starts_k: Tensor, *, total: int, rank: int = 512, rope: int = 64
 ) -> Tensor:
     """`gather_latents` in Triton."""
-    quantized = pages_PTC.dtype == torch.uint8
+    quantized, page_size = pages_PTC.dtype == torch.uint8, pages_PTC.shape[1]
     if quantized:
-        held, scales, rotary = split_fp8_pages(pages_PTC, rank, rope)
-        width, dtype = rank, torch.bfloat16
+        held, scales, rest = split_fp8_pages(pages_PTC, rank, rope)
+        first, width, dtype = rank, rank + rope, torch.bfloat16
     else:
-        held = scales = rotary = pages_PTC
-        width, rope, dtype = pages_PTC.shape[-1], 0, pages_PTC.dtype
-    latent_MC = torch.empty(total, width + rope, dtype=dtype, device=pages_PTC.device)
+        width, dtype = pages_PTC.shape[-1], pages_PTC.dtype
+        first = 2 ** (width.bit_length() - 1)  # 576 as 512 and 64, so that no lane idles
+        held, scales, rest = pages_PTC, pages_PTC, pages_PTC[..., first:]
+    latent_MC = torch.empty(total, width, dtype=dtype, device=pages_PTC.device)
     sequences = starts_k.numel() - 1
+    blocks = min(table_SB.shape[1], triton.cdiv(total, page_size))
     if not total:
         return latent_MC
-    if sequences < 1:
+    if sequences < 1 or not blocks:
         return latent_MC.zero_()
-    block = 16
-    _gather[(triton.cdiv(total, block),)](
-        held, scales, rotary, table_SB, starts_k, latent_MC, total, sequences, table_SB.stride(0),
-        latent_MC.stride(0), held.stride(0), held.stride(1), scales.stride(0),
-        scales.stride(1), rotary.stride(0), rotary.stride(1), PAGE=pages_PTC.shape[1], WIDTH=width,
-        ROPE=max(rope, 1), PADDED=triton.next_power_of_2(width), HALVINGS=sequences.bit_length(), BLOCK=block,
-        QUANTIZED=quantized, num_warps=4,
+    _gather[(blocks, sequences + 1)](
+        held, scales, rest, table_SB, starts_k, latent_MC, total, sequences, table_SB.stride(0), held.stride(0),
+        held.stride(1), scales.stride(0), scales.stride(1), rest.stride(0), rest.stride(1), latent_MC.stride(0),
+        PAGE=page_size, FIRST=first, FIRST_P=triton.next_power_of_2(first), REST=width - first,
+        REST_P=triton.next_power_of_2(max(1, width - first)), ROWS=16, QUANTIZED=quantized, num_warps=4,
     )  # fmt: skip
     return latent_MC
 

@@ -38,6 +38,7 @@ LOG2_E = 1.4426950408889634
 BLOCK_M = 128
 BLOCK_N = 128
 STAGES = 2
+FAR = 2**30
 CACHE_BYTES = 2**25
 
 
@@ -45,8 +46,8 @@ CACHE_BYTES = 2**25
 def _item(  # type: ignore[no-untyped-def]
     item, starts_q, starts_k, heads, lanes, blocks, group, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
 ):
-    """Which queries work item `item` has: first row of q, head, first key, keys before the first query's own,
-    queries left, key tiles all of them see whole, key tiles in all (0: no such queries).
+    """Which queries work item `item` has: first row of q, head, first key, keys, keys before the first query's
+    own, queries left, key tiles all of them see whole, key tiles in all (0: no such queries).
 
     A lane is a head of a sequence. `group` lanes at a time, so that their keys stay in the cache, take their
     blocks of queries from the last, which see most, to the first.
@@ -64,14 +65,24 @@ def _item(  # type: ignore[no-untyped-def]
     before = keys - queries + first
     whole = (before + 1) // BLOCK_N
     tiles = (gl.minimum(before + BLOCK_M, keys) + BLOCK_N - 1) // BLOCK_N
-    return q0 + first, lane % heads, k0, before, queries - first, whole, gl.where(first < queries, tiles, 0)
+    return (
+        q0 + first,
+        lane % heads,
+        k0,
+        keys,
+        before,
+        queries - first,
+        whole,
+        gl.where(first < queries, tiles, 0),
+    )
 
 
 @gluon.jit
 def _fetch(  # type: ignore[no-untyped-def]
     q_desc, qr_desc, k_desc, r_desc, v_desc, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, counter,
     starts_q, starts_k, heads, lanes, blocks, group, q_h, k_h, v_h,
-    NOPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    NOPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BOUNDED: gl.constexpr,
+    FAR: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp: picks items, fetches the queries of each, then its tiles. A tile's values may follow
     the keys of the next tile, which are wanted first."""
@@ -81,7 +92,7 @@ def _fetch(  # type: ignore[no-untyped-def]
     turn = 0
     item = gl.program_id(0)
     while item < lanes * blocks:
-        row, head, k0, _before, _left, _whole, tiles = _item(
+        row, head, k0, keys, _before, _left, _whole, tiles = _item(
             item, starts_q, starts_k, heads, lanes, blocks, group, BLOCK_M, BLOCK_N
         )
         if tiles > 0:
@@ -95,7 +106,9 @@ def _fetch(  # type: ignore[no-untyped-def]
             for half in gl.static_range(2):
                 top = row + half * (BLOCK_M // 2)
                 tma.async_copy_global_to_shared(q_desc, [top, head * q_h], q_full, q_tile.index(half))
-                tma.async_copy_global_to_shared(qr_desc, [top, head * q_h + NOPE], q_full, qr_tile.index(half))
+                tma.async_copy_global_to_shared(
+                    qr_desc, [top, head * q_h + NOPE], q_full, qr_tile.index(half)
+                )
             done += 1
         following = gl.atomic_add(counter, 1) + gl.num_programs(0)
         for j in range(tiles):
@@ -104,7 +117,15 @@ def _fetch(  # type: ignore[no-untyped-def]
             key = k0 + j * BLOCK_N
             full = v_full.index(tile % STAGES)
             mbarrier.expect(full, v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_desc, [key, head * v_h], full, v_tiles.index(tile % STAGES))
+            if BOUNDED:
+                # Rows from `keys` on lie past the end of axis 2 and come as zeros: see `_bounded`.
+                to = v_tiles.index(tile % STAGES)._reinterpret(
+                    v_desc.dtype, v_desc.block_type.shape, v_desc.layout
+                )
+                at = [FAR, k0 + keys, FAR - keys + j * BLOCK_N, head * v_h]
+                tma.async_copy_global_to_shared(v_desc, at, full, to)
+            else:
+                tma.async_copy_global_to_shared(v_desc, [key, head * v_h], full, v_tiles.index(tile % STAGES))
             tile += 1
             more = j + 1 < tiles
             full = k_full.index(tile % STAGES)
@@ -126,15 +147,15 @@ def _fetch(  # type: ignore[no-untyped-def]
 def _soften(  # type: ignore[no-untyped-def]
     score, top, total, factor, place, start, MASKED: gl.constexpr, S_LAYOUT: gl.constexpr
 ):
-    """Scores to weights: (weights, fade of what was summed before, new top, new total)."""
+    """Scores to weights: (weights, fade of what was summed before, new top, in powers of two, new total).
+    Explicit fmas, so that masked and unmasked tiles round alike."""
     if MASKED:
         BLOCK_N: gl.constexpr = score.shape[1]
         key = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_LAYOUT))
         score = gl.where(place[:, None] >= key[None, :], score, float("-inf"))
-    higher = gl.maximum(top, gl.max(score, 1))
-    offset = higher * factor
-    weight = gl.exp2(gl.fma(score, gl.full_like(score, 0.0) + factor, gl.zeros_like(score) - offset[:, None]))
-    fade = gl.exp2(gl.fma(top, gl.full_like(top, 0.0) + factor, -offset))
+    higher = gl.maximum(top, gl.max(score, 1) * factor)
+    weight = gl.exp2(gl.fma(score, gl.full_like(score, 0.0) + factor, gl.zeros_like(score) - higher[:, None]))
+    fade = gl.exp2(top - higher)
     total = gl.fma(total, fade, gl.sum(weight, 1))
     return weight, fade, higher, total
 
@@ -152,11 +173,12 @@ def _hold(total):  # type: ignore[no-untyped-def]
 @gluon.jit
 def _step(  # type: ignore[no-untyped-def]
     q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place, j, tile, rounds,
-    MASKED: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, TURNS: gl.constexpr,
+    MASKED: gl.constexpr, LAST: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, TURNS: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Scores of tile j with the values of tile j - 1 beside them, then the softmax of tile j."""
-    _q_full, _q_free, k_full, v_full, free, _plan_full, _plan_free = bars
+    """Scores of tile j with the values of tile j - 1 beside them, then the softmax of tile j. LAST of an item: its
+    queries are done with."""
+    _q_full, q_free, k_full, v_full, free, _plan_full, _plan_free = bars
     HALF: gl.constexpr = q.shape[0]
     stage = tile % STAGES
     last = (tile - 1) % STAGES
@@ -171,6 +193,8 @@ def _step(  # type: ignore[no-untyped-def]
     if TURNS:
         mbarrier.arrive(others)
     score = warpgroup_mma_wait(1, deps=[score])
+    if LAST:
+        mbarrier.arrive(q_free)
     new, fade, top, total = _soften(score, top, total, factor, place, j * BLOCK_N, MASKED, S_LAYOUT)
     new = gl.convert_layout(new.to(v_tiles.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
     total = _hold(total)
@@ -184,8 +208,8 @@ def _step(  # type: ignore[no-untyped-def]
 def _attend(  # type: ignore[no-untyped-def]
     o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, mine, others, starts_q, starts_k, heads, lanes,
     blocks, group, factor, o_n, o_h,
-    GROUP: gl.constexpr, TURNS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, V: gl.constexpr,
-    STAGES: gl.constexpr,
+    GROUP: gl.constexpr, TURNS: gl.constexpr, EARLY: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps: its half of every item's queries."""
     HALF: gl.constexpr = BLOCK_M // 2
@@ -201,7 +225,7 @@ def _attend(  # type: ignore[no-untyped-def]
     rounds = 1 - GROUP  # the first group goes first: its first wait is for the phase before any
     item = gl.program_id(0)
     while item < lanes * blocks:
-        row, head, _k0, before, left, whole, tiles = _item(
+        row, head, _k0, _keys, before, left, whole, tiles = _item(
             item, starts_q, starts_k, heads, lanes, blocks, group, BLOCK_M, BLOCK_N
         )
         if tiles > 0:
@@ -210,7 +234,9 @@ def _attend(  # type: ignore[no-untyped-def]
             mbarrier.wait(q_full, done & 1)
             mbarrier.wait(k_full.index(stage), (tile // STAGES) & 1)
             score = gl.zeros([HALF, BLOCK_N], gl.float32, S_LAYOUT)
-            score = warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), score, use_acc=False, is_async=True)
+            score = warpgroup_mma(
+                q, k_tiles.index(stage).permute((1, 0)), score, use_acc=False, is_async=True
+            )
             score = warpgroup_mma(qr, r_tiles.index(stage).permute((1, 0)), score, is_async=True)
             score = warpgroup_mma_wait(0, deps=[score])
             mbarrier.arrive(free.index(stage))
@@ -221,21 +247,33 @@ def _attend(  # type: ignore[no-untyped-def]
             acc = gl.zeros([HALF, V], gl.float32, O_LAYOUT)
             weight = gl.convert_layout(new.to(v_tiles.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
             tile += 1
-            for j in range(1, gl.minimum(whole, tiles)):
+            plain = gl.minimum(whole, tiles - EARLY)
+            for j in range(1, plain):
                 acc, weight, top, total = _step(
                     q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place,
-                    j, tile, rounds, False, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
+                    j, tile, rounds, False, False, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
                 )  # fmt: skip
                 tile += 1
                 rounds += 1
-            for j in range(gl.maximum(whole, 1), tiles):
+            for j in range(gl.maximum(plain, 1), tiles - EARLY):
                 acc, weight, top, total = _step(
                     q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place,
-                    j, tile, rounds, True, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
+                    j, tile, rounds, True, False, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
                 )  # fmt: skip
                 tile += 1
                 rounds += 1
-            mbarrier.arrive(q_free)
+            if EARLY:
+                if tiles > 1:
+                    acc, weight, top, total = _step(
+                        q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place,
+                        tiles - 1, tile, rounds, True, True, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
+                    )  # fmt: skip
+                    tile += 1
+                    rounds += 1
+                else:
+                    mbarrier.arrive(q_free)
+            else:
+                mbarrier.arrive(q_free)
             done += 1
             # The next item's first arrival at `free` says that these values are done with.
             last = (tile - 1) % STAGES
@@ -259,7 +297,7 @@ def _prefill(  # type: ignore[no-untyped-def]
     q_desc, qr_desc, k_desc, r_desc, v_desc, o, counter, starts_q, starts_k, factor, q_h, k_h, v_h, o_n, o_h,
     heads, lanes, blocks, group,
     NOPE: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    TURNS: gl.constexpr,
+    TURNS: gl.constexpr, EARLY: gl.constexpr, BOUNDED: gl.constexpr, FAR: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
@@ -268,7 +306,8 @@ def _prefill(  # type: ignore[no-untyped-def]
     qr_tile = gl.allocate_shared_memory(dtype, [2] + qr_desc.block_type.shape, qr_desc.layout)  # noqa: RUF005
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)  # noqa: RUF005
     r_tiles = gl.allocate_shared_memory(dtype, [STAGES] + r_desc.block_type.shape, r_desc.layout)  # noqa: RUF005
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)  # noqa: RUF005
+    V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, V], dtype)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, V], V_LAYOUT)
     plan = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
     q_free = gl.allocate_shared_memory(gl.int64, [1], BAR)
@@ -295,16 +334,16 @@ def _prefill(  # type: ignore[no-untyped-def]
                 _attend,
                 (
                     o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, turns.index(0), turns.index(1),
-                    starts_q, starts_k, heads, lanes, blocks, group, factor, o_n, o_h, 0, TURNS, BLOCK_M, BLOCK_N,
-                    V, STAGES,
+                    starts_q, starts_k, heads, lanes, blocks, group, factor, o_n, o_h, 0, TURNS, EARLY, BLOCK_M,
+                    BLOCK_N, V, STAGES,
                 ),
             ),
             (
                 _attend,
                 (
                     o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, turns.index(1), turns.index(0),
-                    starts_q, starts_k, heads, lanes, blocks, group, factor, o_n, o_h, 1, TURNS, BLOCK_M, BLOCK_N,
-                    V, STAGES,
+                    starts_q, starts_k, heads, lanes, blocks, group, factor, o_n, o_h, 1, TURNS, EARLY, BLOCK_M,
+                    BLOCK_N, V, STAGES,
                 ),
             ),
             (
@@ -312,7 +351,7 @@ def _prefill(  # type: ignore[no-untyped-def]
                 (
                     q_desc, qr_desc, k_desc, r_desc, v_desc, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars,
                     counter, starts_q, starts_k, heads, lanes, blocks, group, q_h, k_h, v_h, NOPE, BLOCK_M, BLOCK_N,
-                    STAGES,
+                    STAGES, BOUNDED, FAR,
                 ),
             ),
         ],
@@ -345,6 +384,22 @@ def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(x, [x.shape[0], width], [x.stride(0), 1], [rows, columns], layout)
 
 
+def _bounded(x: Tensor, rows: int, columns: int) -> Any:
+    """Tiles of x `[M, H, C]` that end with a sequence: two more axes, whose strides cancel out modulo 2^64, let row
+    `i` of the sequence that ends before row `e` be said as (FAR, e, FAR - length + i), where the last axis ends at
+    FAR. What lies behind comes as zeros, so that no value of another sequence can get in, NaN above all."""
+    m, width = x.stride(0), (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+    shape, strides, block = (
+        [2**31 - 2**16, 2**31 - 2**16, FAR, width],
+        [2**34 - m, m, m, 1],
+        [1, 1, rows, columns],
+    )
+    dtype = getattr(gl, str(x.dtype).split(".")[-1])
+    flat = gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
+    layout = gl.NVMMASharedLayout(flat.swizzle_byte_width, flat.element_bitwidth, rank=4)
+    return TensorDescriptor(x, shape, strides, block, layout)
+
+
 def fast(
     q_NHd: Tensor,
     k_MHn: Tensor,
@@ -360,6 +415,8 @@ def fast(
     block_n: int = BLOCK_N,
     stages: int = STAGES,
     turns: bool = True,
+    early: bool = False,
+    bounded: bool = False,
     programs: int | None = None,
     group: int | None = None,
 ) -> Tensor:
@@ -376,9 +433,11 @@ def fast(
     counter = torch.zeros(1, dtype=torch.int32, device=q_NHd.device)
     _prefill[(min(programs, lanes * blocks),)](
         _descriptor(q_NHd, BLOCK_M // 2, nope), _descriptor(q_NHd, BLOCK_M // 2, rope),
-        _descriptor(k_MHn, block_n, nope), _descriptor(rope_Mr, block_n, rope), _descriptor(v_MHv, block_n, width),
+        _descriptor(k_MHn, block_n, nope), _descriptor(rope_Mr, block_n, rope),
+        (_bounded if bounded else _descriptor)(v_MHv, block_n, width),
         o_NHv, counter, starts_q, starts_k, scale * LOG2_E, q_NHd.stride(1), k_MHn.stride(1), v_MHv.stride(1),
         o_NHv.stride(0), o_NHv.stride(1), H, lanes, blocks, min(group, lanes), NOPE=nope, V=width, BLOCK_M=BLOCK_M,
-        BLOCK_N=block_n, STAGES=stages, TURNS=turns, num_warps=4,
+        BLOCK_N=block_n, STAGES=stages, TURNS=turns, EARLY=int(early), BOUNDED=bounded, FAR=FAR,
+        num_warps=4,
     )  # fmt: skip
     return o_NHv

@@ -53,10 +53,10 @@ def reference(
 
 @triton.jit(do_not_specialize=("sums_s",))
 def _sparse(  # type: ignore[no-untyped-def]
-    q, pages, scales, rotary, slots, o, sums, factor, scale, heads, head_blocks, keys, share,
+    q, pages, scales, rotary, slots, o, sums, factor, heads, head_blocks, keys, share,
     q_n, q_h, p_p, p_t, s_p, s_t, r_p, r_t, slots_n, o_s, o_n, o_h, sums_s,
     RANK: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, FLAT: tl.constexpr, SHARE: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, QUANTIZED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, QUANTIZED: tl.constexpr, PRECISION: tl.constexpr, LN_2: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_H heads of one query against keys `split * share` to `(split + 1) * share` of its row."""
     n = tl.program_id(0) // head_blocks
@@ -102,9 +102,9 @@ def _sparse(  # type: ignore[no-untyped-def]
         score = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         score = tl.dot(query_rope, tl.trans(key_rope), score, input_precision=PRECISION)
         score = tl.where(there[None, :], score, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, 1))
-        weight = tl.exp2(score * factor - (higher * factor)[:, None])
-        fade = tl.exp2(top * factor - higher * factor)
+        higher = tl.maximum(top, tl.max(score, 1) * factor)
+        weight = tl.exp2(score * factor - higher[:, None])
+        fade = tl.exp2(top - higher)
         total = total * fade + tl.sum(weight, 1)
         acc = acc * fade[:, None]
         acc = tl.dot(weight.to(key.dtype), key, acc, input_precision=PRECISION)
@@ -112,7 +112,7 @@ def _sparse(  # type: ignore[no-untyped-def]
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     o_ptr = o + split.to(tl.int64) * o_s + n.to(tl.int64) * o_n + h[:, None] * o_h + channel[None, :]
     tl.store(o_ptr, acc.to(o.dtype.element_ty), mask=real)
-    sum_ = tl.where(total > 0, top * scale + tl.log(total), float("-inf"))
+    sum_ = tl.where(total > 0, top * LN_2 + tl.log(total), float("-inf"))
     tl.store(sums + split * sums_s + n * heads + h, sum_, mask=h < heads)
 
 
@@ -160,12 +160,12 @@ def fast(
     if not N or not K:
         return o_NHc.zero_(), sums_NH.fill_(-math.inf) if lse else None
     if hopper is None:
-        hopper = mla_sparse_gluon.supported(q_NHC, pages_PTC, slots_NK, rank) and N * H >= HOPPER_ROWS
+        hopper = mla_sparse_gluon.supported(q_NHC, pages_PTC, slots_NK, rank)
     quantized = pages_PTC.dtype == torch.uint8
     if hopper:
         block_h, block_k = mla_sparse_gluon.BLOCK_H, mla_sparse_gluon.BLOCK_K
     else:
-        block_h, block_k, warps, stages = tiles or _tiles(q_NHC.dtype, H)
+        block_h, block_k, warps, stages = tiles or _tiles(q_NHC.dtype, H, quantized)
     head_blocks = triton.cdiv(H, block_h)
     splits = splits or _splits(N * head_blocks, triton.cdiv(K, block_k), 1 if hopper else 2)
     share = triton.cdiv(triton.cdiv(K, splits), block_k) * block_k
@@ -175,21 +175,22 @@ def fast(
     else:
         parts = torch.empty(splits, N, H, rank, dtype=torch.float32, device=q_NHC.device)
         part_sums = torch.empty(splits, N, H, dtype=torch.float32, device=q_NHC.device)
+    held, scales, rotary = pages = (
+        split_fp8_pages(pages_PTC, rank, C - rank) if quantized else (pages_PTC, pages_PTC, pages_PTC)
+    )
     if hopper:
-        mla_sparse_gluon.launch(q_NHC, pages_PTC, slots_NK, parts, part_sums, share, scale=scale, **options)
+        mla_sparse_gluon.launch(q_NHC, pages, slots_NK, parts, part_sums, share, scale=scale, **options)
     else:
-        held = scales = rotary = pages_PTC
-        if quantized:
-            held, scales, rotary = split_fp8_pages(pages_PTC, rank, C - rank)
         page_size = pages_PTC.shape[1]
         _sparse[(N * head_blocks, splits)](
-            q_NHC, held, scales, rotary, slots_NK, parts, part_sums, scale * LOG2_E, scale, H, head_blocks, K, share,
+            q_NHC, held, scales, rotary, slots_NK, parts, part_sums, scale * LOG2_E, H, head_blocks, K, share,
             q_NHC.stride(0), q_NHC.stride(1), held.stride(0), held.stride(1), scales.stride(0), scales.stride(1),
             rotary.stride(0), rotary.stride(1), slots_NK.stride(0), parts.stride(0), parts.stride(1),
             parts.stride(2), part_sums.stride(0), RANK=rank, ROPE=C - rank, PAGE=page_size,
             FLAT=held.stride(0) == page_size * held.stride(1), SHARE=triton.next_power_of_2(share),
             BLOCK_H=block_h, BLOCK_K=block_k, QUANTIZED=quantized,
-            PRECISION="ieee" if q_NHC.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
+            PRECISION="ieee" if q_NHC.dtype == torch.float32 else "tf32", LN_2=math.log(2),
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if splits > 1:
         _join[(N * H,)](
@@ -199,9 +200,11 @@ def fast(
     return o_NHc, sums_NH if lse else None
 
 
-def _tiles(dtype: torch.dtype, heads: int) -> tuple[int, int, int, int]:
+def _tiles(dtype: torch.dtype, heads: int, quantized: bool) -> tuple[int, int, int, int]:
     if dtype == torch.float32:  # no tensor cores for exact fp32: what shared memory holds
         return 16, 16, 4, 1
+    if quantized:
+        return (16, 32, 4, 1) if heads <= 16 else (64, 32, 8, 1)
     if heads <= 16:
         return 16, 64, 4, 2
     if heads <= 32:
@@ -217,8 +220,6 @@ def _splits(programs: int, tiles: int, resident: int) -> int:
 
 MULTIPROCESSORS = 132
 """Of the GPU that this is laid out for; results don't depend on how many there are."""
-HOPPER_ROWS = 1024
-"""Queries times heads from which on the form for Hopper pays."""
 
 
 def supported(q_NHC: Tensor, pages_PTC: Tensor, rank: int) -> bool:

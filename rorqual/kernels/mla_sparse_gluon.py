@@ -38,7 +38,6 @@ BLOCK_K = 64
 STAGES = 2
 
 
-
 @triton.jit
 def _ends(slots, ends, keys, slots_n, KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where each row of slots ends, its trailing -1 left off."""
@@ -65,10 +64,40 @@ def _item(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def _decode(  # type: ignore[no-untyped-def]
+    codes, scales, rotary, chosen, k_parts, full, free, stage, parity, ROWS: gl.constexpr
+):
+    """A tile of FP8 rows: read while the tile before it in the ring is in use, then multiplied out into it."""
+    k_a, k_b, k_c, k_e = k_parts
+    A: gl.constexpr = k_a.shape[2]
+    E: gl.constexpr = k_e.shape[2]
+    there = chosen[:, None]
+    column = gl.arange(0, A, gl.SliceLayout(0, ROWS))[None, :]
+    code_0 = gl.load(codes + column, mask=there, other=0.0)
+    code_1 = gl.load(codes + A + column, mask=there, other=0.0)
+    code_2 = gl.load(codes + 2 * A + column, mask=there, other=0.0)
+    code_3 = gl.load(codes + 3 * A + column, mask=there, other=0.0)
+    scale_0 = gl.load(scales, mask=chosen, other=0.0)
+    scale_1 = gl.load(scales + 1, mask=chosen, other=0.0)
+    scale_2 = gl.load(scales + 2, mask=chosen, other=0.0)
+    scale_3 = gl.load(scales + 3, mask=chosen, other=0.0)
+    turned = gl.load(rotary + gl.arange(0, E, gl.SliceLayout(0, ROWS))[None, :], mask=there, other=0.0)
+    mbarrier.wait(free, parity)
+    dtype: gl.constexpr = k_a.dtype
+    k_a.index(stage).store((code_0.to(gl.float32) * scale_0[:, None]).to(dtype))
+    k_b.index(stage).store((code_1.to(gl.float32) * scale_1[:, None]).to(dtype))
+    k_c.index(stage).slice(0, A, dim=1).store((code_2.to(gl.float32) * scale_2[:, None]).to(dtype))
+    k_c.index(stage).slice(A, A, dim=1).store((code_3.to(gl.float32) * scale_3[:, None]).to(dtype))
+    k_e.index(stage).store(turned.to(dtype))
+    fence_async_shared()
+    mbarrier.arrive(full)
+
+
+@gluon.jit
 def _fetch(  # type: ignore[no-untyped-def]
-    q, pages, slots, ends, q_parts, k_parts, bars, items, head_blocks, splits, share, heads, keys, q_n, q_h, p_t,
-    slots_n,
-    COUNTED: gl.constexpr,
+    q, pages, scales, rotary, slots, ends, q_parts, k_parts, bars, items, head_blocks, splits, share, heads, keys, q_n,
+    q_h, p_t, s_t, r_8, slots_n,
+    QUANTIZED: gl.constexpr, COUNTED: gl.constexpr,
 ):  # fmt: skip
     """The fetching warps: each item's queries, then its keys tile by tile."""
     q_full, q_free, k_full, k_free, _p_full, _p_free = bars
@@ -81,7 +110,7 @@ def _fetch(  # type: ignore[no-untyped-def]
     C: gl.constexpr = q_c.shape[1]
     E: gl.constexpr = q_e.shape[1]
     # Eight threads a row, so that a thread has few rows; 16 bytes a thread.
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 16 if QUANTIZED else 8], [4, 8], [4, 1], [1, 0])
     to_a = gl.arange(0, A, gl.SliceLayout(0, ROWS))[None, :]
     to_c = gl.arange(0, C, gl.SliceLayout(0, ROWS))[None, :] + 2 * A
     to_e = gl.arange(0, E, gl.SliceLayout(0, ROWS))[None, :] + 2 * A + C
@@ -105,14 +134,23 @@ def _fetch(  # type: ignore[no-untyped-def]
         for j in range(tiles):
             stage = tile % STAGES
             slot = gl.load(row + j * BLOCK_K + k, mask=start + j * BLOCK_K + k < keys, other=-1)
-            there = (slot >= 0)[:, None]
-            at = pages + (slot.to(gl.int64) * p_t)[:, None]
-            mbarrier.wait(k_free.index(stage), ((tile // STAGES) & 1) ^ 1)
-            async_copy.async_copy_global_to_shared(k_a.index(stage), at + to_a, mask=there)
-            async_copy.async_copy_global_to_shared(k_b.index(stage), at + A + to_a, mask=there)
-            async_copy.async_copy_global_to_shared(k_c.index(stage), at + to_c, mask=there)
-            async_copy.async_copy_global_to_shared(k_e.index(stage), at + to_e, mask=there)
-            async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
+            chosen = slot >= 0
+            there = chosen[:, None]
+            slot = gl.maximum(slot, 0).to(gl.int64)
+            parity = ((tile // STAGES) & 1) ^ 1
+            if QUANTIZED:
+                _decode(
+                    pages + (slot * p_t)[:, None], scales + slot * s_t, rotary + (slot * r_8 * 8)[:, None], chosen,
+                    k_parts, k_full.index(stage), k_free.index(stage), stage, parity, ROWS,
+                )  # fmt: skip
+            else:
+                at = pages + (slot * p_t)[:, None]
+                mbarrier.wait(k_free.index(stage), parity)
+                async_copy.async_copy_global_to_shared(k_a.index(stage), at + to_a, mask=there)
+                async_copy.async_copy_global_to_shared(k_b.index(stage), at + A + to_a, mask=there)
+                async_copy.async_copy_global_to_shared(k_c.index(stage), at + to_c, mask=there)
+                async_copy.async_copy_global_to_shared(k_e.index(stage), at + to_e, mask=there)
+                async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
             tile += 1
         done += 1  # noqa: SIM113
 
@@ -133,8 +171,8 @@ def _write(  # type: ignore[no-untyped-def]
 @gluon.jit
 def _lead(  # type: ignore[no-untyped-def]
     o, sums, slots, ends, q_parts, k_parts, p_tile, fades, bars, items, head_blocks, splits, share, heads, keys,
-    factor, scale, slots_n, o_s, o_n, o_h, sums_s,
-    COUNTED: gl.constexpr,
+    factor, slots_n, o_s, o_n, o_h, sums_s,
+    COUNTED: gl.constexpr, LN_2: gl.constexpr,
 ):  # fmt: skip
     """The first group: scores, softmax and the first part of the values."""
     q_full, q_free, k_full, k_free, p_full, p_free = bars
@@ -172,10 +210,9 @@ def _lead(  # type: ignore[no-untyped-def]
             score = warpgroup_mma(q_c, k_c.index(stage).permute((1, 0)), score, is_async=True)
             score = warpgroup_mma_wait(0, deps=[score])
             score = gl.where((slot >= 0)[None, :], score, float("-inf"))
-            higher = gl.maximum(top, gl.max(score, 1))
-            offset = higher * factor
-            weight = gl.exp2(score * factor - offset[:, None])
-            fade = gl.exp2(top * factor - offset)
+            higher = gl.maximum(top, gl.max(score, 1) * factor)
+            weight = gl.exp2(score * factor - higher[:, None])
+            fade = gl.exp2(top - higher)
             total = total * fade + gl.sum(weight, 1)
             top = higher
             half_weight = weight.to(p_tile.dtype)
@@ -201,7 +238,7 @@ def _lead(  # type: ignore[no-untyped-def]
         acc = acc * gl.convert_layout(part, gl.SliceLayout(1, O_LAYOUT))[:, None]
         _write(o, acc, n, first, split, heads, o_s, o_n, o_h, 0, O_LAYOUT)
         h = first + gl.arange(0, BLOCK_H, gl.SliceLayout(1, S_LAYOUT))
-        sum_ = gl.where(total > 0, top * scale + gl.log(total), float("-inf"))
+        sum_ = gl.where(total > 0, top * LN_2 + gl.log(total), float("-inf"))
         gl.store(sums + split * sums_s + n * heads + h, sum_, mask=h < heads)
 
 
@@ -255,10 +292,10 @@ def _follow(  # type: ignore[no-untyped-def]
 
 @gluon.jit(do_not_specialize=("items", "splits", "sums_s"))
 def _sparse(  # type: ignore[no-untyped-def]
-    q, pages, slots, ends, o, sums, factor, scale, items, head_blocks, splits, share, heads, keys, q_n, q_h, p_t,
-    slots_n, o_s, o_n, o_h, sums_s,
+    q, pages, scales, rotary, slots, ends, o, sums, factor, items, head_blocks, splits, share, heads, keys, q_n, q_h,
+    p_t, s_t, r_8, slots_n, o_s, o_n, o_h, sums_s,
     RANK: gl.constexpr, ROPE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    LEAD: gl.constexpr, FOLLOW: gl.constexpr, COUNTED: gl.constexpr,
+    LEAD: gl.constexpr, FOLLOW: gl.constexpr, QUANTIZED: gl.constexpr, COUNTED: gl.constexpr, LN_2: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q.dtype.element_ty
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -287,7 +324,7 @@ def _sparse(  # type: ignore[no-untyped-def]
     mbarrier.init(p_full, count=1)
     mbarrier.init(p_free, count=1)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=128)
+        mbarrier.init(k_full.index(i), count=1 if QUANTIZED else 128)
         mbarrier.init(k_free.index(i), count=2)
     q_parts = (q_a, q_b, q_c, q_e)
     k_parts = (k_a, k_b, k_c, k_e)
@@ -298,7 +335,7 @@ def _sparse(  # type: ignore[no-untyped-def]
                 _lead,
                 (
                     o, sums, slots, ends, q_parts, k_parts, p_tile, fades, bars, items, head_blocks, splits, share,
-                    heads, keys, factor, scale, slots_n, o_s, o_n, o_h, sums_s, COUNTED,
+                    heads, keys, factor, slots_n, o_s, o_n, o_h, sums_s, COUNTED, LN_2,
                 ),
             ),
             (
@@ -311,8 +348,8 @@ def _sparse(  # type: ignore[no-untyped-def]
             (
                 _fetch,
                 (
-                    q, pages, slots, ends, q_parts, k_parts, bars, items, head_blocks, splits, share, heads, keys,
-                    q_n, q_h, p_t, slots_n, COUNTED,
+                    q, pages, scales, rotary, slots, ends, q_parts, k_parts, bars, items, head_blocks, splits, share,
+                    heads, keys, q_n, q_h, p_t, s_t, r_8, slots_n, QUANTIZED, COUNTED,
                 ),
             ),
         ],
@@ -329,12 +366,13 @@ def supported(q_NHC: Tensor, pages_PTC: Tensor, slots_NK: Tensor, rank: int) -> 
         and q_NHC.is_cuda
         and torch.cuda.get_device_capability(q_NHC.device)[0] == 9
         and q_NHC.dtype in (torch.bfloat16, torch.float16)
-        and pages_PTC.dtype == q_NHC.dtype
+        and pages_PTC.dtype in (q_NHC.dtype, torch.uint8)
         and (rank, q_NHC.shape[2]) == (512, 576)
         and pages_PTC.stride(0) == pages_PTC.shape[1] * pages_PTC.stride(1)
         and slots_NK.stride(1) == 1
         and all(
-            t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:-1])
+            t.stride(-1) == 1
+            and all(n % 16 == 0 for n in (t.data_ptr(), *(s * t.element_size() for s in t.stride()[:-1])))
             for t in (q_NHC, pages_PTC)
         )
     )
@@ -342,7 +380,7 @@ def supported(q_NHC: Tensor, pages_PTC: Tensor, slots_NK: Tensor, rank: int) -> 
 
 def launch(
     q_NHC: Tensor,
-    pages_PTC: Tensor,
+    pages: tuple[Tensor, Tensor, Tensor],
     slots_NK: Tensor,
     parts: Tensor,
     sums: Tensor,
@@ -350,24 +388,28 @@ def launch(
     *,
     scale: float,
     programs: int | None = None,
-    registers: tuple[int, int] = (184, 240),
+    registers: tuple[int, int] | None = None,
 ) -> None:
     """Attention of each query to every `share` (a multiple of BLOCK_K) slots of its row by themselves, into
-    `parts` `[splits, N, H, rank]`, and the log-sum-exp of the scores into `sums` `[splits, N, H]`."""
+    `parts` `[splits, N, H, rank]`, and the log-sum-exp of the scores into `sums` `[splits, N, H]`. `pages`: as they
+    are three times over, or the codes, scales and rotary keys of FP8 pages."""
+    held, scales, rotary = pages
+    quantized = held is not rotary
     (splits, N, H, rank), K = parts.shape, slots_NK.shape[1]
     head_blocks = triton.cdiv(H, BLOCK_H)
     items = N * head_blocks * splits
     if programs is None:
         programs = torch.cuda.get_device_properties(q_NHC.device).multi_processor_count
     counted = items > programs  # else a row's end is found out while others are at work, and gains nothing
+    lead, follow = registers or ((144, 224) if quantized else (184, 240))
     ends_N = slots_NK
     if counted:
         ends_N = torch.empty(N, dtype=torch.int32, device=q_NHC.device)
         _ends[(N,)](slots_NK, ends_N, K, slots_NK.stride(0), KEYS=triton.next_power_of_2(K), num_warps=4)
     _sparse[(min(programs, items),)](
-        q_NHC, pages_PTC, slots_NK, ends_N, parts, sums, scale * LOG2_E, scale, items, head_blocks, splits, share,
-        H, K, q_NHC.stride(0), q_NHC.stride(1), pages_PTC.stride(1), slots_NK.stride(0), parts.stride(0),
-        parts.stride(1), parts.stride(2), sums.stride(0), RANK=rank, ROPE=q_NHC.shape[2] - rank,
-        BLOCK_H=BLOCK_H, BLOCK_K=BLOCK_K, STAGES=STAGES, LEAD=registers[0], FOLLOW=registers[1], COUNTED=counted,
-        num_warps=4,
+        q_NHC, held, scales, rotary, slots_NK, ends_N, parts, sums, scale * LOG2_E, items, head_blocks, splits, share,
+        H, K, q_NHC.stride(0), q_NHC.stride(1), held.stride(1), scales.stride(1), rotary.stride(1) // 8,
+        slots_NK.stride(0), parts.stride(0), parts.stride(1), parts.stride(2), sums.stride(0), RANK=rank,
+        ROPE=q_NHC.shape[2] - rank, BLOCK_H=BLOCK_H, BLOCK_K=BLOCK_K, STAGES=STAGES, LEAD=lead, FOLLOW=follow,
+        QUANTIZED=quantized, COUNTED=counted, LN_2=math.log(2), num_warps=4,
     )  # fmt: skip

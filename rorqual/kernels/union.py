@@ -216,6 +216,7 @@ def fast(
     ratio: int,
     scale: float,
     splits: int | None = None,
+    most_heads: int = 64,
     keys: int | None = None,
     warps: int | None = None,
     stages: int | None = None,
@@ -234,7 +235,7 @@ def fast(
         longest += table_SB.shape[1] * page if chosen_NK is None else chosen_NK.shape[1]
     if chosen_NK is not None:
         chosen_NK = chosen_NK.contiguous()
-    block = min(64, max(16, triton.next_power_of_2(heads)))
+    block = min(most_heads, max(16, triton.next_power_of_2(heads)))
     head_blocks = -(-heads // block)
     tile = keys or 64
     cut = splits or (1 if new_Nd is not None else runs(rows, head_blocks, longest, tile))

@@ -8,7 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.family import parts
+from rorqual.kernels.gpu import usable
+from rorqual.kernels.index import index_choose
 from rorqual.kernels.simulate import fake_fp4, fake_fp8, hadamard
+from rorqual.kernels.union import union_decode, union_prefill
 from rorqual.nn.cache import Tail
 from rorqual.nn.compressor import Compressor, PoolState
 from rorqual.nn.indexer import choose_in_blocks, gather_blocks, query_blocks
@@ -71,6 +74,23 @@ class EntryIndexer(nn.Module):
         w = F.linear(full, self.w.matrix(full.dtype)) * (p.heads**-0.5 * p.dim**-0.5)
         return choose_in_blocks(q, k_BEd, w, limit_BT, p.top_k)
 
+    def paged(self, x_1ND: Tensor, qr_1NC: Tensor, step: PagedStep, store: Store) -> list[Tensor | None]:
+        """The same over pages, by kernels: for each group the chosen entries' indices, int32 `[n, top_k]`."""
+        p, pages = self.part, store["index.entries"]
+        self.compressor.paged(x_1ND, step, store, "index.")
+        cos, sin = step.rotation(self.rope)
+        q = rotate_tail(self.q_b(qr_1NC).unflatten(-1, (p.heads, p.dim)), (cos[:, :, None], sin[:, :, None]))
+        full = upcast(x_1ND)
+        w = F.linear(full, self.w.matrix(full.dtype)) * (p.heads**-0.5 * p.dim**-0.5)
+        ratio = self.compressor.part.ratio
+        return [
+            index_choose(
+                q[0, g.tokens], w[0, g.tokens], pages, g.table_SB, g.seq_N.int(),
+                ((step.positions_N[g.tokens] + 1) // ratio).int(), k=p.top_k, max_keys=max(1, g.end // ratio),
+            )
+            for g in step.groups
+        ]  # fmt: skip
+
 
 class CompressedAttention(Pinned):
     """Shared key-value attention: one `head_dim`-wide entry is key and value of every head."""
@@ -127,7 +147,55 @@ class CompressedAttention(Pinned):
         return CompressedCache(RingTail(store["window"], lanes["window"], group), pool, index)
 
     def paged(self, x_1ND: Tensor, step: PagedStep, store: Store) -> Tensor | None:
-        return None
+        """The brick by kernels that read pages and rings as they lie, on a GPU; None elsewhere."""
+        if self.simulate or not usable(x_1ND) or torch.is_grad_enabled():
+            return None
+        p = self.part
+        cos, sin = step.rotation(p.rope)
+        qr_1NC = self.q_a_norm(self.q_a(x_1ND))
+        q_NHd = unit_rms(self.q_b(qr_1NC).unflatten(-1, (p.heads, p.head_dim)), self.eps)
+        turn = cos[:, :, None], sin[:, :, None]
+        q_NHd = rotate_tail(q_NHd, turn)[0]
+        kv_Nd = rotate_tail(self.kv_norm(self.kv(x_1ND)), (cos, sin))[0]
+        ratio, entries = 1, None
+        chosen: list[Tensor | None] = [None] * len(step.groups)
+        if self.compressor is not None and p.compress is not None:
+            ratio, entries = p.compress.ratio, store["pool.entries"]
+            self.compressor.paged(x_1ND, step, store, "pool.")
+        if self.index is not None:
+            chosen = self.index.paged(x_1ND, qr_1NC, step, store)
+        window = store["window"]
+        out = []
+        for g, picked in zip(step.groups, chosen, strict=True):
+            at, ring_N = g.tokens, g.ring_S[g.seq_N]
+            position_N = step.positions_N[at]
+            common = {"window": p.window, "ratio": ratio, "scale": p.head_dim**-0.5}
+            seq_N, ring32, position32 = g.seq_N.int(), ring_N.int(), position_N.int()
+            if g.decoding:
+                window[ring_N, position_N % window.shape[1]] = kv_Nd[at]
+                o = union_decode(
+                    q_NHd[at],
+                    window,
+                    ring32,
+                    position32,
+                    entries,
+                    g.table_SB,
+                    seq_N,
+                    picked,
+                    self.sink,
+                    **common,
+                )
+            else:
+                o = union_prefill(
+                    q_NHd[at], kv_Nd[at], window, ring32, position32, entries, g.table_SB, seq_N, g.offsets_S1,
+                    picked, self.sink, **common,
+                )  # fmt: skip
+                # The last tokens that fit go to the ring; those before them to ring 0, which nobody reads.
+                late = position_N >= g.ends_S[g.seq_N] - window.shape[1]
+                window[torch.where(late, ring_N, 0), position_N % window.shape[1]] = kv_Nd[at]
+            out.append(o)
+        o_1NHd = (out[0] if len(out) == 1 else torch.cat(out))[None]
+        return self._project_out(rotate_tail(o_1NHd, turn, inverse=True))
 
     def forward(self, x_BTD: Tensor, step: Step, cache: CompressedCache | None) -> Tensor:
         p = self.part

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.family.parts import HyperConnection
+from rorqual.kernels.gpu import usable
+from rorqual.kernels.mix import mix_read, mix_write
 from rorqual.nn.linear import Pinned
 from rorqual.nn.norm import unit_rms, upcast
 
@@ -37,6 +39,18 @@ class Mix(Pinned):
     def read(self, x_BTnD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Layer input [B, T, D], and what `write` needs: post [B, T, n] and comb [B, T, n, n]."""
         n = self.part.streams
+        if not torch.is_grad_enabled() and usable(x_BTnD):
+            inner, post, comb = mix_read(
+                x_BTnD.flatten(0, 1).contiguous(),
+                self.fn,
+                self.base,
+                self.scale,
+                self.eps,
+                self.part.eps,
+                self.part.iterations,
+            )
+            lead = x_BTnD.shape[:2]
+            return inner.unflatten(0, lead), post.unflatten(0, lead), comb.unflatten(0, lead)
         full = upcast(x_BTnD)
         u = F.linear(unit_rms(full.flatten(-2), self.eps), self.fn.to(full.dtype))
         pre, post, comb = u.split((n, n, n * n), -1)
@@ -50,6 +64,9 @@ class Mix(Pinned):
     @staticmethod
     def write(x_BTnD: Tensor, y_BTD: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         """New streams X_k = post_k y + sum_j comb[j, k] X_j."""
+        if not torch.is_grad_enabled() and usable(x_BTnD):
+            flat = (t.flatten(0, 1).contiguous() for t in (x_BTnD, y_BTD, post, comb))
+            return mix_write(*flat).view(x_BTnD.shape)
         full = upcast(x_BTnD)
         kept = comb.transpose(-1, -2) @ full
         return (post[..., None] * y_BTD[..., None, :].to(full.dtype) + kept).to(x_BTnD.dtype)

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from rorqual.family import parts
+from rorqual.kernels.cache_write import write_rows
+from rorqual.kernels.index import index_choose
 from rorqual.kernels.simulate import fake_fp8, hadamard
 from rorqual.nn.cache import Slots
 from rorqual.nn.linear import Linear
 from rorqual.nn.norm import LayerNorm, upcast
-from rorqual.nn.paged import PagedSlots
+from rorqual.nn.paged import PagedSlots, PagedStep
 from rorqual.nn.rope import rotate
 from rorqual.nn.step import Step
 
@@ -70,6 +72,13 @@ def choose_in_blocks(q_BTHd: Tensor, k_BKd: Tensor, w_BTH: Tensor, limit_BT: Ten
     return torch.cat(blocks, 1)
 
 
+def places(chosen_Nk: Tensor, table_SB: Tensor, seq_N: Tensor, per_page: int) -> Tensor:
+    """Positions (-1: none) of sequences to flat places in pages of `per_page` items, int32."""
+    at = chosen_Nk.clamp(min=0)
+    page_Nk = table_SB[seq_N[:, None], at // per_page]
+    return torch.where(chosen_Nk < 0, -1, page_Nk * per_page + at % per_page).int()
+
+
 class Indexer(nn.Module):
     """Small queries from the query latent, one small key a token; rotary on the first channels, half-split
     (unlike MLA's own interleaved layout)."""
@@ -96,6 +105,21 @@ class Indexer(nn.Module):
         if step.trace is not None:
             step.trace.selected[step.layer] = chosen
         return chosen
+
+    def paged(self, x_1ND: Tensor, c_q_1NC: Tensor, step: PagedStep, pages_PTd: Tensor) -> Tensor:
+        """The same over pages, by kernels: flat places of each token's chosen entries in the pages of the latent,
+        int32 `[N, top_k]`, -1 for none. The tokens' own keys are written first."""
+        q_1NHd, k_1Nd, w_1NH = self.project(x_1ND, c_q_1NC, step)
+        write_rows(k_1Nd[0], pages_PTd.flatten(0, 1), step.slots())
+        found = []
+        for g in step.groups:
+            at = g.tokens
+            chosen = index_choose(
+                q_1NHd[0, at], w_1NH[0, at], pages_PTd, g.table_SB, g.seq_N.int(),
+                (step.positions_N[at] + 1).int(), k=self.part.top_k, max_keys=g.end,
+            )  # fmt: skip
+            found.append(places(chosen, g.table_SB, g.seq_N, pages_PTd.shape[1]))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def project(self, x_BTD: Tensor, c_q_BTC: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Index queries [B, T, Hi, di], keys [B, T, di] and fp32 head weights [B, T, Hi] with all scales."""

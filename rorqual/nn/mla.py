@@ -18,6 +18,7 @@ from rorqual.kernels.gpu import usable
 from rorqual.kernels.linear import Pack
 from rorqual.kernels.mla_decode import mla_decode
 from rorqual.kernels.mla_prefill import gather_latents, mla_prefill
+from rorqual.kernels.mla_sparse import mla_sparse
 from rorqual.kernels.skinny import heads_down, heads_up
 from rorqual.nn.cache import Slots
 from rorqual.nn.gqa import attend
@@ -92,25 +93,31 @@ class MLA(nn.Module):
         return MLACache(PagedSlots(store["latent"], group), index)
 
     def paged(self, x_1ND: Tensor, step: PagedStep, store: Store) -> Tensor | None:
-        """The brick by kernels that read pages as they lie: dense attention on a GPU; None elsewhere."""
-        if self.index is not None or not usable(x_1ND) or torch.is_grad_enabled():
+        """The brick by kernels that read pages as they lie, on a GPU; None elsewhere."""
+        if not usable(x_1ND) or torch.is_grad_enabled():
             return None
         p, x_ND, pages = self.part, x_1ND[0], store["latent"]
+        c_q = None
         if p.q_rank is None:
             q, kv_NC = together(x_ND, self.pack, self.q, self.kv_a)
         else:
             c_q, kv_NC = together(x_ND, self.pack, self.q_a, self.kv_a)
-            q = self.q_b(rmsnorm(c_q, self.q_a_norm.weight, self.q_a_norm.eps))
+            c_q = rmsnorm(c_q, self.q_a_norm.weight, self.q_a_norm.eps)
+            q = self.q_b(c_q)
         q_NHd = q.unflatten(-1, (p.heads, p.qk_dim))
         cos, sin = (t[0] for t in step.rotation(p.rope))
         norm, slots_N = self.kv_a_norm, step.slots()
         absorbed = None
-        if all(group.decoding for group in step.groups):
+        if self.index is not None or all(group.decoding for group in step.groups):
             absorbed = q_NHd.new_empty(*q_NHd.shape[:2], p.kv_rank + p.rope_dim)
         mla_write(
             kv_NC, norm.weight, norm.eps, cos, sin, q_NHd[..., p.nope_dim :], pages, slots_N,
             rank=p.kv_rank, interleaved=p.rope.interleaved, q_out_NHC=absorbed,
         )  # fmt: skip
+        if self.index is not None:
+            assert c_q is not None and absorbed is not None
+            slots_Nk = self.index.paged(x_1ND, c_q[None], step, store["index"])
+            return self.o(self._chosen(q_NHd, absorbed, pages, slots_Nk).flatten(1))[None]
         out = [
             self._decode(q_NHd[g.tokens], absorbed[g.tokens] if absorbed is not None else None, pages, g)
             if g.decoding
@@ -131,6 +138,14 @@ class MLA(nn.Module):
         u_NHc = mla_decode(
             absorbed, pages, g.table_SB, g.ends_S, width=g.width, rank=p.kv_rank, scale=p.scale
         )
+        return heads_down(u_NHc, w_HrC[:, p.nope_dim :], None, scale, p.nope_dim)
+
+    def _chosen(self, q_NHd: Tensor, absorbed: Tensor, pages: Tensor, slots_Nk: Tensor) -> Tensor:
+        """Absorbed attention of each query to the entries chosen for it: `[n, H, v]`."""
+        p, scale = self.part, self.kv_b.scale
+        w_HrC = self.kv_b.weight.unflatten(0, (p.heads, p.nope_dim + p.v_dim))
+        heads_up(q_NHd[..., : p.nope_dim], w_HrC[:, : p.nope_dim], absorbed[..., : p.kv_rank], scale)
+        u_NHc = mla_sparse(absorbed, pages, slots_Nk, rank=p.kv_rank, scale=p.scale)
         return heads_down(u_NHc, w_HrC[:, p.nope_dim :], None, scale, p.nope_dim)
 
     def _prefill(self, q_NHd: Tensor, pages: Tensor, g: Group, step: PagedStep) -> Tensor:

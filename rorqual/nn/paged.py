@@ -116,6 +116,15 @@ class Group:
     decoding: bool
 
     @cached_property
+    def seq_N(self) -> Tensor:
+        """Row of the table that each of the group's tokens belongs to, int64."""
+        rows = torch.arange(self.table_SB.shape[0], device=self.table_SB.device)
+        count = self.tokens.stop - self.tokens.start
+        if self.decoding:
+            return rows.repeat_interleave(self.width) if self.width > 1 else rows
+        return rows.repeat_interleave(self.offsets_S1.diff(), output_size=count)
+
+    @cached_property
     def step(self) -> Step:
         """The pass as rows, one a sequence."""
         return Step(Rows(self.starts, self.counts, self.width, self.table_SB.device))
@@ -172,15 +181,7 @@ class PagedStep(Step):
             per_page, parts = self.page_size // every, []
             for g in self.groups:
                 position = self.positions_N[g.tokens]
-                block = position // self.page_size
-                if g.decoding:
-                    row = torch.arange(g.table_SB.shape[0], device=position.device)
-                    row = row.repeat_interleave(g.width, output_size=position.shape[0])
-                else:
-                    counts = g.offsets_S1.diff()
-                    row = torch.arange(counts.shape[0], device=position.device)
-                    row = row.repeat_interleave(counts, output_size=position.shape[0])
-                page = g.table_SB[row, block]
+                page = g.table_SB[g.seq_N, position // self.page_size]
                 parts.append(page.long() * per_page + position % self.page_size // every)
             return torch.cat(parts)
 

@@ -237,7 +237,7 @@ def test_refusals_at_submit() -> None:
     for _ in range(2):
         engine.submit([1], Sampling(max_new_tokens=2))
     with pytest.raises(EngineFull):
-        engine.submit([1])
+        engine.submit([1], Sampling(max_new_tokens=2))
     while engine.busy:
         engine.step()
     idle(engine)

@@ -17,7 +17,11 @@ def interpreter(monkeypatch):
     """What Triton 3.6's interpreter lacks: loop bounds from one-element arrays (NumPy 2.4 refuses them), products
     of bf16 (it multiplies their bits) and rounding to nearest (it cuts off)."""
     module = pytest.importorskip("triton.runtime.interpreter")
-    patch, dot, convert = module._patch_lang_tensor, module.InterpreterBuilder.create_dot, module._convert_float
+    patch, dot, convert = (
+        module._patch_lang_tensor,
+        module.InterpreterBuilder.create_dot,
+        module._convert_float,
+    )
 
     def patched(tensor, scope):
         patch(tensor, scope)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rorqual.kernels import experts as op
 from rorqual.kernels.experts import Plan, Shared, Tiles, Weights, fast, reference
+from rorqual.kernels.experts_triton import sort_kernel, spread_kernel
 from rorqual.kernels.quant import dequantize_fp8, quantize_fp8
 
 
@@ -208,12 +209,61 @@ FP8_PLANS = {"thin": Plan(Tiles(16, 64, 128, 4, 2, True), Tiles(16, 128, 128, 4,
 def test_fp8(device: torch.device, form: str) -> None:
     """Against fp64 with the activations quantised as the kernels do. What is left is a code here and there that
     falls to the other side."""
-    *args, common = case(device, 3, 2, 3, 256, 128, 2, codes=True)
+    *args, common = case(device, 3, 2, 3, 256, 256, 2, codes=True)
     for w in (*args[3:], *(common or ())):
         assert w.scale is not None
         w.scale.mul_(torch.randint(-2, 3, w.scale.shape, device=device).exp2())
     y = fast(*args, shared=common, how=FP8_PLANS[form])
     close(y, exact(*args, common, quantized=form != "few"), 2e-3)
+
+
+@pytest.mark.parametrize("tokens, shared, rows", [(1, 0, 4), (33, 2, 4), (50, 1, 16)])
+def test_sort(device: torch.device, tokens: int, shared: int, rows: int) -> None:
+    """Lists longer than a chunk; tiles cover every expert's pairs once, in order, and nothing else."""
+    count, chosen = 5, 3
+    ids = torch.randint(-1, count + 1, (tokens, chosen), device=device)
+    ids[ids == 2] = 3  # one expert without any
+    pairs = tokens * chosen
+    tiles = pairs // rows + count + shared * -(-tokens // rows)
+    order = torch.full((pairs + shared * tokens,), -7, dtype=torch.int32, device=device)
+    table = torch.full((3, tiles), -7, dtype=torch.int32, device=device)
+    sort_kernel[(count + shared,)](
+        ids, order, table, order, order, order, pairs, tokens, count, shared, tiles, 0,
+        ROWS=rows, CHUNK=16, GROUPS=64, PDL=False,
+    )  # fmt: skip
+    flat = ids.flatten().tolist()
+    wanted = [[p for p, e in enumerate(flat) if e == expert] for expert in range(count)]
+    wanted += [[pairs + s * tokens + n for n in range(tokens)] for s in range(shared)]
+    got: list[list[int]] = [[] for _ in wanted]
+    for expert, begin, end in table.T.tolist():
+        assert expert >= -1
+        if expert >= 0:
+            assert 0 < end - begin <= rows
+            got[expert] += order[begin:end].tolist()
+    assert got == wanted
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_spread(device: torch.device, fp8: bool) -> None:
+    """Rows by place, quantised or not; a place without a pair reads some token and nothing beyond."""
+    tokens, chosen, hidden = 5, 2, 256
+    x = torch.randn(tokens, hidden).to(device)
+    pairs = tokens * chosen
+    order = torch.cat([torch.randperm(pairs), torch.arange(pairs, pairs + tokens)]).int().to(device)
+    order[3], order[4] = -(2**31), 2**31 - 1
+    codes = torch.empty(pairs + tokens, hidden, dtype=torch.float8_e4m3fn if fp8 else x.dtype, device=device)
+    scales = torch.empty(pairs + tokens, hidden // 128, device=device)
+    spread_kernel[(4,)](
+        x, order, codes, scales, pairs, tokens, pairs + tokens, hidden, K=chosen, GROUPS=8, FP8=fp8, PDL=False
+    )
+    place = torch.tensor([p for p in range(pairs + tokens) if p not in (3, 4)], device=device)
+    pair = order[place].long()
+    rows = x[torch.where(pair < pairs, pair // chosen, pair - pairs)]
+    if fp8:
+        y = dequantize_fp8(codes, scales, (1, 128), torch.float32)[place]
+        torch.testing.assert_close(y, dequantize_fp8(*quantize_fp8(rows, (1, 128)), (1, 128), torch.float32))
+    else:
+        assert torch.equal(codes[place], rows)
 
 
 @pytest.mark.parametrize("codes", [False, True])

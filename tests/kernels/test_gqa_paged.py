@@ -143,6 +143,30 @@ def test_fixed_form_is_the_same_to_the_bit(device: torch.device) -> None:
             assert torch.equal(alone(s, j, j + 1)[0], mine[j])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [64, 128])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(8, 2, 128), (3, 3, 64), (7, 1, 128)])
+def test_hopper_form(heads: int, groups: int, size: int, page_size: int) -> None:
+    """bf16 prefill, which `gqa_paged_gluon` takes on a Hopper GPU."""
+    cases = [([300, 70, 0, 64], [300, 9, 0, 1]), ([1], [1]), ([129, 500], [128, 65])]
+    for ends, counts in cases:
+        given = make(
+            ends,
+            counts,
+            heads,
+            groups,
+            size,
+            torch.device("cuda"),
+            page_size=page_size,
+            padding=3,
+            dtype=torch.bfloat16,
+        )
+        right = reference(*given, max_count=300, scale=0.1)
+        ours = gqa_paged(*given, max_count=300, scale=0.1)
+        close(ours, right.double().cpu(), 2e-2)
+        assert not ours[sum(counts) :].any()
+
+
 def test_refuses_shapes_that_do_not_belong_together() -> None:
     given = make([5], [2], 4, 2, 16, torch.device("cpu"))
     limits = {"max_count": 2, "scale": 0.3}

@@ -134,7 +134,9 @@ def test_same_bits_however_the_prompt_is_cut(dtype: torch.dtype, device: torch.d
     def part(form: Any, first: int, end: int) -> Tensor:
         y = {**x, "q_NHd": x["q_NHd"][first:end], "max_q": end - first, "max_k": end}
         y |= {n: x[n][:end] for n in ("k_MHn", "rope_Mr", "v_MHv")}
-        return form(**y | {"starts_q": starts([end - first], device), "starts_k": starts([end], device)}, fixed=True)
+        return form(
+            **y | {"starts_q": starts([end - first], device), "starts_k": starts([end], device)}, fixed=True
+        )
 
     for form in forms(x):
         whole = form(**x, fixed=True)

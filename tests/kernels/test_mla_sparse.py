@@ -130,12 +130,46 @@ def test_fp8_pages(rank: int, dtype: torch.dtype, device: torch.device) -> None:
         torch.testing.assert_close(sums.double().cpu(), expected[1], **half)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(("N", "H", "splits"), [(1, 16, 3), (3, 128, 1), (2, 70, 2), (200, 64, 1)])
+def test_form_for_hopper(N: int, H: int, splits: int, quantized: bool) -> None:
+    """The widths that the released models have, which the form in Gluon is for."""
+    g = torch.Generator("cuda").manual_seed(1)
+    pages = torch.randn(9, PAGE, 576, device="cuda", generator=g).bfloat16()
+    if quantized:
+        codes = (pages[..., :512].float() * 50).to(torch.float8_e4m3fn)
+        scales = torch.rand(9, PAGE, 4, device="cuda", generator=g) * 0.02
+        parts = (codes, scales, pages[..., 512:].contiguous())
+        pages = torch.cat([t.view(torch.uint8) for t in parts], -1)
+    else:
+        pages[0] = float("nan")
+    slots = (
+        torch.stack([torch.randperm(8 * PAGE, device="cuda", generator=g)[:100] for _ in range(N)]).int()
+        + PAGE
+    )
+    slots[torch.rand(N, 100, device="cuda", generator=g) < 0.4] = -1
+    slots[-1, 10:] = -1
+    slots[N // 2, :] = -1
+    q = torch.randn(N, H, 576, device="cuda", generator=g).bfloat16()
+    x = {"q_NHC": q, "pages_PTC": pages, "slots_NK": slots, "rank": 512, "scale": 576**-0.5}
+    expected = kernel.reference(**x, lse=True)
+    for got in (kernel.fast(**x, lse=True), kernel.fast(**x, lse=True, splits=splits)):
+        for part, whole in zip(got, expected, strict=True):
+            assert part is not None and whole is not None
+            torch.testing.assert_close(part.float(), whole.float(), rtol=2e-2, atol=2e-2)
+
+
 def test_parts_join_by_their_sums(device: torch.device) -> None:
     x = inputs(3, 4, 60, torch.float32, device)
     whole, sums = kernel.mla_sparse(**x, lse=True)
-    halves = [kernel.mla_sparse(**x | {"slots_NK": s.contiguous()}, lse=True) for s in x["slots_NK"].chunk(2, 1)]
+    halves = [
+        kernel.mla_sparse(**x | {"slots_NK": s.contiguous()}, lse=True) for s in x["slots_NK"].chunk(2, 1)
+    ]
     weights = torch.softmax(torch.stack([s for _, s in halves]), 0)
-    torch.testing.assert_close(sum(w[..., None] * o for w, (o, _) in zip(weights, halves, strict=True)), whole)
+    torch.testing.assert_close(
+        sum(w[..., None] * o for w, (o, _) in zip(weights, halves, strict=True)), whole
+    )
     torch.testing.assert_close(torch.logaddexp(halves[0][1], halves[1][1]), sums)
     assert torch.equal(kernel.mla_sparse(**x), whole)
 
