@@ -7,6 +7,7 @@ print(model.generate("The sea is", rorqual.Sampling(temperature=0.0)).text)
 
 from rorqual.engine import Completion, Engine, Grammar, Sampling
 from rorqual.family import ModelConfig, config, models
+from rorqual.kernels.mode import invariant
 from rorqual.model import Model, load, save
 from rorqual.nn import Transformer
 
@@ -20,6 +21,7 @@ __all__ = [
     "Sampling",
     "Transformer",
     "config",
+    "invariant",
     "load",
     "models",
     "save",

@@ -305,9 +305,9 @@ def grouped(
         count = places // t.rows + experts
         order = torch.empty(places, device="cuda", dtype=torch.int32)
         table = torch.empty(3, count, device="cuda", dtype=torch.int32)
-        experts_triton.sort_kernel[(experts,)](
-            ids, order, table, codes, codes, scales, places, places, experts, 0, count, 0,
-            ROWS=t.rows, CHUNK=4096, GROUPS=64, PDL=False, num_warps=8,
+        experts_triton.sort_kernel[(experts, 1)](
+            ids, ids, order, table, codes, codes, scales, places, places, experts, 0, count, 0,
+            ROWS=t.rows, CHUNK=4096, BINS=0, GROUPS=64, PDL=False, num_warps=8,
         )  # fmt: skip
 
         def run(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.kernels.skinny import READ, ROTATE, beside, failed, graph_us, poison, short
 from rorqual.kernels import fp8_linear as op
+from rorqual.kernels.gpu import triton
 from rorqual.kernels.quant import E8M0, dequantize_fp8, quantize_fp8
 
 LARGE = (
@@ -26,7 +27,7 @@ LARGE = (
     (4096, 24576, 1536),
 )
 SMALL = ((7168, 2048), (576, 2048), (3072, 2048), (2112, 7168), (4096, 7168), (24576, 1536), (7168, 16384))
-ROWS = (1, 16, 32, 64, 128, 256)
+ROWS = (1, 2, 4, 16, 32, 64, 128, 256)
 SWEEP = os.environ.get("SWEEP") == "1"
 
 
@@ -111,33 +112,59 @@ def check_library(rows: int, out: int, width: int) -> None:
 def large_ways() -> list[dict[str, Any]]:
     cuts = ((64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 3), (128, 64, 4, 4), (128, 128, 8, 4))
     return [
-        {"BN": n, "BO": o, "SPLIT": 1, "STAGES": s, "TALL": False, "num_warps": w, "FETCH": 0}
+        {"BN": n, "BO": o, "SPLIT": 1, "STAGES": s, "TALL": False, "num_warps": w, "FETCH": 0, "UNROLL": 1}
         for n, o, w, s in cuts
     ]
 
 
 def small_ways(rows: int, out: int, width: int) -> list[dict[str, Any]]:
-    base = {"SPLIT": 1, "num_warps": 4}
+    base = {"SPLIT": 1, "num_warps": 4, "FETCH": 0}
+    best: list[dict[str, Any]] = []
+    if rows <= 4:
+        for bo, warps in ((1, 1), (2, 1), (1, 2), (2, 2), (4, 2), (4, 4), (8, 4)):
+            if bo * triton.next_power_of_2(width) // warps <= 8192:
+                best.append({"FEW": True, "BO": bo, "num_warps": warps})
     if rows <= 32:
         tall = max(16, rows)
-        found = [base | {"BN": tall, "BO": 64, "STAGES": s, "TALL": True} for s in (4, 6, 8, 10)]
-        found.append(base | {"BN": tall, "BO": 128, "STAGES": 6, "TALL": True, "num_warps": 8})
+        cuts = (
+            (tall, 64, 6, 1, 4),
+            (tall, 64, 3, 2, 4),
+            (tall, 64, 4, 2, 4),
+            (tall, 64, 3, 4, 4),
+            (tall, 128, 3, 2, 8),
+            (tall, 128, 6, 1, 8),
+        )
     elif rows == 64:
-        found = [
-            base | {"BN": 64, "BO": o, "STAGES": s, "TALL": False}
-            for o, s in ((32, 6), (32, 8), (64, 4), (64, 6), (64, 8), (128, 4))
-        ]
+        cuts = (
+            (64, 32, 4, 2, 4),
+            (64, 64, 8, 1, 4),
+            (64, 64, 3, 2, 4),
+            (64, 64, 4, 2, 4),
+            (64, 64, 3, 4, 4),
+            (64, 128, 3, 2, 4),
+        )
     else:
-        cuts = ((64, 64, 4, 4), (64, 64, 4, 6), (128, 32, 4, 6), (128, 64, 4, 4), (64, 128, 4, 4))
-        found = [base | {"BN": n, "BO": o, "STAGES": s, "TALL": False, "num_warps": w} for n, o, w, s in cuts]
-    best = []
-    for how in found:
-        programs = -(-out // how["BO"]) * -(-rows // how["BN"])
+        cuts = (
+            (64, 64, 6, 1, 4),
+            (64, 64, 3, 2, 4),
+            (128, 32, 3, 2, 4),
+            (128, 64, 4, 1, 4),
+            (64, 128, 4, 1, 4),
+            (64, 128, 3, 2, 4),
+        )
+    for n, o, stages, unroll, warps in cuts if rows > 1 else ():
+        programs = -(-out // o) * -(-rows // n)
         for split in (1, 2, 4, 8):
             if split == 1 or (programs * split <= 400 and split * 4 <= width // 128):
-                for fetch in (0, 512, 1024) if rows <= 64 and how["STAGES"] == 6 else (0,):
-                    if fetch * split <= width:
-                        best.append(how | {"SPLIT": split, "FETCH": fetch})
+                how = base | {
+                    "BN": n,
+                    "BO": o,
+                    "STAGES": stages,
+                    "TALL": rows <= 32,
+                    "num_warps": warps,
+                    "UNROLL": unroll,
+                }
+                best.append(how | {"SPLIT": split})
     return best
 
 
@@ -147,7 +174,7 @@ def warm(rows: int, out: int, width: int, how: Any) -> None:
     x = torch.randn(rows, width, device="cuda").bfloat16()
     if how is None:
         op.fast(x, codes, scale)
-    op.fast(x, codes, scale, ahead=how is None or how["BN"] < 64 or rows <= 256, how=how)
+    op.fast(x, codes, scale, ahead=rows <= 256, how=how)
 
 
 def time_quantize() -> None:
@@ -236,7 +263,7 @@ def jobs() -> list[tuple[str, Any]]:
     for out, width in SMALL:
         for rows in ROWS:
             for how in (None, *(small_ways(rows, out, width) if SWEEP else ())):
-                kernels[str(how), width, rows if how is None else min(rows, 2)] = (rows, out, width, how)
+                kernels[str(how), width, rows if how is None or "FEW" in how else 0] = (rows, out, width, how)
     for _, out, width in LARGE:
         for how in large_ways() if SWEEP else ():
             kernels[str(how), width, 0] = (512, out, width, how)

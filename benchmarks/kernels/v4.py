@@ -217,27 +217,38 @@ def report(kind: str, case: Any, found: list[tuple[float, Any]]) -> None:
 
 
 def index_plans(rows: int, sequences: int, limit: int, k: int, page: int, kind: str) -> list[index.Plan]:
-    base = index.plan(rows, sequences, limit, k)
-    plans = []
+    base = index.plan(rows, sequences, limit, k, kind == "fp8")
+    plans, groups = [base], base.parts * base.keys
     if rows >= 4 * sequences:
-        for queries, keys, warps, stages in [
-            (1, 128, 4, 3), (1, 128, 8, 3), (2, 128, 4, 3), (2, 128, 8, 3), (2, 256, 8, 3), (4, 128, 8, 3),
-            (1, 256, 8, 3), (2, 128, 8, 5),
-        ]:  # fmt: skip
-            parts = 16384 // keys
-            plans.append(base._replace(queries=queries, keys=keys, warps=warps, stages=stages, parts=parts))
+        tiles = [
+            (1, 128, 4, 3),
+            (2, 128, 4, 4),
+            (2, 128, 4, 5),
+            (2, 64, 4, 3),
+            (2, 64, 4, 5),
+            (4, 64, 4, 3),
+            (4, 64, 8, 3),
+        ]
     else:
-        for keys, parts, warps, stages in [
-            (64, 128, 4, 3), (64, 256, 4, 4), (128, 128, 4, 3), (128, 128, 8, 3), (128, 64, 4, 5), (128, 128, 4, 7),
-            (64, 128, 4, 6), (64, 128, 4, 9), (64, 256, 4, 6),
-        ]:  # fmt: skip
-            plans.append(base._replace(keys=keys, parts=parts, warps=warps, stages=stages))
-    if limit > base.cap:
-        for chunk, gather_warps, choose_warps in [(4096, 8, 8), (4096, 16, 16), (8192, 8, 32), (8192, 32, 8)]:
-            plans.append(base._replace(chunk=chunk, gather_warps=gather_warps, choose_warps=choose_warps))
-        plans.append(base._replace(cap=8192, choose_warps=16))
-        if limit <= 32768:
-            plans.append(base._replace(cap=32768, choose_warps=32))
+        tiles = [
+            (1, 64, 4, 3),
+            (1, 64, 4, 5),
+            (1, 64, 4, 7),
+            (1, 64, 4, 9),
+            (1, 128, 4, 3),
+            (1, 128, 8, 3),
+            (1, 64, 8, 5),
+        ]
+        tiles += [(1, 32, 4, 6), (1, 64, 2, 5)]
+    for queries, keys, warps, stages in tiles:
+        plans.append(
+            base._replace(queries=queries, keys=keys, parts=groups // keys, warps=warps, stages=stages)
+        )
+    plans.append(base._replace(parts=base.parts * 2))
+    for chunk, gather_warps, choose_warps in [
+        (4096, 8, 8), (4096, 16, 8), (8192, 8, 32), (8192, 32, 16), (16384, 32, 16), (2048, 8, 16),
+    ]:  # fmt: skip
+        plans.append(base._replace(chunk=chunk, gather_warps=gather_warps, choose_warps=choose_warps))
     return plans
 
 
@@ -502,7 +513,7 @@ def warm(task: tuple[str, tuple[Any, ...], Any]) -> None:
             rows, sequences, limit, k, page, form = case
             few = min(sequences, 2)
             one = Index(min(rows, 16 * few) // few * few, few, limit, k, page, form)
-            one.run(tiles or index.plan(*case[:2], limit, k))
+            one.run(tiles or index.plan(*case[:2], limit, k, form == "fp8"))
         elif kind == "union":
             Union(*case).run(**(tiles or {}))
         elif kind == "compress":

@@ -42,6 +42,7 @@ class Core:
         max_waiting: int,
         prefix_cache: bool,
         speculate: bool,
+        invariant: bool = False,
     ) -> None:
         lanes = model.lanes() if speculate else model.lanes()[: len(model.layers)]
         rings = 0
@@ -50,7 +51,7 @@ class Core:
         self.model = model
         self.pages = Pages(pages + 1, rings, page_size, prefix_cache)
         self.scheduler = Scheduler(self.pages, slots, step_tokens, model.config.max_positions)
-        self.runner = Runner(model, pages + 1, page_size, rings, slots, speculate)
+        self.runner = Runner(model, pages + 1, page_size, rings, slots, speculate, invariant)
         self.max_waiting, self.speculate = max_waiting, speculate
         self._lock = threading.RLock()
         self._progress = threading.Condition(self._lock)
@@ -103,7 +104,7 @@ class Core:
         On a GPU a pass is started before the draws of the one before it are read, so the device need not wait
         for the host; its own draws come after that, when grammars know what they allow.
         """
-        with self._lock, packing(self.model.packs()) if self._cpu else contextlib.nullcontext():
+        with self._lock, self._products():
             self._check_weights()
             plan = self.scheduler.plan(self._limit)
             passed = self._forward(plan) if plan else None
@@ -115,9 +116,10 @@ class Core:
             self._progress.notify_all()
             return passed is not None or self.busy
 
-    @property
-    def _cpu(self) -> bool:
-        return self.model.device.type == "cpu"
+    def _products(self) -> contextlib.AbstractContextManager[None]:
+        """Packed weight copies on the CPU; not in batch-invariant mode, which the trainer has to meet."""
+        packs = self.model.device.type == "cpu" and not self.runner.invariant
+        return packing(self.model.packs()) if packs else contextlib.nullcontext()
 
     def _forward(self, plan: Plan) -> Pass | None:
         """Start a pass; if it fails its requests fail, and the engine goes on."""

@@ -28,7 +28,9 @@ class Engine(Core):
     `max_requests` run at once, `max_waiting` more may wait. `memory` bytes go to caches (by default most of
     what the GPU has left, or a quarter of the machine's); `page_size` tokens a page. A pass takes at most
     `step_tokens` tokens: prompts beyond that are worked in chunks beside running answers. `prefix_cache`
-    keeps finished prefixes for requests that begin alike. `speculate` drafts with the MTP module.
+    keeps finished prefixes for requests that begin alike. `speculate` drafts with the MTP module. `invariant`:
+    log-probabilities that no batch, chunking, prefix hit or draft changes, those of `model(ids)` inside
+    `rorqual.invariant()` to the bit.
 
     Safe to use from several threads and from asyncio. Raises `InputError` for options that can't work.
     """
@@ -44,6 +46,7 @@ class Engine(Core):
         step_tokens: int | None = None,
         prefix_cache: bool = True,
         speculate: bool = False,
+        invariant: bool = False,
     ) -> None:
         cpu = model.device.type == "cpu"
         slots = _whole("max_requests", max_requests, 32 if cpu else 256)
@@ -80,6 +83,7 @@ class Engine(Core):
             max_waiting=_whole("max_waiting", max_waiting, 0),
             prefix_cache=prefix_cache,
             speculate=speculate,
+            invariant=invariant,
         )
 
     def submit(self, prompt: Any, sampling: Sampling | None = None, *, priority: int = 0) -> Handle:

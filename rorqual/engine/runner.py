@@ -116,8 +116,16 @@ class Runner:
     """A model with its pages. A pass can be started while the draws of the one before are on their way."""
 
     def __init__(
-        self, model: Transformer, pages: int, page_size: int, rings: int, slots: int, speculate: bool
+        self,
+        model: Transformer,
+        pages: int,
+        page_size: int,
+        rings: int,
+        slots: int,
+        speculate: bool,
+        invariant: bool,
     ) -> None:
+        self.invariant = invariant
         self.model, self.page_size, self.device, self.speculate = model, page_size, model.device, speculate
         lanes = model.lanes()
         if not speculate:
@@ -129,7 +137,7 @@ class Runner:
         self.sampler = Sampler(model.config.vocab, self.device, slots)
         self._staging = Staging(self.device)
         self._graphs = None
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not invariant:
             model.adjoin()
             self._graphs = Graphs(page_size, self._forward)
         self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
@@ -161,9 +169,28 @@ class Runner:
         batch = lay_out(plan, self.page_size, self._staging, one_group_of_chunks=self.device.type == "cuda")
         if batch.late is not None:
             batch.ids_N[batch.late[0]] = self._newest[batch.late[1]]
-        state = self.model.run_paged(batch.ids_N[None], batch.step, self.stores)
-        logits = self.model.logits(self.model.finish(state[:, batch.columns])[0])
+        if self.invariant:
+            state = self._by_token(batch)
+            logits = torch.cat(
+                [self.model.logits(self.model.finish(state[:, c : c + 1])[0]) for c in batch.columns]
+            )
+        else:
+            state = self.model.run_paged(batch.ids_N[None], batch.step, self.stores)
+            logits = self.model.logits(self.model.finish(state[:, batch.columns])[0])
         return Pass(batch.drawing, [r.slot for r in batch.drawing], batch.widths, logits, state, batch)
+
+    def _by_token(self, batch: Batch) -> Tensor:
+        """The pass token by token, each as if it were alone (batch-invariant mode without kernels for it)."""
+        states = []
+        for group in batch.step.groups:
+            for s, (start, count) in enumerate(zip(group.starts, group.counts, strict=True)):
+                first = group.tokens.start + sum(group.counts[:s])
+                for j in range(count):
+                    at = slice(first + j, first + j + 1)
+                    alone = group.alone(s, start + j)
+                    step = PagedStep(batch.step.positions_N[at], [alone], self.page_size)
+                    states.append(self.model.run_paged(batch.ids_N[None, at], step, self.stores))
+        return torch.cat(states, 1)
 
     def _forward(self, ids_1N: Tensor, step: PagedStep) -> tuple[Tensor, Tensor]:
         """A decoding pass: logits `[N, V]` and states of every token."""

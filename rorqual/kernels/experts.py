@@ -183,6 +183,9 @@ PDL = os.environ.get("PDL", "1") == "1"
 EXACT = Plan(Tiles(16, 32, 32, 4, 2, True), Tiles(16, 32, 32, 4, 2, True))
 """For fp32 matrices, which are multiplied without tensor cores."""
 
+ONE_CHUNK = 4096
+"""Up to so many pairs every expert's program of the sort looks at all of them itself."""
+
 FEW_TOKENS = 4
 """Batches up to this size go through `experts_few`."""
 
@@ -358,9 +361,17 @@ def _sorted(b: Batch, how: Plan) -> Tensor:
     groups = b.x.numel() // 128 if b.fp8 and not how.gluon else 0
     codes = b.x.new_empty(b.x.shape, dtype=FP8) if groups else b.x
     scales = b.x.new_empty(groups, dtype=torch.float32)
-    experts_triton.sort_kernel[(b.count + b.extra + triton.cdiv(groups, 64),)](
-        b.ids, order, table, b.x, codes, scales, b.pairs, b.tokens, b.count, b.extra, tiles, groups,
-        ROWS=rows, CHUNK=min(4096, max(16, triton.next_power_of_2(b.pairs))), GROUPS=64, num_warps=8, **b.launch,
+    chunk = min(ONE_CHUNK, max(16, triton.next_power_of_2(b.pairs)))
+    counts, bins, parts_of = order, 0, 1
+    if b.pairs > ONE_CHUNK:
+        chunk, bins, parts_of = 1024, triton.next_power_of_2(b.count + 1), 8
+        counts = b.ids.new_empty(triton.cdiv(b.pairs, chunk), bins, dtype=torch.int32)
+        experts_triton.count_kernel[(counts.shape[0],)](
+            b.ids, counts, b.pairs, b.count, CHUNK=chunk, BINS=bins, num_warps=4, **b.launch
+        )
+    experts_triton.sort_kernel[(b.count + b.extra + triton.cdiv(groups, 64), parts_of)](
+        b.ids, counts, order, table, b.x, codes, scales, b.pairs, b.tokens, b.count, b.extra, tiles, groups,
+        ROWS=rows, CHUNK=chunk, BINS=bins, GROUPS=64, num_warps=8, **b.launch,
     )  # fmt: skip
     inner = b.x.new_empty(places, b.width, dtype=FP8 if how.codes else b.x.dtype)
     inner_scales = b.x.new_empty((places, b.width // 128) if how.codes else (1,), dtype=torch.float32)

@@ -16,7 +16,7 @@ each 128 channels' product is added up in fp32.
 from rorqual.kernels.gpu import tl, triton
 
 __all__ = [
-    "COUNTS", "down_kernel", "follow", "gate_up_kernel", "gdc_launch_dependents", "gdc_wait", "sort_kernel",
+    "COUNTS", "count_kernel", "down_kernel", "follow", "gate_up_kernel", "gdc_launch_dependents", "gdc_wait", "sort_kernel",
     "spread_kernel", "sum_kernel", "to_fp8",
 ]  # fmt: skip
 
@@ -44,39 +44,78 @@ def to_fp8(x_RC):
 
 
 @triton.jit(do_not_specialize=COUNTS)
+def count_kernel(
+    ids_ptr, counts_ptr, pairs, experts, CHUNK: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """counts `[chunks, BINS]` int32: how many of a chunk's ids are each expert; bin `experts` takes the others."""
+    if PDL:
+        follow()
+    place = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    ids = tl.load(ids_ptr + place, place < pairs, other=-1).to(tl.int32)
+    ids = tl.where((ids >= 0) & (ids < experts), ids, experts)
+    tl.store(counts_ptr + tl.program_id(0) * BINS + tl.arange(0, BINS), tl.histogram(ids, BINS))
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def sort_kernel(
-    ids_ptr, order_ptr, tiles_ptr, x_ptr, codes_ptr, scales_ptr, pairs, tokens, experts, shared, tiles,
-    groups, ROWS: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
+    ids_ptr, counts_ptr, order_ptr, tiles_ptr, x_ptr, codes_ptr, scales_ptr, pairs, tokens, experts, shared,
+    tiles, groups, ROWS: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, GROUPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program `e` lists expert e's pairs in order and its tiles; those after the experts quantise x.
 
     ids `[pairs]`; order `[pairs + shared * tokens]` int32: pair numbers by expert; tiles `[3, tiles]` int32:
     expert (-1: none), first and last + 1 place in `order`. x `[groups, 128]` -> codes, scales `[groups]`.
+    With `BINS`, `count_kernel` has been before, and the programs of axis 1 share an expert's ids.
     """
     if PDL:
         follow()
     pid = tl.program_id(0)
+    part = tl.program_id(1)
     offsets = tl.arange(0, CHUNK)
     if pid < experts:
-        lower = tl.zeros((CHUNK,), tl.int32)
-        equal = tl.zeros((CHUNK,), tl.int32)
-        for start in range(0, pairs, CHUNK):
-            ids = tl.load(ids_ptr + start + offsets, start + offsets < pairs, other=-1)
-            lower += ((ids >= 0) & (ids < pid)).to(tl.int32)
-            equal += (ids == pid).to(tl.int32)
-        before = tl.sum(lower)
-        count = tl.sum(equal)
-        place = before
-        for start in range(0, pairs, CHUNK):
+        if BINS:
+            chunks = tl.cdiv(pairs, CHUNK)
+            each = tl.cdiv(chunks, tl.num_programs(1))
+            bins = tl.arange(0, BINS)
+            total = tl.zeros((BINS,), tl.int32)
+            earlier = tl.zeros((BINS,), tl.int32)
+            for start in range(0, chunks, 16):
+                chunk = start + tl.arange(0, 16)
+                at = counts_ptr + chunk[:, None] * BINS + bins[None, :]
+                counts = tl.load(at, (chunk < chunks)[:, None], other=0)
+                total += tl.sum(counts, 0)
+                earlier += tl.sum(tl.where((chunk < part * each)[:, None], counts, 0), 0)
+            before = tl.sum(tl.where(bins < pid, total, 0))
+            count = tl.sum(tl.where(bins == pid, total, 0))
+            place = before + tl.sum(tl.where(bins == pid, earlier, 0))
+            first_id = part * each * CHUNK
+            last_id = tl.minimum(first_id + each * CHUNK, pairs)
+        else:
+            lower = tl.zeros((CHUNK,), tl.int32)
+            equal = tl.zeros((CHUNK,), tl.int32)
+            for start in range(0, pairs, CHUNK):
+                ids = tl.load(ids_ptr + start + offsets, start + offsets < pairs, other=-1)
+                lower += ((ids >= 0) & (ids < pid)).to(tl.int32)
+                equal += (ids == pid).to(tl.int32)
+            before = tl.sum(lower)
+            count = tl.sum(equal)
+            place = before
+            first_id = 0
+            last_id = pairs
+        for start in range(first_id, last_id, CHUNK):
             ids = tl.load(ids_ptr + start + offsets, start + offsets < pairs, other=-1)
             mine = (ids == pid).to(tl.int32)
             tl.store(order_ptr + place + tl.cumsum(mine) - 1, start + offsets, mine != 0)
             place += tl.sum(mine)
-        first = before // ROWS + pid
-        after = (before + count) // ROWS + pid + 1
-        if pid == experts - 1:
-            after = pairs // ROWS + experts
-        _list_tiles(tiles_ptr, tiles, first, after, before, before + count, pid, ROWS, CHUNK)
+        if part == 0:
+            first = before // ROWS + pid
+            after = (before + count) // ROWS + pid + 1
+            if pid == experts - 1:
+                after = pairs // ROWS + experts
+            _list_tiles(tiles_ptr, tiles, first, after, before, before + count, pid, ROWS, CHUNK)
+    elif part > 0:
+        return
     elif pid < experts + shared:
         begin = pairs + (pid - experts) * tokens
         for start in range(0, tokens, CHUNK):
@@ -249,8 +288,8 @@ def gate_up_kernel(
     channel = column + tl.arange(0, OUT)[None, :]
     if CODES:
         second = _gate_up(
-            x_ptr, x_scale_ptr, token_R, there_R, gate, up, gate_scale, up_scale, column + OUT, width, hidden, scales, limit,
-            ROWS, OUT, DEPTH, THIN, FP8, EVEN, LIMIT,
+            x_ptr, x_scale_ptr, token_R, there_R, gate, up, gate_scale, up_scale, column + OUT, width, hidden,
+            scales, limit, ROWS, OUT, DEPTH, THIN, FP8, EVEN, LIMIT,
         )  # fmt: skip
         second = second * weight_R[:, None]
         top_R = tl.maximum(tl.max(tl.abs(inner), 1), tl.max(tl.abs(second), 1))

@@ -21,6 +21,10 @@ from rorqual.kernels.skinny import add_parts, await_inputs, fetch_ahead, release
 BLOCK = 128
 """Channels, and weight rows, that share a scale."""
 
+FEW_ROWS = 2
+FEW_WIDTH = 16384
+"""Most rows, and their widest, multiplied without tensor cores."""
+
 BAND = 8
 """Tiles of rows that go through the weight together, so that both stay in L2."""
 
@@ -102,11 +106,56 @@ def weight_scale(at, POWERS: tl.constexpr):
 
 
 @triton.jit
+def factor(at, POWERS: tl.constexpr):
+    """Scales of a weight as fp32; bytes of float8_e8m0fnu are exponents."""
+    by = tl.load(at)
+    if POWERS:
+        bits = tl.where(by == 0, 0x00400000, by.to(tl.int32) << 23)
+        by = tl.where(by == 255, float("nan"), bits.to(tl.float32, bitcast=True))
+    return by
+
+
+@triton.jit
+def few(
+    x, x_scale, w, w_scale, bias, y, out_width, x_row, s_row, s_group, w_row, b_row, y_row,
+    D: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr,
+    POWERS: tl.constexpr, BIAS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """y = x w^T for N rows, BO outputs a program, without tensor cores: whole weight rows are held in registers."""
+    release(AHEAD)
+    first = tl.program_id(0) * BO
+    o = first + tl.arange(0, BO)
+    d = tl.arange(0, BD)
+    live = d < D
+    inside = o < out_width
+    tile = tl.load(
+        w + o.to(tl.int64)[:, None] * w_row + d[None, :],
+        mask=inside[:, None] & live[None, :],
+        other=0.0,
+        eviction_policy="evict_first",
+    )
+    group = tl.minimum(d, D - 1) // 128
+    by = factor(w_scale + first // 128 * b_row + group, POWERS)
+    await_inputs(AHEAD)
+    which = tl.arange(0, NP)
+    values = tl.zeros((BO, NP), tl.float32)
+    for n in tl.static_range(N):
+        row = tl.load(x + n * x_row + d, mask=live, other=0.0).to(tl.float32)
+        row *= tl.load(x_scale + n * s_row + group * s_group) * by
+        value = tl.sum(tile.to(tl.float32) * row[None, :], 1)
+        values = tl.where((which == n)[None, :], value[:, None], values)
+    if BIAS:
+        values += tl.load(bias + o, mask=inside, other=0.0).to(tl.float32)[:, None]
+    at = y + which[None, :] * y_row + o[:, None]
+    tl.store(at, values.to(y.dtype.element_ty), mask=inside[:, None] & (which < N)[None, :])
+
+
+@triton.jit
 def product(
     x, x_scale, w, w_scale, bias, y, rows, out_width, x_row, s_row, s_group, w_row, b_row, y_row, y_split,
     D: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     BAND: tl.constexpr, TALL: tl.constexpr, POWERS: tl.constexpr, BIAS: tl.constexpr, FETCH: tl.constexpr,
-    AHEAD: tl.constexpr,
+    UNROLL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """y = x w^T, a tile of BN rows and BO <= 128 outputs a program.
 
@@ -136,7 +185,7 @@ def product(
         x_at = x + row[:, None] * x_row + k[None, :]
         w_at = w + col[None, :] * w_row + k[:, None]
         acc = tl.zeros((BN, BO), tl.float32)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
+    for step in tl.range(0, STEPS, num_stages=STAGES, loop_unroll_factor=UNROLL):
         if D % (128 * SPLIT) == 0:
             part = tl.load(x_at)
             tile = tl.load(w_at)
@@ -145,10 +194,7 @@ def product(
             part = tl.load(x_at, mask=tl.expand_dims(live, 1 if TALL else 0), other=0.0)
             tile = tl.load(w_at, mask=tl.expand_dims(live, 0 if TALL else 1), other=0.0)
         group = tl.minimum(split * STEPS + step, (D + 127) // 128 - 1)  # past the end: any, times zeros
-        by_o = tl.load(w_scale + left // 128 * b_row + group)
-        if POWERS:  # bytes of float8_e8m0fnu
-            bits = tl.where(by_o == 0, 0x00400000, by_o.to(tl.int32) << 23)
-            by_o = tl.where(by_o == 255, float("nan"), bits.to(tl.float32, bitcast=True))
+        by_o = factor(w_scale + left // 128 * b_row + group, POWERS)
         by_n = tl.load(x_scale + row * s_row + group * s_group)
         by = tl.expand_dims(by_n * by_o, 0 if TALL else 1)
         if TALL:
@@ -184,9 +230,11 @@ def reference(
 
 def plan(rows: int, out_width: int, width: int) -> dict[str, Any]:
     """How a product of this shape is cut. Depends on the shape alone."""
-    how = {"SPLIT": 1, "TALL": rows <= 32, "num_warps": 4, "FETCH": 0}
+    if rows <= FEW_ROWS and width <= FEW_WIDTH:
+        return {"FEW": True, "BO": 2, "num_warps": 2}
+    how = {"SPLIT": 1, "TALL": rows <= 32, "num_warps": 4, "FETCH": 0, "UNROLL": 1}
     if rows > 256:
-        return how | {"BN": 64, "BO": 128, "STAGES": 3}
+        return how | {"BN": 64, "BO": 128, "STAGES": 4}
     BN = 64 if rows > 32 else max(16, triton.next_power_of_2(rows))
     tiles, groups = blocks(out_width, 64) * blocks(rows, BN), blocks(width, BLOCK)
     while how["SPLIT"] < 8 and 2 * how["SPLIT"] * tiles <= 264 and groups >= 8 * how["SPLIT"]:
@@ -216,11 +264,20 @@ def fast(
     x, x_scale = quantized or quantize_fast(x_ND, pow2, ahead)
     how = how or plan(rows, out_width, width)
     powers = scale.dtype == E8M0
-    split = how["SPLIT"]
+    scale = scale.view(torch.uint8) if powers else scale
     y = x_ND.new_empty(rows, out_width)
+    if how.get("FEW"):
+        few[(triton.cdiv(out_width, how["BO"]),)](
+            x, x_scale, codes_OD, scale, bias, y, out_width, x.stride(0), x_scale.stride(0), x_scale.stride(1),
+            codes_OD.stride(0), scale.stride(0), y.stride(0), D=width, N=rows, NP=triton.next_power_of_2(rows),
+            BO=how["BO"], BD=triton.next_power_of_2(width), POWERS=powers, BIAS=bias is not None,
+            num_warps=how["num_warps"], **_launch(ahead),
+        )  # fmt: skip
+        return y
+    split = how["SPLIT"]
     part = y if split == 1 else torch.empty(split, rows, out_width, dtype=torch.float32, device=y.device)
     product[(triton.cdiv(rows, how["BN"]) * triton.cdiv(out_width, how["BO"]), split)](
-        x, x_scale, codes_OD, scale.view(torch.uint8) if powers else scale, bias, part, rows, out_width,
+        x, x_scale, codes_OD, scale, bias, part, rows, out_width,
         x.stride(0), x_scale.stride(0), x_scale.stride(1), codes_OD.stride(0), scale.stride(0),
         part.stride(-2), part.stride(0) if split > 1 else 0,
         D=width, BAND=BAND, POWERS=powers, BIAS=bias is not None and split == 1, **how, **_launch(ahead),

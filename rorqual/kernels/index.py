@@ -92,14 +92,13 @@ def _score(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     KEYS: tl.constexpr,
-    PARTS: tl.constexpr,
     SCALED: tl.constexpr,
     PEAKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Scores of QUERIES queries for key tiles `part`, `part` + PARTS, ...; and the best score each query has
-    at positions equal to `part` * KEYS + i modulo PARTS * KEYS."""
-    part = tl.program_id(0)
+    """Scores of QUERIES queries for key tiles `part`, `part` + `parts`, ...; and the best score each query has
+    at positions equal to `part` * KEYS + i modulo `parts` * KEYS."""
+    part, parts = tl.program_id(0), tl.num_programs(0)
     local = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     n = first + local
     seq_of = tl.load(seqs + n, mask=local < rows, other=-1)
@@ -122,7 +121,7 @@ def _score(  # type: ignore[no-untyped-def]
         mine = (seq_of == seq) & (column >= done)
         limit = tl.max(tl.where(mine, limit_of, 0))
         peak = tl.full([KEYS, QUERIES], float("-inf"), tl.float32)
-        for t in tl.range(part, tl.cdiv(limit, KEYS), PARTS, num_stages=STAGES):
+        for t in tl.range(part, tl.cdiv(limit, KEYS), parts, num_stages=STAGES):
             s = t * KEYS + item
             page = tl.load(table + seq.to(tl.int64) * columns + s // PAGE, mask=s < limit, other=0)
             at = page.to(tl.int64) * PAGE_STRIDE + (s % PAGE) * ITEM_STRIDE
@@ -143,7 +142,7 @@ def _score(  # type: ignore[no-untyped-def]
             if PEAKS:
                 peak = tl.maximum(peak, tl.where(seen, score, float("-inf")))
         if PEAKS:
-            to = local.to(tl.int64)[None, :] * (PARTS * KEYS) + (part * KEYS + item)[:, None]
+            to = local.to(tl.int64)[None, :] * (parts * KEYS) + (part * KEYS + item)[:, None]
             tl.store(peaks + to, peak, mask=mine[None, :] & (local < rows)[None, :])
         done = tl.min(tl.where((column > done) & (seq_of != seq), column, QUERIES))
 
@@ -156,20 +155,17 @@ def _ordered(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _count(rank, low, step):  # type: ignore[no-untyped-def]
-    """How many reach `low` + 1, 2 and 3 quarters of `step`, packed 21 bits each."""
-    one = (rank >= (low + (step >> 2)).to(tl.int32)).to(tl.int64)
-    two = (rank >= (low + (step >> 1)).to(tl.int32)).to(tl.int64)
-    three = (rank >= (low + step - (step >> 2)).to(tl.int32)).to(tl.int64)
-    return tl.sum(one + (two << 21) + (three << 42))
+def _count(values, a, b, c):  # type: ignore[no-untyped-def]
+    """How many of `values` [n, 4] reach a, b and c, packed 21 bits each."""
+    few = (values >= a).to(tl.int32) + ((values >= b).to(tl.int32) << 8) + ((values >= c).to(tl.int32) << 16)
+    few = tl.sum(few, axis=1).to(tl.int64)
+    return tl.sum((few & 0xFF) + ((few & 0xFF00) << 13) + ((few & 0xFF0000) << 26))
 
 
 @triton.jit
-def _narrow(low, high, at_low, at_high, packed, k):  # type: ignore[no-untyped-def]
+def _narrow(low, high, m_a, m_b, m_c, at_low, at_high, packed, k):  # type: ignore[no-untyped-def]
     """The quarter of [low, high) in which the k-th best lies, and how many reach its two ends."""
-    step = high - low
     a, b, c = packed & 0x1FFFFF, (packed >> 21) & 0x1FFFFF, packed >> 42
-    m_a, m_b, m_c = low + (step >> 2), low + (step >> 1), low + step - (step >> 2)
     new_low = tl.where(c >= k, m_c, tl.where(b >= k, m_b, tl.where(a >= k, m_a, low)))
     new_at_low = tl.where(c >= k, c, tl.where(b >= k, b, tl.where(a >= k, a, at_low)))
     new_high = tl.where(c >= k, high, tl.where(b >= k, m_c, tl.where(a >= k, m_b, m_a)))
@@ -178,14 +174,28 @@ def _narrow(low, high, at_low, at_high, packed, k):  # type: ignore[no-untyped-d
 
 
 @triton.jit
-def _search(rank, low, high, count, k, slack):  # type: ignore[no-untyped-def]
-    """[low, high) around the k-th best of `rank`: at least k reach low, fewer reach high; it is one value wide,
-    or no more than k + slack reach low. Returns low, high and how many reach high."""
+def _approach(score, live, count, k, slack, ROUNDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[low, high) around the k-th best of `count` scores [n, 4], after at most ROUNDS quarterings: at least k
+    reach low, fewer than k reach high (or high is the best). Returns low, high and how many reach them."""
+    low = tl.min(tl.where(live, score, float("inf")))
+    score = tl.where(live, score, float("-inf"))
+    high = tl.max(score)
     at_low, at_high = count.to(tl.int64), tl.zeros([], tl.int64)
-    while (high - low > 1) & (at_low > k + slack):
-        packed = _count(rank, low, high - low)
-        low, high, at_low, at_high = _narrow(low, high, at_low, at_high, packed, k)
-    return low, high, at_high
+    left = tl.where(high - low < 1e38, ROUNDS, 0)  # infinite scores have no quarters
+    while (left > 0) & (at_low > k + slack):
+        step = (high - low) * 0.25
+        m_a, m_b, m_c = low + step, low + 2 * step, low + 3 * step
+        packed = _count(score, m_a, m_b, m_c)
+        low, high, at_low, at_high = _narrow(low, high, m_a, m_b, m_c, at_low, at_high, packed, k)
+        left -= 1
+    return low, high, at_low, at_high
+
+
+@triton.jit
+def _quarters(low, high):  # type: ignore[no-untyped-def]
+    """Where the second to fourth quarter of [low, high) begin."""
+    step = high - low
+    return low + (step >> 2), low + (step >> 1), low + step - (step >> 2)
 
 
 @triton.jit(do_not_specialize=["first", "parts", "k"])
@@ -209,17 +219,13 @@ def _gather(  # type: ignore[no-untyped-def]
     limit = tl.load(limits + first + n)
     if (limit <= CAP) | (part * CHUNK >= limit):
         return
-    group = tl.arange(0, GROUPS)
-    live = group < limit
-    best = _ordered(tl.load(peaks + n * GROUPS + group, mask=live, other=0.0))
-    low = tl.min(tl.where(live, best, 0x7FFFFFFF)).to(tl.int64)
-    best = tl.where(live, best, -0x80000000)
-    high = tl.max(best).to(tl.int64) + 1
-    low, high, _ = _search(best, low, high, tl.minimum(limit, GROUPS), k, k // 16)
+    group = tl.arange(0, GROUPS // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    best = tl.load(peaks + n * GROUPS + group, mask=group < limit, other=0.0)
+    low, _, _, _ = _approach(best, group < limit, tl.minimum(limit, GROUPS), k, k // 16, 8)
     i = tl.arange(0, CHUNK)
     s = part * CHUNK + i
-    rank = _ordered(tl.load(scores + n * score_row + s, mask=s < limit, other=0.0))
-    keep = ((rank >= low.to(tl.int32)) & (s < limit)).to(tl.int32)
+    score = tl.load(scores + n * score_row + s, mask=s < limit, other=0.0)
+    keep = ((score >= low) & (s < limit)).to(tl.int32)
     to = tl.cumsum(keep, 0) - 1
     tl.store(near + n * near_row + part * CHUNK + to, i.to(tl.int16), mask=keep > 0)
     tl.store(counts + n * parts + part, tl.sum(keep))
@@ -258,18 +264,24 @@ def _choose(  # type: ignore[no-untyped-def]
     if GATHERED and limit > CAP:
         count = limit * 0
         chunk, begin = tl.zeros([CAP], tl.int32), tl.zeros([CAP], tl.int32)
-        for c in range(tl.cdiv(limit, CHUNK)):
-            chunk, begin = tl.where(i >= count, c, chunk), tl.where(i >= count, count, begin)
-            count += tl.load(counts + n * parts + c)
+        for part in range(tl.cdiv(limit, CHUNK)):
+            chunk, begin = tl.where(i >= count, part, chunk), tl.where(i >= count, count, begin)
+            count += tl.load(counts + n * parts + part)
         offset = tl.load(near + n * near_row + chunk * CHUNK + i - begin, mask=i < count, other=0)
         s = chunk * CHUNK + offset.to(tl.int32)
     if count <= CAP:
         live = i < count
-        rank = _ordered(tl.load(scores + s, mask=live, other=0.0))
-        low = tl.min(tl.where(live, rank, 0x7FFFFFFF)).to(tl.int64)
-        rank = tl.where(live, rank, -0x80000000)
-        high = tl.max(rank).to(tl.int64) + 1
-        low, high, sure = _search(rank, low, high, count, k, 0)
+        score = tl.load(scores + s, mask=live, other=0.0)
+        few, fours = tl.reshape(score, [CAP // 4, 4]), tl.reshape(live, [CAP // 4, 4])
+        soft_low, soft_high, at_low, sure = _approach(few, fours, count, k, 0, 4)
+        low = _ordered(soft_low).to(tl.int64)
+        high = _ordered(soft_high).to(tl.int64) + (sure == 0).to(tl.int64)
+        rank = tl.where(live, _ordered(score), -0x80000000)
+        fours = tl.reshape(rank, [CAP // 4, 4])
+        while (high - low > 1) & (at_low > k):
+            a, b, c = _quarters(low, high)
+            packed = _count(fours, a.to(tl.int32), b.to(tl.int32), c.to(tl.int32))
+            low, high, at_low, sure = _narrow(low, high, a, b, c, at_low, sure, packed, k)
         above = rank.to(tl.int64) >= high
         tied = ((rank >= low.to(tl.int32)) & live & (above == 0)).to(tl.int32)
         take = above | ((tied > 0) & (tl.cumsum(tied, 0) <= k - sure))
@@ -279,12 +291,14 @@ def _choose(  # type: ignore[no-untyped-def]
         low, high = tl.full([], -0x7FFFFFFF, tl.int64), tl.full([], 0x7FFFFFFF, tl.int64)
         at_low, sure = limit.to(tl.int64), tl.zeros([], tl.int64)
         while (high - low > 1) & (at_low > k):
+            a, b, c = _quarters(low, high)
             packed = tl.zeros([], tl.int64)
             for start in range(0, limit, WHOLE):
                 s = start + tl.arange(0, WHOLE)
                 rank = _ordered(tl.load(scores + s, mask=s < limit, other=0.0))
-                packed += _count(tl.where(s < limit, rank, -0x80000000), low, high - low)
-            low, high, at_low, sure = _narrow(low, high, at_low, sure, packed, k)
+                fours = tl.reshape(tl.where(s < limit, rank, -0x80000000), [WHOLE // 4, 4])
+                packed += _count(fours, a.to(tl.int32), b.to(tl.int32), c.to(tl.int32))
+            low, high, at_low, sure = _narrow(low, high, a, b, c, at_low, sure, packed, k)
         ties, before = limit * 0, limit * 0
         for start in range(0, limit, WHOLE):
             s = start + tl.arange(0, WHOLE)
@@ -305,20 +319,32 @@ class Plan(NamedTuple):
     """Tile sizes, a function of shapes alone."""
 
     queries: int = 1
-    keys: int = 128
+    keys: int = 64
     parts: int = 128
     warps: int = 4
-    stages: int = 5
+    stages: int = 6
     cap: int = 4096
     chunk: int = 8192
     gather_warps: int = 16
     choose_warps: int = 16
 
 
-def plan(rows: int, sequences: int, max_keys: int, k: int) -> Plan:
-    """Long chunks of one sequence take several queries a program; short contexts skip the gathering."""
+def plan(rows: int, sequences: int, max_keys: int, k: int, fp8: bool = False) -> Plan:
+    """Chunks of one sequence take two queries a program; short contexts skip the gathering, and there a program
+    takes up to four tiles of keys where there are enough programs."""
     cap = max(4096, triton.next_power_of_2(2 * k))
-    return Plan(queries=2 if rows >= 4 * sequences else 1, cap=cap)
+    groups = 2 * cap
+    p = Plan(cap=cap, parts=groups // 64)
+    if rows >= 4 * sequences:
+        p = p._replace(queries=2, keys=128, parts=groups // 128, stages=3)
+    elif fp8:
+        p = p._replace(keys=128, parts=groups // 128, stages=3)
+    elif rows == 1:
+        p = p._replace(stages=9)
+    if max_keys <= cap:
+        tiles, groups_of_rows = -(-max_keys // p.keys), -(-rows // p.queries)
+        p = p._replace(parts=-(-tiles // max(1, min(4, tiles * groups_of_rows // 264))))
+    return p
 
 
 def fast(
@@ -339,7 +365,7 @@ def fast(
     chosen_NK = torch.empty(rows, k, dtype=torch.int32, device=device)
     if not rows:
         return chosen_NK
-    p = tiles or plan(rows, table_SB.shape[0], max_keys, k)
+    p = tiles or plan(rows, table_SB.shape[0], max_keys, k, k_pages_PTd.dtype == torch.uint8)
     assert k_pages_PTd.stride(2) == 1 and table_SB.stride(1) == 1 and max_keys <= MOST_KEYS and p.cap >= k
     assert p.chunk <= 2**15
     scaled = k_pages_PTd.dtype == torch.uint8
@@ -366,7 +392,7 @@ def fast(
             key_scales.stride(0), key_scales.stride(1), width, heads, dim,
             PAGE_STRIDE=codes.stride(0), ITEM_STRIDE=codes.stride(1), PAGE=k_pages_PTd.shape[1], QUERIES=p.queries,
             HEADS=max(triton.next_power_of_2(heads), -(-16 // p.queries)),
-            DIM=max(16, triton.next_power_of_2(dim)), KEYS=p.keys, PARTS=p.parts, SCALED=scaled, PEAKS=gathered,
+            DIM=max(16, triton.next_power_of_2(dim)), KEYS=p.keys,  SCALED=scaled, PEAKS=gathered,
             STAGES=p.stages, num_warps=p.warps,
         )  # fmt: skip
         if gathered:

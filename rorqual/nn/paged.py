@@ -115,6 +115,21 @@ class Group:
     offsets_S1: Tensor
     decoding: bool
 
+    def alone(self, s: int, position: int) -> Group:
+        """The token at `position` of sequence s, as a pass of its own."""
+        return Group(
+            tokens=slice(0, 1),
+            starts=[position],
+            counts=[1],
+            width=1,
+            end=position + 1,
+            table_SB=self.table_SB[s : s + 1],
+            ring_S=self.ring_S[s : s + 1],
+            ends_S=torch.full_like(self.ends_S[s : s + 1], position + 1),
+            offsets_S1=self.offsets_S1.new_tensor([0, 1]),
+            decoding=True,
+        )
+
     @cached_property
     def seq_N(self) -> Tensor:
         """Row of the table that each of the group's tokens belongs to, int64."""

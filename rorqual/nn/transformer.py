@@ -13,6 +13,7 @@ from rorqual.family import parts
 from rorqual.family.parts import ModelConfig
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.linear import Pack, adjoin, linear, linear_in_fp32
+from rorqual.kernels.mode import is_invariant
 from rorqual.nn.block import Block
 from rorqual.nn.cache import Cache
 from rorqual.nn.compressed import CompressedAttention, EntryIndexer
@@ -101,10 +102,29 @@ class Transformer(nn.Module):
         return packed.unpack(self._logits(packed, None, trace))
 
     def _logits(self, packed: _Packed, cache: Cache | None, trace: Trace | None) -> Tensor:
+        if is_invariant():
+            return self._logits_by_token(packed, cache, trace)
         starts = cache.lengths if cache is not None else [0] * packed.ids_BT.shape[0]
         return self.logits(
             self.finish(self.run(packed.ids_BT, self._rows(starts, packed), cache, trace), trace)
         )
+
+    def _logits_by_token(self, packed: _Packed, cache: Cache | None, trace: Trace | None) -> Tensor:
+        """Batch-invariant logits: every token is a pass of its own over its row's cache. No gradients flow."""
+        if trace is not None or cache is not None:
+            raise InputError(
+                "batch-invariant mode takes neither a trace nor a cache: give the whole sequence"
+            )
+        self._rows([0] * len(packed.counts), packed)
+        batch, width = packed.ids_BT.shape
+        out = torch.zeros(batch, width, self.config.vocab, device=self.device)
+        with torch.no_grad():
+            for b, count in enumerate(packed.counts):
+                own = self.new_cache(1, count)
+                for t in range(count):
+                    state = self.run(packed.ids_BT[b : b + 1, t : t + 1], Rows([t], [1], 1, self.device), own)
+                    out[b, t] = self.logits(self.finish(state))[0, 0]
+        return out.to(self.dtype) if self.config.residual is None else out
 
     def _rows(self, starts: list[int], packed: _Packed) -> Rows:
         rows = Rows(list(starts), packed.counts, packed.ids_BT.shape[1], packed.ids_BT.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rorqual.kernels import experts as op
 from rorqual.kernels.experts import Plan, Shared, Tiles, Weights, fast, reference
-from rorqual.kernels.experts_triton import sort_kernel, spread_kernel
+from rorqual.kernels.experts_triton import count_kernel, sort_kernel, spread_kernel
 from rorqual.kernels.quant import dequantize_fp8, quantize_fp8
 
 
@@ -217,8 +217,9 @@ def test_fp8(device: torch.device, form: str) -> None:
     close(y, exact(*args, common, quantized=form != "few"), 2e-3)
 
 
+@pytest.mark.parametrize("parts", [0, 1, 3])
 @pytest.mark.parametrize("tokens, shared, rows", [(1, 0, 4), (33, 2, 4), (50, 1, 16)])
-def test_sort(device: torch.device, tokens: int, shared: int, rows: int) -> None:
+def test_sort(device: torch.device, tokens: int, shared: int, rows: int, parts: int) -> None:
     """Lists longer than a chunk; tiles cover every expert's pairs once, in order, and nothing else."""
     count, chosen = 5, 3
     ids = torch.randint(-1, count + 1, (tokens, chosen), device=device)
@@ -227,9 +228,12 @@ def test_sort(device: torch.device, tokens: int, shared: int, rows: int) -> None
     tiles = pairs // rows + count + shared * -(-tokens // rows)
     order = torch.full((pairs + shared * tokens,), -7, dtype=torch.int32, device=device)
     table = torch.full((3, tiles), -7, dtype=torch.int32, device=device)
-    sort_kernel[(count + shared,)](
-        ids, order, table, order, order, order, pairs, tokens, count, shared, tiles, 0,
-        ROWS=rows, CHUNK=16, GROUPS=64, PDL=False,
+    counts = torch.full((-(-pairs // 16), 8), -7, dtype=torch.int32, device=device)
+    if parts:
+        count_kernel[(counts.shape[0],)](ids, counts, pairs, count, CHUNK=16, BINS=8, PDL=False)
+    sort_kernel[(count + shared, max(parts, 1))](
+        ids, counts, order, table, order, order, order, pairs, tokens, count, shared, tiles, 0,
+        ROWS=rows, CHUNK=16, BINS=8 if parts else 0, GROUPS=64, PDL=False,
     )  # fmt: skip
     flat = ids.flatten().tolist()
     wanted = [[p for p, e in enumerate(flat) if e == expert] for expert in range(count)]

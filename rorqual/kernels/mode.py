@@ -1,0 +1,31 @@
+"""Batch-invariant mode: what is computed for a token depends on that token and those before it, to the bit.
+
+Sums of floating-point numbers depend on their order, and fast products choose the order by the shapes they
+meet; so a token's log-probability commonly changes with the batch it stands in, with how its prompt was cut,
+with a prefix found in a cache, with drafts verified beside it. Inside `invariant()` every product is taken in an
+order that none of these changes. On GPUs kernels have a form with fixed tiles for it; elsewhere each token is a
+pass of its own, slow and plain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+_on: ContextVar[bool] = ContextVar("invariant", default=False)
+
+
+@contextlib.contextmanager
+def invariant(on: bool = True) -> Iterator[None]:
+    """Batch-invariant mode inside (or, with False, outside it again)."""
+    token = _on.set(on)
+    try:
+        yield
+    finally:
+        _on.reset(token)
+
+
+def is_invariant() -> bool:
+    """Whether batch-invariant mode is on here."""
+    return _on.get()
