@@ -182,23 +182,26 @@ def check_fixed(fp8: bool) -> None:
 
 # --------------------------------------------------------------------------------------------- sweep
 
-FEW = [Tiles(s, o, d, w, st, True) for s, o, d, w, st in [
-    (4, 16, 128, 4, 3), (4, 16, 128, 4, 6), (2, 16, 128, 2, 4), (2, 32, 128, 4, 4), (4, 32, 128, 4, 3),
-    (8, 16, 128, 8, 3), (8, 16, 64, 8, 4), (2, 16, 128, 4, 6), (2, 32, 256, 4, 3)]]  # fmt: skip
+
+def few(*options: tuple[int, int, int, int, int]) -> list[Tiles]:
+    return [Tiles(*o, True) for o in options]
 
 
 def families() -> Iterable[tuple[str, bool, list[int], Plan, list[Tiles], list[Tiles]]]:
     """Name, FP8, batch sizes, the plan to start from, and tiles to try for each product."""
-    for fp8 in (True, False):
-        tiles = [t for t in FEW if not fp8 or t.depth == 128]
-        yield "few", fp8, [1, 2, 4], plan(1, 6, 64, fp8, False), tiles, tiles
-    for rows, sizes in ((16, [8, 64]), (32, [256]), (64, [512])):
-        start = Plan(Tiles(rows, 64, 128, 4, 3, True), Tiles(rows, 128, 128, 4, 3, True), codes=True)
-        ups = [Tiles(rows, 64, 128, w, s, True) for w, s in ((4, 3), (4, 4), (8, 3), (8, 4))]
-        downs = [
-            Tiles(rows, o, 128, w, s, True) for o, w, s in ((128, 4, 3), (128, 4, 5), (128, 8, 4), (64, 4, 4))
-        ]
-        yield f"thin{rows}codes", True, sizes, start, ups, downs
+    ups = few((2, 16, 128, 2, 6), (2, 16, 128, 2, 4), (1, 16, 128, 1, 8), (4, 16, 128, 4, 5), (4, 32, 128, 4, 3),
+              (4, 16, 128, 4, 3), (2, 32, 128, 2, 5), (4, 16, 128, 2, 4))  # fmt: skip
+    downs = few((8, 16, 128, 8, 3), (8, 16, 128, 8, 5), (4, 16, 128, 4, 6), (8, 16, 128, 4, 4), (16, 16, 128, 8, 3),
+                (4, 16, 128, 4, 8))  # fmt: skip
+    yield "few", True, [1, 2, 4], plan(1, 6, 64, True, False), ups, downs
+    ups = few((2, 16, 128, 2, 4), (2, 16, 128, 2, 3), (4, 16, 128, 4, 3), (1, 16, 128, 1, 6))
+    downs = few((4, 16, 128, 4, 6), (8, 16, 128, 8, 4), (4, 16, 128, 4, 7), (8, 16, 64, 8, 6))
+    yield "few", False, [1, 4], plan(1, 6, 64, False, False), ups, downs
+    ups = [Tiles(32, *t, True) for t in ((64, 128, 4, 3), (64, 64, 4, 4), (32, 128, 4, 4), (64, 64, 4, 5))]
+    downs = [
+        Tiles(32, *t, True) for t in ((128, 128, 4, 3), (128, 64, 4, 4), (64, 128, 4, 4), (128, 64, 4, 5))
+    ]
+    yield "thin32", False, [256], Plan(ups[0], downs[0]), ups, downs
 
 
 def variants(start: Plan, ups: list[Tiles], downs: list[Tiles]) -> list[Plan]:
@@ -212,14 +215,10 @@ def variants(start: Plan, ups: list[Tiles], downs: list[Tiles]) -> list[Plan]:
     return made
 
 
-TOGGLES = ((False, 0), (True, 0), (True, 1), (True, 2), (True, 4))
-
-
-def compile_some(jobs: list[tuple[bool, list[int], Plan, tuple[bool, int]]]) -> None:
+def compile_some(jobs: list[tuple[bool, list[int], Plan, bool]]) -> None:
     """In a process of its own: fill Triton's cache. Small matrices compile to the same kernels."""
     layers = {fp8: Layer(Shape(2, 2048, 1408, 2, 2), fp8) for fp8 in (False, True)}
-    for fp8, sizes, how, toggle in jobs:
-        op.PDL, op.AHEAD = toggle
+    for fp8, sizes, how, op.PDL in jobs:
         for tokens in sizes if how.few else sizes[:1]:
             layer = layers[fp8]
             x, _, _ = layer.batch(tokens)
@@ -234,13 +233,15 @@ def compile_some(jobs: list[tuple[bool, list[int], Plan, tuple[bool, int]]]) -> 
 
 def precompile() -> None:
     jobs = [
-        (fp8, sizes, how, (True, 2))
+        (fp8, sizes, how, True)
         for _, fp8, sizes, start, ups, downs in families()
         for how in variants(start, ups, downs)
     ]
     sizes = (1, 2, 4, 8, 64, 256, 512, 8192)
-    jobs += [(fp8, [n], plan(n, 6, 64, fp8, f), (True, 2)) for fp8 in (0, 1) for f in (0, 1) for n in sizes]
-    jobs += [(fp8, [n], plan(n, 6, 64, fp8, False), t) for fp8 in (0, 1) for n in (1, 2, 8) for t in TOGGLES]
+    jobs += [(fp8, [n], plan(n, 6, 64, fp8, f), True) for fp8 in (0, 1) for f in (0, 1) for n in sizes]
+    jobs += [
+        (fp8, [n], plan(n, 6, 64, fp8, False), t) for fp8 in (0, 1) for n in (1, 2, 8, 64) for t in (False,)
+    ]
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=compile_some, args=(jobs[i::14],)) for i in range(14)]
     for worker in workers:
@@ -373,8 +374,9 @@ def in_gluon() -> None:
         layer = Layer(LITE, fp8)
         show(layer, (512, 1024, 2048, 8192, 32768), "gluon", how=how)
         guarded("breakdown", lambda: breakdown(layer, 8192, how=how))  # noqa: B023
+        del layer
     for sizes in GROUPED:
-        tiles = [Tiles(128, 128, 128, 8, stages, False) for stages in (4, 5)]
+        tiles = [dataclasses.replace(tile, stages=stages) for stages in (4, 5)]
         guarded("gluon", lambda: grouped(*sizes, tiles, gluon=True))  # noqa: B023
 
 
@@ -437,6 +439,8 @@ def main() -> None:
     if sweeping:
         guarded("precompile", precompile)
         print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
+    bounded(in_gluon, 30)
+    print(f"{time.monotonic() - began:.0f} s", flush=True)
     torch.backends.cuda.matmul.allow_tf32 = False
     for fp8 in (False, True):
         for tokens, options in (
@@ -451,33 +455,23 @@ def main() -> None:
         guarded("fixed", lambda: check_fixed(fp8))  # noqa: B023
     layers = {fp8: Layer(LITE, fp8) for fp8 in (False, True)}
     if sweeping:
-        for pdl, ahead in TOGGLES:
-            op.PDL, op.AHEAD = pdl, ahead
+        for op.PDL in (False, True):
             times = [timed(layers[fp8], n)[0] * 1e6 for fp8 in (False, True) for n in (1, 2, 8, 64)]
-            print(
-                f"pdl {pdl} ahead {ahead}: bf16, fp8 N1, 2, 8, 64 us",
-                " ".join(f"{t:.1f}" for t in times),
-                flush=True,
-            )
-        op.PDL, op.AHEAD = True, 2
-        sweep(layers, began + 45)
-        for rows, depth in ((16, 128), (32, 128), (64, 128), (64, 64)):
-            how = Plan(
-                Tiles(rows, 64, depth, 4, 4 if depth == 64 else 3, True), Tiles(rows, 128, depth, 4, 3, True)
-            )
-            show(layers[False], (8, 64, 512, 8192), f"fixed {rows}/{depth}", how=how)
+            print(f"pdl {op.PDL}: bf16, fp8 N1, 2, 8, 64 us", " ".join(f"{t:.1f}" for t in times), flush=True)
+        sweep(layers, began + 50)
+        show(layers[True], (1, 2, 4), "sorted", how=plan(8, 6, 64, True, False))
         print(f"swept in {time.monotonic() - began:.0f} s", flush=True)
     for layer in layers.values():
-        show(layer, (1, 2, 4, 8, 32, 64, 256, 512, 2048, 8192, 32768))
-        show(layer, (64,), "fixed", fixed=True)
-        for tokens in (1, 64, 8192):
+        show(layer, (1, 2, 4, 8, 32, 64, 256, 512, 2048, 8192))
+        show(layer, (8, 64, 8192), "fixed", fixed=True)
+        for tokens in (1, 8192):
             guarded("breakdown", lambda: breakdown(layer, tokens))  # noqa: B023
-    guarded("torch grouped", lambda: torch_grouped(layers[False], 8192))
-    layers.clear()
-    if time.monotonic() - began < 60:
+    print(f"{time.monotonic() - began:.0f} s", flush=True)
+    if not sweeping:
+        guarded("torch grouped", lambda: torch_grouped(layers[False], 8192))
+        layers.clear()
         for fp8 in (False, True):
             show(Layer(V3, fp8), (1, 64, 4096))
-    bounded(in_gluon, 30)
     print(f"{time.monotonic() - began:.0f} s in all")
 
 

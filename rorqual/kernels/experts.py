@@ -190,23 +190,27 @@ FEW_TOKENS = 4
 """Batches up to this size go through `experts_few`."""
 
 
-def plan(tokens: int, chosen: int, count: int, fp8: bool, fixed: bool) -> Plan:
+def plan(tokens: int, chosen: int, count: int, fp8: bool, fixed: bool, gluon: bool = False) -> Plan:
     """The tiles for a batch, by its shape alone. Measured on an H200."""
     if fixed:
-        return Plan(Tiles(64, 64, 128, 4, 3, True), Tiles(64, 128, 128, 4, 3, True))
+        depth, stages = (128, 3) if fp8 else (64, 4)
+        return Plan(Tiles(64, 64, depth, 4, stages, True), Tiles(64, 128, depth, 4, stages, True), codes=fp8)
     if tokens <= FEW_TOKENS and fp8:
-        return Plan(Tiles(2, 32, 128, 4, 4, True), Tiles(4, 32, 128, 4, 3, True), few=True)
+        return Plan(Tiles(4, 16, 128, 4, 3, True), Tiles(8, 16, 128, 8, 3, True), few=True)
     if tokens <= FEW_TOKENS:
-        return Plan(Tiles(4, 16, 128, 4, 3, True), Tiles(4, 16, 128, 4, 6, True), few=True)
+        return Plan(Tiles(2, 16, 128, 2, 4, True), Tiles(4, 16, 128, 4, 6, True), few=True)
     mean = tokens * chosen / count
     full = mean + 1.5 * mean**0.5
+    if fp8 and full <= 64:
+        rows = 16 if full <= 16 else 32 if full <= 32 else 64
+        return Plan(Tiles(rows, 64, 128, 4, 4, True), Tiles(rows, 128, 128, 4, 3, True), codes=True)
     if full <= 32:
         rows = 16 if full <= 16 else 32
         return Plan(Tiles(rows, 64, 128, 4, 3, True), Tiles(rows, 128, 128, 4, 3, True))
-    if full <= 64 and fp8:
-        return Plan(Tiles(64, 64, 128, 4, 3, True), Tiles(64, 128, 128, 4, 3, True))
     if full <= 64:
         return Plan(Tiles(64, 64, 64, 4, 4, True), Tiles(64, 128, 64, 4, 4, True))
+    if gluon:
+        return Plan(Tiles(128, 128, 64, 4, 4, False), Tiles(128, 256, 64, 4, 4, False), codes=fp8, gluon=True)
     if fp8:
         return Plan(Tiles(64, 64, 128, 4, 4, False), Tiles(64, 128, 128, 4, 4, False), codes=True)
     return Plan(Tiles(128, 128, 64, 8, 4, False), Tiles(128, 256, 64, 8, 4, False))

@@ -118,31 +118,32 @@ def factor(at, POWERS: tl.constexpr):
 @triton.jit
 def few(
     x, x_scale, w, w_scale, bias, y, out_width, x_row, s_row, s_group, w_row, b_row, y_row,
-    D: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BO: tl.constexpr,
     POWERS: tl.constexpr, BIAS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """y = x w^T for N rows, BO outputs a program, without tensor cores: whole weight rows are held in registers."""
     release(AHEAD)
     first = tl.program_id(0) * BO
     o = first + tl.arange(0, BO)
-    d = tl.arange(0, BD)
-    live = d < D
+    g = tl.arange(0, GROUPS)
+    d = g[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = o < out_width
     tile = tl.load(
-        w + o.to(tl.int64)[:, None] * w_row + d[None, :],
-        mask=inside[:, None] & live[None, :],
+        w + o.to(tl.int64)[:, None, None] * w_row + d[None, :, :],
+        mask=inside[:, None, None] & (d < D)[None, :, :],
         other=0.0,
         eviction_policy="evict_first",
     )
-    group = tl.minimum(d, D - 1) // 128
-    by = factor(w_scale + first // 128 * b_row + group, POWERS)
+    real = g < (D + 127) // 128
+    by = factor(w_scale + first // 128 * b_row + tl.where(real, g, 0), POWERS)
     await_inputs(AHEAD)
     which = tl.arange(0, NP)
     values = tl.zeros((BO, NP), tl.float32)
     for n in tl.static_range(N):
-        row = tl.load(x + n * x_row + d, mask=live, other=0.0).to(tl.float32)
-        row *= tl.load(x_scale + n * s_row + group * s_group) * by
-        value = tl.sum(tile.to(tl.float32) * row[None, :], 1)
+        row = tl.load(x + n * x_row + d, mask=d < D, other=0.0).to(tl.float32)
+        parts = tl.sum(tile.to(tl.float32) * row[None, :, :], 2)
+        by_n = tl.load(x_scale + n * s_row + g * s_group, mask=real, other=0.0)
+        value = tl.sum(parts * (by_n * by)[None, :], 1)
         values = tl.where((which == n)[None, :], value[:, None], values)
     if BIAS:
         values += tl.load(bias + o, mask=inside, other=0.0).to(tl.float32)[:, None]
@@ -270,7 +271,7 @@ def fast(
         few[(triton.cdiv(out_width, how["BO"]),)](
             x, x_scale, codes_OD, scale, bias, y, out_width, x.stride(0), x_scale.stride(0), x_scale.stride(1),
             codes_OD.stride(0), scale.stride(0), y.stride(0), D=width, N=rows, NP=triton.next_power_of_2(rows),
-            BO=how["BO"], BD=triton.next_power_of_2(width), POWERS=powers, BIAS=bias is not None,
+            BO=how["BO"], GROUPS=triton.next_power_of_2(x_scale.shape[1]), POWERS=powers, BIAS=bias is not None,
             num_warps=how["num_warps"], **_launch(ahead),
         )  # fmt: skip
         return y

@@ -29,7 +29,7 @@ def test_bits_do_not_depend_on_company(kind: str, speculate: bool, dtype: torch.
     model = build(kind).to(dtype)
     if speculate and not len(model.mtp):
         pytest.skip("this member has no MTP module")
-    engine = engine_of(model, 150, step_tokens=7, speculate=speculate, invariant=True)
+    engine = engine_of(model, 240, step_tokens=7, speculate=speculate, invariant=True)
     prompts = [[*range(4, 24), *prompt] for prompt in prompts_of(model.config.vocab, 5)]
     prompts += [[*prompt, 7, 8, 9] for prompt in prompts]
     handles = []
