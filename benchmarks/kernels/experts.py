@@ -209,6 +209,9 @@ def variants(start: Plan, ups: list[Tiles], downs: list[Tiles]) -> list[Plan]:
     made = []
     for i in range(max(len(ups), len(downs))):
         up, down = ups[i % len(ups)], downs[i % len(downs)]
+        if start.few:
+            made.append(dataclasses.replace(start, up=up, down=down))
+            continue
         made.append(dataclasses.replace(start, up=up, down=dataclasses.replace(down, rows=up.rows)))
         if up.rows != down.rows:
             made.append(dataclasses.replace(start, up=dataclasses.replace(up, rows=down.rows), down=down))
@@ -374,7 +377,6 @@ def in_gluon() -> None:
         layer = Layer(LITE, fp8)
         show(layer, (512, 1024, 2048, 8192, 32768), "gluon", how=how)
         guarded("breakdown", lambda: breakdown(layer, 8192, how=how))  # noqa: B023
-        del layer
     for sizes in GROUPED:
         tiles = [dataclasses.replace(tile, stages=stages) for stages in (4, 5)]
         guarded("gluon", lambda: grouped(*sizes, tiles, gluon=True))  # noqa: B023

@@ -96,7 +96,10 @@ def beside(module: str, jobs: Sequence[tuple[str, Any]], seconds: float = 40.0) 
     """Run functions of a module in processes of their own: checks, and compiling into the disk cache."""
     start = time.time()
     pool = ProcessPoolExecutor(15, mp_context=multiprocessing.get_context("spawn"))
-    done, left = wait([pool.submit(_work, module, name, job) for name, job in jobs], timeout=seconds)
+    done, _ = wait([pool.submit(_work, module, name, job) for name, job in jobs], timeout=seconds)
+    if len(done) < len(jobs):
+        for process in list((pool._processes or {}).values()):
+            process.kill()
     pool.shutdown(wait=False, cancel_futures=True)
     print(f"checked and compiled {len(done)} of {len(jobs)} in {time.time() - start:.0f} s", flush=True)
 

@@ -4,6 +4,7 @@ and the arithmetic they need. SWEEP=1 tries other tile sizes too.
 Timed calls are replayed from one CUDA graph, over several copies of the inputs where these would fit the L2.
 """
 
+import faulthandler
 import os
 import statistics
 import time
@@ -314,6 +315,11 @@ class Union:
         )
 
 
+def check_plain_union() -> None:
+    for case in [(3, 3, 1000, 64, "hca"), (2048, 1, 4096, 64, "csa")]:
+        Union(*case).check(f"plain {case}", hopper=False)
+
+
 def check_union(*case: Any) -> None:
     Union(*case).check(str(case))
 
@@ -351,21 +357,26 @@ def sweep_union(*case: Any) -> None:
 def union_options(rows: int, sequences: int, count: int, heads: int, kind: str) -> Iterator[dict[str, int]]:
     keys = 128 + {"swa": 0, "csa": 512, "hca": count}[kind]
 
-    def option(splits: int, most_heads: int, tile: int, warps: int, stages: int) -> dict[str, int]:
-        cut = max(1, min(splits, -(-keys // tile), 128))
-        return {"splits": cut, "most_heads": most_heads, "keys": tile, "warps": warps, "stages": stages}
+    def plain(splits: float, most_heads: int, tile: int, warps: int, stages: int) -> dict[str, Any]:
+        cut = max(1, min(int(splits), -(-keys // tile), 128))
+        options = {"splits": cut, "most_heads": most_heads, "keys": tile, "warps": warps, "stages": stages}
+        return {"hopper": False, **options}
 
     if rows >= 1024:
-        for tile, warps, stages in [(64, 8, 2), (32, 8, 2), (32, 8, 3), (32, 8, 4), (64, 8, 1), (32, 4, 2)]:
-            yield option(1, 64, tile, warps, stages)
+        yield plain(1, 64, 64, 8, 1)
+        yield {"hopper": True, "splits": 1}
         return
     for waves in (0.5, 1, 2):
+        cut = max(1, min(int(waves * 132 * 64 / (rows * heads)), -(-keys // 64)))
+        yield {"hopper": True, "splits": cut}
+    for waves in (1, 2):
         for most_heads, tile, warps, stages in [
-            (64, 64, 8, 2), (64, 32, 8, 3), (32, 64, 4, 2), (32, 32, 4, 3), (16, 64, 4, 2), (16, 32, 4, 3),
-            (16, 64, 4, 3), (16, 128, 8, 2),
-        ]:  # fmt: skip
-            blocks = rows * heads // most_heads
-            yield option(int(waves * 132 / blocks), most_heads, tile, warps, stages)
+            (64, 64, 8, 2),
+            (16, 64, 4, 2),
+            (16, 32, 4, 3),
+            (32, 64, 4, 2),
+        ]:
+            yield plain(waves * 132 * most_heads / (rows * heads), most_heads, tile, warps, stages)
 
 
 # ---------------------------------------------------------------------------------- compress and mix
@@ -536,20 +547,8 @@ SWEEPS: list[tuple[str, tuple[Any, ...]]] = [
 ]
 
 
-def main() -> None:
-    begun = time.perf_counter()
-    only = os.environ.get("ONLY", "index union compress mix").split()
-    print(torch.cuda.get_device_name(), f"only {only}", flush=True)
-    cases = {
-        "index": [*V32, *V4, *SHARED, *FP8_CASES, *PREFILL],
-        "union": [*UNION, *UNION_PREFILL],
-        "compress": [*COMPRESS, *COMPRESS_PREFILL],
-        "mix": [(n, d) for d in (4096, 7168) for n in (1, 8, 64, 2048)],
-    }
-    pool = ProcessPoolExecutor(15, mp_context=torch.multiprocessing.get_context("spawn"))
-    list(pool.map(warm, [(kind, case, None) for kind in only for case in cases[kind]]))
-    print(f"compiled after {time.perf_counter() - begun:.0f} s", flush=True)
-    if "index" in only:
+def checks(kind: str) -> None:
+    if kind == "index":
         guarded(exact_index, None)
         for rows, sequences, limit, k, page, form in [
             (3, 3, 5000, 2048, 64, "bf16"), (16, 4, 40000, 2048, 64, "bf16"), (4, 4, 131072, 2048, 64, "fp8"),
@@ -557,40 +556,61 @@ def main() -> None:
         ]:  # fmt: skip
             for ragged in (False, True):
                 guarded(check_index, rows, sequences, limit, k, page, form, ragged)
-    if "union" in only:
-        for case in [
-            *UNION[:4],
-            *UNION[6:8],
-            (4, 2, 600, 128, "csa"),
-            (3, 3, 1000, 64, "hca"),
-            *UNION_PREFILL,
-        ]:
+    elif kind == "union":
+        for case in [*UNION, (4, 2, 600, 128, "csa"), (3, 3, 1000, 64, "hca"), *UNION_PREFILL]:
             guarded(check_union, *case)
-    if "compress" in only:
+        guarded(check_plain_union)
+    elif kind == "compress":
         for case in [*COMPRESS, (24, 3, 4, 512), (300, 2, 4, 128), (512, 2, 128, 512)]:
             guarded(check_compress, *case)
-    if "mix" in only:
+    else:
         for case in [(1, 4096), (17, 7168), (64, 4096)]:
             guarded(check_mix, *case)
-    print(f"checked after {time.perf_counter() - begun:.0f} s", flush=True)
+
+
+def main() -> None:
+    begun = time.perf_counter()
+    faulthandler.dump_traceback_later(75, exit=True)
+
+    def at(what: str) -> None:
+        print(f"{what} after {time.perf_counter() - begun:.0f} s", flush=True)
+
+    kinds = os.environ.get("ONLY", "index mix compress union").split()
+    print(torch.cuda.get_device_name(), kinds, flush=True)
+    cases: dict[str, list[tuple[Any, ...]]] = {
+        "index": [*V32, *V4, *SHARED, *FP8_CASES, *PREFILL],
+        "union": [*UNION, *UNION_PREFILL],
+        "compress": [*COMPRESS, *COMPRESS_PREFILL],
+        "mix": [(n, d) for d in (4096, 7168) for n in (1, 8, 64, 2048)],
+    }
     timers = {"index": time_index, "union": time_union, "mix": time_mix, "compress": time_compress}
-    for kind, timer in timers.items():
-        for case in cases[kind] if kind in only else ():
-            guarded(timer, *case)
-    print(f"timed after {time.perf_counter() - begun:.0f} s", flush=True)
-    if os.environ.get("SWEEP", "1") == "1":
-        sweeps = [(kind, case) for kind, case in SWEEPS if kind in only]
-        options: dict[str, Any] = {"index": index_plans, "union": union_options, "mix": lambda *_: MIX_TILES}
-        sweepers = {"index": sweep_index, "union": sweep_union, "mix": sweep_mix}
-        list(pool.map(warm, [(kind, case, tiles) for kind, case in sweeps for tiles in options[kind](*case)]))
-        print(f"compiled after {time.perf_counter() - begun:.0f} s", flush=True)
-        for kind, case in sweeps:
-            if time.perf_counter() - begun > 67:
+    options: dict[str, Any] = {"index": index_plans, "union": union_options, "mix": lambda *_: MIX_TILES}
+    sweepers = {"index": sweep_index, "union": sweep_union, "mix": sweep_mix}
+    pool = ProcessPoolExecutor(15, mp_context=torch.multiprocessing.get_context("spawn"))
+    for kind in kinds:
+        try:
+            list(pool.map(warm, [(kind, case, None) for case in cases[kind]], timeout=30))
+        except TimeoutError:
+            print(f"{kind} HANGS")
+            continue
+        at(f"{kind} compiled")
+        checks(kind)
+        for case in cases[kind]:
+            guarded(timers[kind], *case)
+        at("timed")
+        sweeps = [case for name, case in SWEEPS if name == kind]
+        if not sweeps or os.environ.get("SWEEP", "1") != "1" or time.perf_counter() - begun > 55:
+            continue
+        tasks = [(kind, case, tiles) for case in sweeps for tiles in options[kind](*case)]
+        list(pool.map(warm, tasks, timeout=60))
+        for case in sweeps:
+            if time.perf_counter() - begun > 66:
                 print(f"out of time before {kind} {case}")
                 continue
             guarded(sweepers[kind], *case)
+        at("swept")
     pool.shutdown(wait=False, cancel_futures=True)
-    print(f"done after {time.perf_counter() - begun:.0f} s")
+    at("done")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ class Core:
         self._thread: threading.Thread | None = None
         self._flight: tuple[Plan, Flight] | None = None
         self._arrivals = 0
+        self._packs = model.packs()
         self._limit: int | None = None
         """Requests a pass, while the device is short of memory."""
         self.slots = slots
@@ -119,7 +120,7 @@ class Core:
     def _products(self) -> contextlib.AbstractContextManager[None]:
         """Packed weight copies on the CPU; not in batch-invariant mode, which the trainer has to meet."""
         packs = self.model.device.type == "cpu" and not self.runner.invariant
-        return packing(self.model.packs()) if packs else contextlib.nullcontext()
+        return packing(self._packs) if packs else contextlib.nullcontext()
 
     def _forward(self, plan: Plan) -> Pass | None:
         """Start a pass; if it fails its requests fail, and the engine goes on."""

@@ -15,6 +15,7 @@ from rorqual.engine.graphs import Graphs
 from rorqual.engine.request import Request
 from rorqual.engine.sampling import Sampler
 from rorqual.engine.scheduler import Plan
+from rorqual.kernels.mode import invariant as batch_invariant
 from rorqual.nn import Transformer
 from rorqual.nn.paged import PagedStep, Store, new_store
 
@@ -150,6 +151,10 @@ class Runner:
     @torch.inference_mode()
     def forward(self, plan: Plan) -> Pass:
         """Start a plan's forward pass."""
+        with batch_invariant(self.invariant):
+            return self._start(plan)
+
+    def _start(self, plan: Plan) -> Pass:
         for request in plan.admitted:
             known = len(request.answer.prompt)
             sampling = (
@@ -171,9 +176,8 @@ class Runner:
             batch.ids_N[batch.late[0]] = self._newest[batch.late[1]]
         if self.invariant:
             state = self._by_token(batch)
-            logits = torch.cat(
-                [self.model.logits(self.model.finish(state[:, c : c + 1])[0]) for c in batch.columns]
-            )
+            rows = [self.model.logits(self.model.finish(state[:, c : c + 1])[0]) for c in batch.columns.tolist()]
+            logits = torch.cat(rows) if rows else state.new_empty(0, self.model.config.vocab)
         else:
             state = self.model.run_paged(batch.ids_N[None], batch.step, self.stores)
             logits = self.model.logits(self.model.finish(state[:, batch.columns])[0])

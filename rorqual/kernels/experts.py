@@ -8,8 +8,9 @@ fp32 in the order of its choice, then the shared experts' and what `add_ND` hold
 `0 .. E - 1` names no expert and adds nothing. `reference` is the definition and the CPU's and training's form.
 
 `fast` runs without a device-to-host sync. A few tokens go through `experts_few` (two launches), more through
-`experts_triton`: sort pairs by expert on the device, two grouped products, sum. FP8 matrices are multiplied as
-codes, activations quantised 1x128 on the way (where `reference` multiplies the matrices out).
+`experts_triton`: sort pairs by expert on the device, two grouped products, sum; on Hopper `experts_gluon` has the
+products of large batches. FP8 matrices are multiplied as codes; except for a few tokens the activations are
+quantised 1x128 on the way (where `reference` multiplies the matrices out).
 """
 
 from __future__ import annotations
@@ -343,7 +344,8 @@ def _few(b: Batch, how: Plan) -> Tensor:
     experts_few.few_up_kernel[(slots * triton.cdiv(b.width, tile.out),)](
         b.x, b.ids, b.weights, gate.codes, up.codes, _scale(gate), _scale(up), shared_gate.codes, shared_up.codes,
         _scale(shared_gate), _scale(shared_up), inner, b.limit or 0.0, b.pairs, b.tokens, b.count, b.extra, b.width,
-        b.hidden, K=b.chosen, OUT=tile.out, SPLIT=tile.rows, DEPTH=tile.depth, STAGES=tile.stages,
+        b.hidden, K=b.chosen, CHOICES=triton.next_power_of_2(b.chosen), OUT=tile.out, SPLIT=tile.rows,
+        DEPTH=tile.depth, STAGES=tile.stages,
         LIMIT=b.limit is not None, num_warps=tile.warps, **common, **b.launch,
     )  # fmt: skip
     tile = how.down

@@ -39,9 +39,9 @@ def slots(ids_ptr, pairs, experts, PAIRS: tl.constexpr):
 def few_up_kernel(
     x_ptr, ids_ptr, weights_ptr, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, shared_gate_ptr,
     shared_up_ptr, shared_gate_scale_ptr, shared_up_scale_ptr, inner_ptr, limit, pairs, tokens, experts,
-    shared, width, hidden, K: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr,
-    SPLIT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr, LIMIT: tl.constexpr,
-    PDL: tl.constexpr,
+    shared, width, hidden, K: tl.constexpr, CHOICES: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
+    OUT: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr,
+    LIMIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """inner `[slots, N, W]`: routing weight (0 where not chosen) * swiglu(gate x, up x); shared experts last."""
     if PDL:
@@ -54,14 +54,14 @@ def few_up_kernel(
         return
     expert = tl.sum(tl.where(tl.arange(0, PAIRS) == slot, listed, 0))
     token = tl.arange(0, ROWS)
+    # Asked for here, used at the end: nothing waits for them.
+    choice = tl.arange(0, CHOICES)
+    place = token[:, None] * K + choice[None, :]
+    theirs = (token < tokens)[:, None] & (choice < K)[None, :]
+    chosen = tl.load(ids_ptr + place, theirs, other=-1)
+    weights = tl.load(weights_ptr + place, theirs, other=0.0)
     scales = tl.cdiv(hidden, 128)
     if slot < count:
-        weight = tl.zeros((ROWS,), tl.float32)
-        for k in tl.static_range(K):
-            chosen = tl.load(ids_ptr + token * K + k, token < tokens, other=-1) == expert
-            weight += tl.load(weights_ptr + token * K + k, (token < tokens) & chosen, other=0.0).to(
-                tl.float32
-            )
         at = expert.to(tl.int64) * width * hidden
         gate = gate_ptr + at
         up = up_ptr + at
@@ -69,7 +69,6 @@ def few_up_kernel(
         gate_scale = gate_scale_ptr + scale_at
         up_scale = up_scale_ptr + scale_at
     else:
-        weight = tl.full((ROWS,), 1.0, tl.float32)
         at = (slot - count).to(tl.int64) * width * hidden
         gate = shared_gate_ptr + at
         up = shared_up_ptr + at
@@ -106,11 +105,13 @@ def few_up_kernel(
     if LIMIT:
         gate_y = tl.minimum(gate_y, limit)
         up_y = tl.minimum(tl.maximum(up_y, -limit), limit)
+    weight = tl.sum(tl.where(chosen == expert, weights.to(tl.float32), 0.0), 1)
+    weight = tl.where(slot < count, weight, 1.0)
     inner = gate_y * tl.sigmoid(gate_y) * up_y * weight[:, None]
     channel = column + tl.arange(0, OUT)[None, :]
-    place = (slot * tokens + token)[:, None] * width + channel
+    to = (slot * tokens + token)[:, None] * width + channel
     tl.store(
-        inner_ptr + place, inner.to(inner_ptr.dtype.element_ty), (token < tokens)[:, None] & (channel < width)
+        inner_ptr + to, inner.to(inner_ptr.dtype.element_ty), (token < tokens)[:, None] & (channel < width)
     )
 
 

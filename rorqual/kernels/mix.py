@@ -61,7 +61,7 @@ def _old(x, y, rows, d, live, hidden, STREAMS: tl.constexpr):  # type: ignore[no
     found = (tl.load(y + rows[:, None] * hidden + d[None, :], mask=live, other=0.0),)
     for j in tl.static_range(STREAMS):
         at = (rows * STREAMS + j)[:, None] * hidden + d[None, :]
-        found = found + (tl.load(x + at, mask=live, other=0.0),)  # noqa: RUF005 (Triton has no starred items)
+        found += (tl.load(x + at, mask=live, other=0.0),)  # type: ignore[assignment]
     return found
 
 
@@ -112,14 +112,14 @@ def _slice(  # type: ignore[no-untyped-def]
     for k in tl.static_range(STREAMS):  # all loads first: none of them waits for arithmetic
         at = (out * STREAMS + k)[None, :] * hidden + d[:, None]
         mask = (out < OUTPUTS)[None, :] & (d < hidden)[:, None]
-        weights = weights + (tl.load(fn + at, mask=mask, other=0.0),)  # noqa: RUF005 (as above)
+        weights += (tl.load(fn + at, mask=mask, other=0.0),)  # type: ignore[assignment]
         at = (safe * STREAMS + k)[:, None] * hidden + d[None, :]
-        streams = streams + (tl.load(x + at, mask=live, other=0.0),)  # noqa: RUF005
+        streams += (tl.load(x + at, mask=live, other=0.0),)  # type: ignore[assignment]
     total = tl.zeros([ROWS, OUT], tl.float32)
     square = tl.zeros([ROWS, CHANNELS], tl.float32)
     for k in tl.static_range(STREAMS):
-        stream, weight = streams[k], weights[k]
-        wide = stream.to(tl.float32)
+        stream, weight = streams[k], weights[k]  # type: ignore[var-annotated]
+        wide = stream.to(tl.float32)  # type: ignore[var-annotated]
         square += wide * wide
         if stream.dtype == tl.bfloat16:  # three bf16 parts hold fp32's 24 bits, so every product is exact
             high = weight.to(tl.bfloat16)

@@ -44,43 +44,44 @@ CACHE_BYTES = 2**25
 
 @gluon.jit
 def _item(  # type: ignore[no-untyped-def]
-    item, starts_q, starts_k, heads, lanes, blocks, group, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
+    item, starts_q, starts_k, heads, sequences, group, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
 ):
     """Which queries work item `item` has: first row of q, head, first key, keys, keys before the first query's
     own, queries left, key tiles all of them see whole, key tiles in all (0: no such queries).
 
-    A lane is a head of a sequence. `group` lanes at a time, so that their keys stay in the cache, take their
-    blocks of queries from the last, which see most, to the first.
+    Sequence s has the blocks of queries from `starts_q[s] // BLOCK_M + s` on, which is one too many at most, so that
+    the number of items is known without its length. `group` heads at a time, so that their keys stay in the cache,
+    take their blocks from the last, which see most, to the first.
     """
-    base = item // (group * blocks) * group
-    abreast = gl.maximum(gl.minimum(group, lanes - base), 1)
-    rest = item - base * blocks
-    lane = gl.minimum(base + rest % abreast, lanes - 1)
-    first = (blocks - 1 - rest // abreast) * BLOCK_M
-    s = lane // heads
+    block = item // heads
+    s = 0
+    high = sequences - 1
+    while s < high:  # the last sequence whose first block is not behind this one
+        middle = (s + high + 1) // 2
+        starts = gl.load(starts_q + middle) // BLOCK_M + middle <= block
+        s = gl.where(starts, middle, s)
+        high = gl.where(starts, high, middle - 1)
     q0 = gl.load(starts_q + s)
     k0 = gl.load(starts_k + s)
     queries = gl.load(starts_q + s + 1) - q0
     keys = gl.load(starts_k + s + 1) - k0
+    blocks = (q0 + queries) // BLOCK_M - q0 // BLOCK_M + 1
+    rest = item - (q0 // BLOCK_M + s) * heads
+    base = rest // (group * blocks) * group
+    abreast = gl.maximum(gl.minimum(group, heads - base), 1)  # rows behind the last sequence: no head is left
+    rest -= base * blocks
+    first = (blocks - 1 - rest // abreast) * BLOCK_M
     before = keys - queries + first
     whole = (before + 1) // BLOCK_N
     tiles = (gl.minimum(before + BLOCK_M, keys) + BLOCK_N - 1) // BLOCK_N
-    return (
-        q0 + first,
-        lane % heads,
-        k0,
-        keys,
-        before,
-        queries - first,
-        whole,
-        gl.where(first < queries, tiles, 0),
-    )
+    tiles = gl.where((base < heads) & (first < queries), tiles, 0)
+    return q0 + first, base + rest % abreast, k0, keys, before, queries - first, whole, tiles
 
 
 @gluon.jit
 def _fetch(  # type: ignore[no-untyped-def]
     q_desc, qr_desc, k_desc, r_desc, v_desc, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, counter,
-    starts_q, starts_k, heads, lanes, blocks, group, q_h, k_h, v_h,
+    starts_q, starts_k, heads, sequences, items, group, q_h, k_h, v_h,
     NOPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BOUNDED: gl.constexpr,
     FAR: gl.constexpr,
 ):  # fmt: skip
@@ -91,9 +92,9 @@ def _fetch(  # type: ignore[no-untyped-def]
     tile = 0
     turn = 0
     item = gl.program_id(0)
-    while item < lanes * blocks:
+    while item < items:
         row, head, k0, keys, _before, _left, _whole, tiles = _item(
-            item, starts_q, starts_k, heads, lanes, blocks, group, BLOCK_M, BLOCK_N
+            item, starts_q, starts_k, heads, sequences, group, BLOCK_M, BLOCK_N
         )
         if tiles > 0:
             # Free since the wait for the values before.
@@ -206,8 +207,8 @@ def _step(  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _attend(  # type: ignore[no-untyped-def]
-    o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, mine, others, starts_q, starts_k, heads, lanes,
-    blocks, group, factor, o_n, o_h,
+    o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, mine, others, starts_q, starts_k, heads,
+    sequences, items, group, factor, o_n, o_h,
     GROUP: gl.constexpr, TURNS: gl.constexpr, EARLY: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -224,9 +225,9 @@ def _attend(  # type: ignore[no-untyped-def]
     turn = 0
     rounds = 1 - GROUP  # the first group goes first: its first wait is for the phase before any
     item = gl.program_id(0)
-    while item < lanes * blocks:
+    while item < items:
         row, head, _k0, _keys, before, left, whole, tiles = _item(
-            item, starts_q, starts_k, heads, lanes, blocks, group, BLOCK_M, BLOCK_N
+            item, starts_q, starts_k, heads, sequences, group, BLOCK_M, BLOCK_N
         )
         if tiles > 0:
             place = before + rows
@@ -292,10 +293,10 @@ def _attend(  # type: ignore[no-untyped-def]
         turn += 1
 
 
-@gluon.jit(do_not_specialize=("lanes", "blocks", "group"))
+@gluon.jit(do_not_specialize=("sequences", "items", "group"))
 def _prefill(  # type: ignore[no-untyped-def]
     q_desc, qr_desc, k_desc, r_desc, v_desc, o, counter, starts_q, starts_k, factor, q_h, k_h, v_h, o_n, o_h,
-    heads, lanes, blocks, group,
+    heads, sequences, items, group,
     NOPE: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     TURNS: gl.constexpr, EARLY: gl.constexpr, BOUNDED: gl.constexpr, FAR: gl.constexpr,
 ):  # fmt: skip
@@ -334,7 +335,7 @@ def _prefill(  # type: ignore[no-untyped-def]
                 _attend,
                 (
                     o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, turns.index(0), turns.index(1),
-                    starts_q, starts_k, heads, lanes, blocks, group, factor, o_n, o_h, 0, TURNS, EARLY, BLOCK_M,
+                    starts_q, starts_k, heads, sequences, items, group, factor, o_n, o_h, 0, TURNS, EARLY, BLOCK_M,
                     BLOCK_N, V, STAGES,
                 ),
             ),
@@ -342,7 +343,7 @@ def _prefill(  # type: ignore[no-untyped-def]
                 _attend,
                 (
                     o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, turns.index(1), turns.index(0),
-                    starts_q, starts_k, heads, lanes, blocks, group, factor, o_n, o_h, 1, TURNS, EARLY, BLOCK_M,
+                    starts_q, starts_k, heads, sequences, items, group, factor, o_n, o_h, 1, TURNS, EARLY, BLOCK_M,
                     BLOCK_N, V, STAGES,
                 ),
             ),
@@ -350,7 +351,7 @@ def _prefill(  # type: ignore[no-untyped-def]
                 _fetch,
                 (
                     q_desc, qr_desc, k_desc, r_desc, v_desc, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars,
-                    counter, starts_q, starts_k, heads, lanes, blocks, group, q_h, k_h, v_h, NOPE, BLOCK_M, BLOCK_N,
+                    counter, starts_q, starts_k, heads, sequences, items, group, q_h, k_h, v_h, NOPE, BLOCK_M, BLOCK_N,
                     STAGES, BOUNDED, FAR,
                 ),
             ),
@@ -423,20 +424,21 @@ def fast(
     """`mla_prefill`, whose tiles depend on no shape whether `fixed` or not. The rest is for measuring."""
     (N, H, _), nope, rope, width = q_NHd.shape, k_MHn.shape[-1], rope_Mr.shape[-1], v_MHv.shape[-1]
     o_NHv = q_NHd.new_empty(N, H, width)
-    lanes, blocks = (starts_q.numel() - 1) * H, triton.cdiv(max_q, BLOCK_M)
-    if not o_NHv.numel() or lanes < 1 or blocks < 1:
+    sequences = starts_q.numel() - 1
+    if not o_NHv.numel() or sequences < 1:
         return o_NHv
     if group is None:  # what a lane's keys and values take of the cache
         group = max(1, CACHE_BYTES // (max_k * (nope + width) * q_NHd.element_size() or 1))
     if programs is None:
         programs = torch.cuda.get_device_properties(q_NHd.device).multi_processor_count
     counter = torch.zeros(1, dtype=torch.int32, device=q_NHd.device)
-    _prefill[(min(programs, lanes * blocks),)](
+    items = (N // BLOCK_M + sequences) * H  # see `_item`
+    _prefill[(min(programs, items),)](
         _descriptor(q_NHd, BLOCK_M // 2, nope), _descriptor(q_NHd, BLOCK_M // 2, rope),
         _descriptor(k_MHn, block_n, nope), _descriptor(rope_Mr, block_n, rope),
         (_bounded if bounded else _descriptor)(v_MHv, block_n, width),
         o_NHv, counter, starts_q, starts_k, scale * LOG2_E, q_NHd.stride(1), k_MHn.stride(1), v_MHv.stride(1),
-        o_NHv.stride(0), o_NHv.stride(1), H, lanes, blocks, min(group, lanes), NOPE=nope, V=width, BLOCK_M=BLOCK_M,
+        o_NHv.stride(0), o_NHv.stride(1), H, sequences, items, min(group, H), NOPE=nope, V=width, BLOCK_M=BLOCK_M,
         BLOCK_N=block_n, STAGES=stages, TURNS=turns, EARLY=int(early), BOUNDED=bounded, FAR=FAR,
         num_warps=4,
     )  # fmt: skip

@@ -9,6 +9,7 @@ of that list for up to 64 heads, and where a list is cut into several runs a sec
 import torch
 from torch import Tensor
 
+from rorqual.kernels import union_gluon
 from rorqual.kernels.gpu import tl, triton, usable
 
 MULTIPROCESSORS = 132
@@ -173,21 +174,25 @@ def _join(  # type: ignore[no-untyped-def]
     splits,
     DIM: tl.constexpr,
     POWER: tl.constexpr,
+    RUNS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Row n, head h: its runs and the sink in one softmax."""
+    """Row n, head h: its runs and the sink in one softmax, for WIDTH channels. RUNS of them at a time."""
     n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    s, d = tl.arange(0, POWER), tl.arange(0, WIDTH)
+    s, d = tl.arange(0, POWER), tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
     row = n * heads + h
-    here = (s < splits) & (tl.load(rings + n) >= 0)
-    reach = tl.load(lse + row * splits + s, mask=here, other=float("-inf"))
+    there = tl.load(rings + n) >= 0
+    reach = tl.load(lse + row * splits + s, mask=(s < splits) & there, other=float("-inf"))
     logit = tl.load(sink + h) * 1.4426950408889634
     top = tl.maximum(tl.max(reach), logit)
-    weight = tl.exp2(reach - top)
-    weight = weight / (tl.sum(weight) + tl.exp2(logit - top))
-    mask = (weight > 0)[:, None] & (d < DIM)[None, :]
-    runs = tl.load(part + (row * splits + s)[:, None] * DIM + d[None, :], mask=mask, other=0.0)
-    mixed = tl.sum(runs * weight[:, None], axis=0)
+    total = tl.sum(tl.exp2(reach - top)) + tl.exp2(logit - top)
+    mixed = tl.zeros([WIDTH], tl.float32)
+    for start in tl.range(0, splits, RUNS):
+        s = start + tl.arange(0, RUNS)
+        reach = tl.load(lse + row * splits + s, mask=(s < splits) & there, other=float("-inf"))
+        mask = (reach > float("-inf"))[:, None] & (d < DIM)[None, :]
+        runs = tl.load(part + (row * splits + s)[:, None] * DIM + d[None, :], mask=mask, other=0.0)
+        mixed += tl.sum(runs * (tl.exp2(reach - top) / total)[:, None], axis=0)
     tl.store(o + row * DIM + d, mixed.to(o.dtype.element_ty), mask=d < DIM)
 
 
@@ -215,13 +220,15 @@ def fast(
     window: int,
     ratio: int,
     scale: float,
+    hopper: bool | None = None,
     splits: int | None = None,
     most_heads: int = 64,
     keys: int | None = None,
     warps: int | None = None,
     stages: int | None = None,
 ) -> Tensor:
-    """The kernels; see `union_decode` and `union_prefill`."""
+    """The kernels; see `union_decode` and `union_prefill`. `hopper`: the form for Hopper GPUs, or not; the other
+    options are those of the plain form, but for `splits`."""
     rows, heads, dim = q_NHd.shape
     o_NHd = torch.empty(rows, heads, dim, dtype=q_NHd.dtype, device=q_NHd.device)
     if not rows:
@@ -235,28 +242,37 @@ def fast(
         longest += table_SB.shape[1] * page if chosen_NK is None else chosen_NK.shape[1]
     if chosen_NK is not None:
         chosen_NK = chosen_NK.contiguous()
+    hopper = union_gluon.supported(q_NHd, new_Nd, ring_RLd, entries_PEd) if hopper is None else hopper
     block = min(most_heads, max(16, triton.next_power_of_2(heads)))
+    block, tile = (union_gluon.HEADS, union_gluon.KEYS) if hopper else (block, keys or 64)
     head_blocks = -(-heads // block)
-    tile = keys or 64
     cut = splits or (1 if new_Nd is not None else runs(rows, head_blocks, longest, tile))
     part, lse = o_NHd, sink_H
     if cut > 1:
         part = torch.empty(rows, heads, cut, dim, dtype=torch.float32, device=q_NHd.device)
         lse = torch.empty(rows, heads, cut, dtype=torch.float32, device=q_NHd.device)
     width = max(16, triton.next_power_of_2(dim))
-    _attend[(rows, head_blocks, cut)](
+    args = (
         q_NHd, new_Nd, ring_RLd, ring_N, positions_N, entries_PEd, table_SB, seq_N, starts_S1, chosen_NK, sink_H,
         part, lse, heads, table_SB.stride(0) if table_SB is not None else 0, q_NHd.stride(0), q_NHd.stride(1),
         new_Nd.stride(0) if new_Nd is not None else 0, scale * 1.4426950408889634,
-        LENGTH=ring_RLd.shape[1], DIM=dim, WINDOW=window, RATIO=max(1, ratio), PAGE=page,
-        CHOSEN=chosen_NK.shape[1] if chosen_NK is not None else 0, NEW=new_Nd is not None,
-        ENTRIES=entries_PEd is not None, SINGLE=cut == 1, HEADS=block, WIDTH=width, KEYS=tile, STAGES=stages or 2,
-        num_warps=warps or 8,
     )  # fmt: skip
+    constants = {
+        "LENGTH": ring_RLd.shape[1], "DIM": dim, "WINDOW": window, "RATIO": max(1, ratio), "PAGE": page,
+        "CHOSEN": chosen_NK.shape[1] if chosen_NK is not None else 0, "NEW": new_Nd is not None,
+        "ENTRIES": entries_PEd is not None, "SINGLE": cut == 1,
+    }  # fmt: skip
+    grid = rows, head_blocks, cut
+    if hopper:
+        union_gluon.attend(grid, *args, **constants)
+    else:
+        _attend[grid](
+            *args, **constants, HEADS=block, WIDTH=width, KEYS=tile, STAGES=stages or 2, num_warps=warps or 8
+        )
     if cut > 1:
-        _join[(rows, heads)](
-            part, lse, ring_N, sink_H, o_NHd, heads, cut, DIM=dim,
-            POWER=triton.next_power_of_2(cut), WIDTH=width, num_warps=4,
+        _join[(rows, heads, -(-dim // 128))](
+            part, lse, ring_N, sink_H, o_NHd, heads, cut, DIM=dim, POWER=triton.next_power_of_2(cut),
+            RUNS=min(16, triton.next_power_of_2(cut)), WIDTH=min(128, width), num_warps=4,
         )  # fmt: skip
     return o_NHd
 

@@ -245,10 +245,15 @@ class MLA(nn.Module):
     def _absorb_queries(self, q_nope: Tensor, q_rope: Tensor) -> tuple[Tensor, Tensor]:
         """Queries in latent space beside their rotary part [B, T, H, kv_rank + rope], and W_UV."""
         w_uk, w_uv = self._up(q_nope.dtype)
-        q_latent = (q_nope.transpose(1, 2) @ w_uk).transpose(1, 2)
-        return torch.cat((q_latent, q_rope), -1), w_uv
+        return torch.cat((_by_head(q_nope, w_uk), q_rope), -1), w_uv
 
 
 def _into_values(u_BTHc: Tensor, w_uv: Tensor) -> Tensor:
     """Attended latents to value space: [B, T, H, kv_rank] -> [B, T, H, v]."""
-    return (u_BTHc.transpose(1, 2) @ w_uv.transpose(-1, -2)).transpose(1, 2)
+    return _by_head(u_BTHc, w_uv.transpose(-1, -2))
+
+
+def _by_head(x_BTHi: Tensor, w_Hio: Tensor) -> Tensor:
+    """Each head's own matrix: [B, T, H, i] -> [B, T, H, o]."""
+    y_HNo = x_BTHi.flatten(0, 1).transpose(0, 1) @ w_Hio
+    return y_HNo.transpose(0, 1).unflatten(0, x_BTHi.shape[:2])

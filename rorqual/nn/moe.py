@@ -9,11 +9,16 @@ from rorqual.family import parts
 from rorqual.kernels.experts import Weights, experts
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.linear import linear
+from rorqual.kernels.mode import is_invariant
 from rorqual.nn.linear import GroupedLinear
 from rorqual.nn.mlp import SwiGLU, swiglu
 from rorqual.nn.norm import upcast
 from rorqual.nn.router import Router
 from rorqual.nn.step import Step
+
+
+DENSE = 64
+"""Tokens up to which `Experts` may run all experts on all of them."""
 
 
 class Experts(nn.Module):
@@ -34,6 +39,9 @@ class Experts(nn.Module):
         summed in fp32 in the order of its choice.
         """
         (tokens, chosen), experts = ids_NK.shape, self.gate.weight.shape[0]
+        plain = self.gate.scale is None and not torch.is_grad_enabled() and not is_invariant()
+        if plain and experts < tokens * chosen and tokens <= DENSE:
+            return self._all(x_ND, ids_NK, weights_NK)
         gate, up, down = (stack.experts(x_ND.dtype) for stack in (self.gate, self.up, self.down))
         order = ids_NK.flatten().argsort(stable=True)
         x_PD = x_ND[order // chosen]
@@ -54,6 +62,19 @@ class Experts(nn.Module):
         back[order] = torch.arange(order.numel(), device=order.device)
         y_NKD = torch.cat(parts_PD)[back].unflatten(0, (tokens, chosen))
         return upcast(y_NKD).sum(1).to(x_ND.dtype)
+
+    def _all(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """The same with every token through every expert, those not chosen at weight 0: with few tokens the
+        matrices are what takes time, and nearly all of them are read anyway, now in three products."""
+        experts, width, hidden = self.gate.weight.shape
+        weights_NE = weights_NK.new_zeros(x_ND.shape[0], experts).scatter_(1, ids_NK, weights_NK)
+        gate, up = (
+            linear(x_ND, m.weight.view(-1, hidden)).unflatten(1, (experts, width))
+            for m in (self.gate, self.up)
+        )
+        inner_NEW = swiglu(upcast(gate), upcast(up), self.limit) * weights_NE[..., None]
+        y_END = torch.bmm(inner_NEW.to(x_ND.dtype).transpose(0, 1), self.down.weight.transpose(1, 2))
+        return upcast(y_END).sum(0).to(x_ND.dtype)
 
 
 class MoE(nn.Module):

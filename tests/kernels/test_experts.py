@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rorqual.kernels import experts as op
+from rorqual.kernels import experts_gluon
 from rorqual.kernels.experts import Plan, Shared, Tiles, Weights, fast, reference
 from rorqual.kernels.experts_triton import count_kernel, sort_kernel, spread_kernel
 from rorqual.kernels.quant import dequantize_fp8, quantize_fp8
@@ -215,6 +216,23 @@ def test_fp8(device: torch.device, form: str) -> None:
         w.scale.mul_(torch.randint(-2, 3, w.scale.shape, device=device).exp2())
     y = fast(*args, shared=common, how=FP8_PLANS[form])
     close(y, exact(*args, common, quantized=form != "few"), 2e-3)
+
+
+@pytest.mark.parametrize("limit, shared", [(None, 2), (0.5, 0)])
+@pytest.mark.parametrize("codes", [False, True])
+def test_gluon(device: torch.device, codes: bool, limit: float | None, shared: int) -> None:
+    """Several tiles of an expert, one of few pairs, one of none."""
+    *args, common = case(device, 300, 2, 4, 512, 256, shared, dtype=torch.bfloat16, codes=codes)
+    x, ids = args[:2]
+    if not experts_gluon.supported(x, 256, 512):
+        pytest.skip("made for Hopper")
+    ids[ids == 2] = 1
+    ids[5] = -1
+    ids[7, 0] = 2
+    tile = Tiles(128, 128, 128, 4, 3, False)
+    y = fast(*args, limit=limit, shared=common, how=Plan(tile, tile, codes=codes, gluon=True))
+    expected = exact(*args, common, limit, quantized=codes)
+    close(y, expected, 2e-2)
 
 
 @pytest.mark.parametrize("parts", [0, 1, 3])
