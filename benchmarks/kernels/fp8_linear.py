@@ -26,8 +26,8 @@ LARGE = (
     (4096, 2112, 7168),
     (4096, 24576, 1536),
 )
-SMALL = ((7168, 2048), (576, 2048), (3072, 2048), (2112, 7168), (4096, 7168), (24576, 1536), (7168, 16384))
-ROWS = (1, 2, 4, 16, 32, 64, 128, 256)
+SMALL = ((7168, 2048), (576, 2048), (2112, 7168), (7168, 16384))
+ROWS = (1, 2, 16, 32, 64, 128)
 SWEEP = os.environ.get("SWEEP") == "1"
 
 
@@ -110,7 +110,7 @@ def check_library(rows: int, out: int, width: int) -> None:
 
 
 def large_ways() -> list[dict[str, Any]]:
-    cuts = ((64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 3), (128, 64, 4, 4), (128, 128, 8, 4))
+    cuts = ((64, 128, 4, 4), (128, 64, 4, 4))
     return [
         {"BN": n, "BO": o, "SPLIT": 1, "STAGES": s, "TALL": False, "num_warps": w, "FETCH": 0, "UNROLL": 1}
         for n, o, w, s in cuts
@@ -120,42 +120,21 @@ def large_ways() -> list[dict[str, Any]]:
 def small_ways(rows: int, out: int, width: int) -> list[dict[str, Any]]:
     base = {"SPLIT": 1, "num_warps": 4, "FETCH": 0}
     best: list[dict[str, Any]] = []
-    if rows <= 4:
-        for bo, warps in ((1, 1), (2, 1), (1, 2), (2, 2), (4, 2), (4, 4), (8, 4)):
-            if bo * triton.next_power_of_2(width) // warps <= 8192:
+    if rows <= 2:
+        for bo, warps in ((2, 2), (4, 2), (4, 4), (8, 4)):
+            if bo * triton.next_power_of_2(width) // warps <= 16384:
                 best.append({"FEW": True, "BO": bo, "num_warps": warps})
     if rows <= 32:
         tall = max(16, rows)
-        cuts = (
-            (tall, 64, 6, 1, 4),
-            (tall, 64, 3, 2, 4),
-            (tall, 64, 4, 2, 4),
-            (tall, 64, 3, 4, 4),
-            (tall, 128, 3, 2, 8),
-            (tall, 128, 6, 1, 8),
-        )
+        cuts = ((tall, 64, 6, 1, 4), (tall, 64, 4, 2, 4), (tall, 128, 6, 1, 8), (tall, 128, 4, 2, 8))
     elif rows == 64:
-        cuts = (
-            (64, 32, 4, 2, 4),
-            (64, 64, 8, 1, 4),
-            (64, 64, 3, 2, 4),
-            (64, 64, 4, 2, 4),
-            (64, 64, 3, 4, 4),
-            (64, 128, 3, 2, 4),
-        )
+        cuts = ((64, 64, 8, 1, 4), (64, 64, 4, 2, 4), (64, 64, 3, 4, 4), (64, 128, 3, 2, 4))
     else:
-        cuts = (
-            (64, 64, 6, 1, 4),
-            (64, 64, 3, 2, 4),
-            (128, 32, 3, 2, 4),
-            (128, 64, 4, 1, 4),
-            (64, 128, 4, 1, 4),
-            (64, 128, 3, 2, 4),
-        )
+        cuts = ((64, 64, 3, 2, 4), (128, 64, 4, 1, 4), (128, 64, 3, 2, 4))
     for n, o, stages, unroll, warps in cuts if rows > 1 else ():
         programs = -(-out // o) * -(-rows // n)
         for split in (1, 2, 4, 8):
-            if split == 1 or (programs * split <= 400 and split * 4 <= width // 128):
+            if 100 <= programs * split <= 300 and split * 4 <= width // 128 or (split == 4 and programs < 25):
                 how = base | {
                     "BN": n,
                     "BO": o,
@@ -185,7 +164,7 @@ def time_quantize() -> None:
             for _ in range(max(2, min(50, ROTATE // (rows * width * 2))))
         ]
         line += f" {rows}x{width}:"
-        for how in (None, {"BN": 4, "num_warps": 1}, {"BN": 16, "num_warps": 2}, {"BN": 32, "num_warps": 4}):
+        for how in (None, {"BN": 8, "num_warps": 1}, {"BN": 16, "num_warps": 2}, {"BN": 32, "num_warps": 4}):
             if how is None or (rows > 1 and SWEEP):
                 us = graph_us([lambda x=x, how=how: op.quantize_fast(x, how=how) for x in xs])
                 line += f" {us:.2f} ({rows * width * 3 / us / READ * 1e8:.0f}%)" + (

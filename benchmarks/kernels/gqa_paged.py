@@ -27,15 +27,8 @@ FORMS: dict[str, Config | None] = {
     "16 x 64, 3 stages": Config(16, 64, 4, 3),
     "16 x 64, 4 stages": Config(16, 64, 4, 4),
     "16 x 32, 4 stages": Config(16, 32, 4, 4, resident=4),
-    "16 x 64, 2 warps": Config(16, 64, 2, 3, resident=3),
-    "keys first, 3 stages": Config(16, 64, 4, 3, True),
-    "keys first, 4 stages": Config(16, 64, 4, 4, True, 1),
     "128 x 64, 8 warps, 3 stages": Config(128, 64, 8, 3),
-    "128 x 64, 8 warps, 4 stages": Config(128, 64, 8, 4),
-    "128 x 128, 8 warps, 2 stages": Config(128, 128, 8, 2),
     "64 x 64, 4 warps, 3 stages": Config(64, 64, 4, 3),
-    "64 x 64, 4 warps, 2 stages": Config(64, 64, 4, 2),
-    "64 x 128, 4 warps, 2 stages": Config(64, 128, 4, 2),
 }
 
 

@@ -46,15 +46,11 @@ FORMS: dict[str, Config | None] = {
     "chosen": None,
     "fixed": None,
     "fp8": None,
-    "gluon few": Config(16, 64, 4, 2, True, 1, True),
-    "gluon 32": Config(32, 64, 4, 2, True, 1, True),
-    "gluon many": Config(64, 64, 8, 2, False, 1, True),
-    "gluon pairs": Config(64, 128, 8, 2, False, 1, True),
-    "16 x 32, 4 warps, 3 stages": Config(16, 32, 4, 3, False, 2),
-    "16 x 32, 4 warps, 6 stages": Config(16, 32, 4, 6, False, 1),
-    "16 x 64, 8 warps, 2 stages": Config(16, 64, 8, 2, False, 2),
-    "16 x 32, 8 warps, 3 stages": Config(16, 32, 8, 3, False, 2),
-    "32 x 32, 8 warps, 3 stages": Config(32, 32, 8, 3, False, 2),
+    "pairs": Config(64, 128, 8, 2, 1, True),
+    "pairs, none ahead": Config(64, 128, 8, 1, 1, True),
+    "pairs, few rows": Config(16, 128, 8, 2, 1, True),
+    "16 x 32, 4 warps, 3 stages": Config(16, 32, 4, 3, 2),
+    "32 x 32, 4 warps, 3 stages": Config(32, 32, 4, 3, 2),
 }
 """Cuts to compare; a cut runs the shapes whose rows fill it but for a half."""
 
@@ -105,16 +101,33 @@ def race(module: str, names: list[str], seconds: float = 65) -> None:
     print(f"{time.time() - started:.0f} s")
 
 
-def median_us(run: Callable[[], object]) -> float:
-    """Median time of `run` replayed as a CUDA graph, as the engine runs it; the L2 is flushed before each."""
-    from triton.testing import do_bench
-
-    run()
+def graph_of(runs: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    runs[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return 1e3 * do_bench(graph.replay, warmup=10, rep=40, return_mode="median")
+        for run in runs:
+            run()
+    return graph
+
+
+def median_us(run: Callable[[], object]) -> float:
+    """Median time of `run` replayed as a CUDA graph, start of the graph included; the L2 is flushed before each."""
+    from triton.testing import do_bench
+
+    return 1e3 * do_bench(graph_of([run]).replay, warmup=10, rep=40, return_mode="median")
+
+
+def in_a_row_us(runs: list[Callable[[], object]]) -> float:
+    """Time of each of `runs`, on different data, one after another in a CUDA graph: as layers in the engine."""
+    graph = graph_of([run for _ in range(4) for run in runs])
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(8)]
+    for event in events:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+    return 1e3 * times[len(times) // 2] / (4 * len(runs))
 
 
 def last_line(error: Exception) -> str:
@@ -211,14 +224,19 @@ def child(name: str) -> None:
                 continue
             q, pages, table, ends = make(*shape)
             latents = pack_latents(pages, RANK) if fp8 else pages
-            op = partial(fast, q, latents, table, ends, width=width, rank=RANK, scale=0.04, config=cut)
+            op = partial(fast, table_SB=table, ends_S=ends, width=width, rank=RANK, scale=0.04, config=cut)
+            one = partial(op, q, latents)
             if cut is None:
-                us = median_us(partial(op, splits="fixed" if fixed else None))
+                run = partial(op, splits="fixed" if fixed else None)
+                us = median_us(partial(run, q, latents))
+                copies = [latents, *(latents.clone() for _ in range(2 if fp8 else 1))]
+                row = in_a_row_us([partial(run, q, copy) for copy in copies])
                 theirs = None if fixed or fp8 else flash_mla_us(q, pages, table, ends, width) or peer
-                print(line(shape, us, f"FlashMLA {theirs:.1f} us: {theirs / us:.0%}" if theirs else ""))
+                beside = f"FlashMLA {theirs:.1f} us: {theirs / us:.0%}" if theirs else ""
+                print(line(shape, us, f"in a row {row:.1f} us {beside}"))
                 continue
             tries = (None, 66, 264) if batch == 1 else (None, 2, 4) if batch >= 128 else (None, 8, 16)
-            times = ((median_us(partial(op, splits=n)), n) for n in tries)
+            times = ((median_us(partial(one, splits=n)), n) for n in tries)
             print(f"   {shape} " + ", ".join(f"x{n} {us:.1f} us" for us, n in times))
 
 

@@ -112,6 +112,18 @@ def rate(form: Callable[..., Any], shape: tuple[int, int, int], **options: Any) 
     return B * H * S * S * (NOPE + ROPE + WIDTH) / ms / 1e9
 
 
+def ragged(form: Callable[..., Any]) -> str:
+    """us of chunks beside whole prompts and single tokens, 16 heads."""
+    from triton.testing import do_bench
+
+    found = []
+    for lengths in ([(4096, 4096)] + [(32, 500)] * 31, [(512, 16384)] * 4, [(128, 8192)]):
+        x = inputs(lengths, 16)
+        ms = do_bench(lambda x=x: form(**x), warmup=20, rep=60, return_mode="median")
+        found.append(f"{len(lengths)} sequences {ms * 1e3:6.1f} us")
+    return "  ".join(found)
+
+
 def rates(form: Callable[..., Any], **options: Any) -> str:
     found = [rate(form, shape, **options) for shape in SHAPES]
     return "  ".join(f"{r:6.1f} ({r / PEAK:3.0%})" for r in found)
@@ -198,6 +210,7 @@ def part(name: str) -> None:
             guarded("bounded isolated", lambda: isolated(bounded))
         guarded(f"{kind} isolated", lambda: isolated(form))
         guarded(kind, lambda: rates(form))
+        guarded(f"{kind} ragged", lambda: ragged(form))
     else:
         form, variants = forms[kind]
         for v in variants if variant == "all" else [variant]:

@@ -25,18 +25,9 @@ READ = 4.35e12
 """Bytes a second that a plain read reaches."""
 
 ROTATE = 220 << 20
-SHAPES = (
-    (64, 2048),
-    (576, 2048),
-    (2048, 2048),
-    (3072, 2048),
-    (10240, 2048),
-    (7168, 2048),
-    (2112, 7168),
-    (102400, 2048),
-)
-ROWS = (1, 2, 4, 8, 16, 32)
-HEADS = ((16, 1), (16, 8), (16, 64), (16, 512), (128, 1), (128, 8), (128, 32), (128, 128), (128, 512))
+SHAPES = ((64, 2048), (576, 2048), (2048, 2048), (3072, 2048), (10240, 2048), (2112, 7168), (102400, 2048))
+ROWS = (1, 2, 4, 16, 32)
+HEADS = ((16, 1), (16, 16), (16, 64), (16, 256), (128, 1), (128, 16), (128, 64), (128, 256))
 SWEEP = os.environ.get("SWEEP") == "1"
 
 # ------------------------------------------------------------------------------------- common helpers
@@ -117,27 +108,17 @@ def error(y: Tensor, want: Tensor) -> float:
 def ways(rows: int, out: int, width: int) -> list[dict[str, Any]]:
     """Cuts worth timing for a shape."""
     found: list[dict[str, Any]] = []
-    if rows <= 2:
-        for bo, warps in ((1, 1), (2, 1), (1, 2), (2, 2), (4, 2), (4, 4)):
-            if bo * (width // 1024) * 8 // warps <= 64:
-                found.append({"kind": "fma", "BO": bo, "num_warps": warps})
-        return found
-    small = (
-        (16, 256, 1, 6), (16, 256, 2, 6), (16, 256, 4, 6), (16, 256, 2, 8), (16, 128, 2, 10), (16, 512, 2, 4),
-        (16, 512, 4, 4), (32, 256, 4, 5),
-    )  # fmt: skip
-    large = (
-        (64, 128, 4, 4),
-        (64, 128, 4, 6),
-        (64, 128, 4, 8),
-        (64, 256, 4, 4),
-        (128, 64, 4, 6),
-        (32, 256, 2, 5),
-    )
+    if rows <= 2 or (rows == 4 and out <= 3072 and width == 2048):
+        for bo, warps in ((2, 1), (1, 2), (2, 2), (4, 2)) if rows <= 2 else ((1, 1), (1, 2)):
+            found.append({"kind": "fma", "BO": bo, "num_warps": warps})
+        if rows <= 2:
+            return found
+    small = ((16, 256, 2, 6), (16, 256, 4, 6), (16, 512, 2, 4), (32, 256, 4, 5))
+    large = ((64, 128, 4, 4), (64, 128, 4, 6), (128, 64, 4, 6))
     for bo, bd, warps, stages in (small if out < 7168 else ()) + (large if out > 3072 else ()):
         for fetch in (0, 2048 if width == 2048 else 1024):
-            for split in (1, 4) if out <= 576 or width > 4096 else (1,):
-                if split == 1 or (bo == 16 and fetch * split <= width):
+            for split in (1, 4) if width > 4096 else (1,):
+                if fetch * split <= width:
                     how = {
                         "BO": bo,
                         "BD": bd,
@@ -344,11 +325,9 @@ def check_heads(heads: int, rows: int) -> None:
 
 def head_ways(rows: int, heads: int) -> list[dict[str, int]]:
     if rows <= 32:
-        cuts = (
-            (16, 16, 512, 1), (16, 32, 512, 1), (16, 32, 512, 2), (16, 64, 512, 4), (16, 128, 256, 4), (16, 64, 128, 4),
-        )  # fmt: skip
+        cuts = ((16, 32, 512, 1), (16, 32, 512, 2), (16, 64, 512, 4), (16, 64, 128, 4))
     else:
-        cuts = ((64, 64, 128, 4), (64, 128, 128, 4), (128, 64, 128, 4), (128, 128, 128, 8), (128, 128, 64, 4))
+        cuts = ((64, 64, 128, 4), (64, 128, 128, 4), (128, 128, 128, 8))
     return [{"BN": n, "BM": m, "BK": k, "STAGES": 3, "num_warps": w} for n, m, k, w in cuts]
 
 

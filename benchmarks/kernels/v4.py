@@ -218,29 +218,16 @@ def report(kind: str, case: Any, found: list[tuple[float, Any]]) -> None:
 
 
 def index_plans(rows: int, sequences: int, limit: int, k: int, page: int, kind: str) -> list[index.Plan]:
-    base = index.plan(rows, sequences, limit, k, kind == "fp8")
+    base = index.plan(rows, sequences, limit, k, page, kind == "fp8")
     plans, groups = [base], base.parts * base.keys
     if rows >= 4 * sequences:
-        tiles = [
-            (1, 128, 4, 3),
-            (2, 128, 4, 4),
-            (2, 128, 4, 5),
-            (2, 64, 4, 3),
-            (2, 64, 4, 5),
-            (4, 64, 4, 3),
-            (4, 64, 8, 3),
-        ]
+        tiles = [(1, 64, 4, 3), (2, 128, 4, 4), (2, 128, 4, 5), (2, 64, 4, 2), (2, 64, 4, 3), (2, 64, 4, 4)]
+        tiles += [(4, 64, 4, 2), (4, 64, 4, 3), (4, 64, 8, 2), (4, 64, 8, 3)]
+    elif page >= 64:
+        tiles = [(1, 64, 4, s) for s in (2, 3, 4, 5, 6, 8)]
+        tiles += [(1, 128, 4, 3), (1, 128, 8, 3), (1, 64, 8, 4), (1, 32, 4, 4), (1, 32, 4, 8)]
     else:
-        tiles = [
-            (1, 64, 4, 3),
-            (1, 64, 4, 5),
-            (1, 64, 4, 7),
-            (1, 64, 4, 9),
-            (1, 128, 4, 3),
-            (1, 128, 8, 3),
-            (1, 64, 8, 5),
-        ]
-        tiles += [(1, 32, 4, 6), (1, 64, 2, 5)]
+        tiles = [(1, 64, 4, s) for s in (3, 5, 6, 7, 9)] + [(1, 128, 4, 3), (1, 128, 8, 3), (1, 32, 4, 7)]
     for queries, keys, warps, stages in tiles:
         plans.append(
             base._replace(queries=queries, keys=keys, parts=groups // keys, warps=warps, stages=stages)
@@ -524,7 +511,7 @@ def warm(task: tuple[str, tuple[Any, ...], Any]) -> None:
             rows, sequences, limit, k, page, form = case
             few = min(sequences, 2)
             one = Index(min(rows, 16 * few) // few * few, few, limit, k, page, form)
-            one.run(tiles or index.plan(*case[:2], limit, k, form == "fp8"))
+            one.run(tiles or index.plan(*case[:2], limit, k, page, form == "fp8"))
         elif kind == "union":
             Union(*case).run(**(tiles or {}))
         elif kind == "compress":

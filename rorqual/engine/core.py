@@ -58,11 +58,11 @@ class Core:
         self._thread: threading.Thread | None = None
         self._flight: tuple[Plan, Flight] | None = None
         self._arrivals = 0
-        self._packs = model.packs()
         self._limit: int | None = None
         """Requests a pass, while the device is short of memory."""
         self.slots = slots
         self._ahead = model.device.type == "cuda" and not speculate
+        self._parameters = [p for p in model.parameters() if not p.is_inference()]
         self._weights = self._weights_stamp()
         self._stopping = False
         self.steps = 0
@@ -120,7 +120,7 @@ class Core:
     def _products(self) -> contextlib.AbstractContextManager[None]:
         """Packed weight copies on the CPU; not in batch-invariant mode, which the trainer has to meet."""
         packs = self.model.device.type == "cpu" and not self.runner.invariant
-        return packing(self._packs) if packs else contextlib.nullcontext()
+        return packing(()) if packs else contextlib.nullcontext()
 
     def _forward(self, plan: Plan) -> Pass | None:
         """Start a pass; if it fails its requests fail, and the engine goes on."""
@@ -257,12 +257,14 @@ class Core:
         with self._lock:
             self._land()
             self._weights = self._weights_stamp()
+            for pack in self.model.packs():
+                pack.check()
             for request in list(self.scheduler.running):
                 self.scheduler.preempt(request)
             self.pages.forget_all()
 
     def _weights_stamp(self) -> int:
-        return sum(p._version for p in self.model.parameters() if not p.is_inference())
+        return sum(p._version for p in self._parameters)
 
     def _check_weights(self) -> None:
         if self._weights_stamp() != self._weights:

@@ -176,7 +176,9 @@ class Runner:
             batch.ids_N[batch.late[0]] = self._newest[batch.late[1]]
         if self.invariant:
             state = self._by_token(batch)
-            rows = [self.model.logits(self.model.finish(state[:, c : c + 1])[0]) for c in batch.columns.tolist()]
+            rows = [
+                self.model.logits(self.model.finish(state[:, c : c + 1])[0]) for c in batch.columns.tolist()
+            ]
             logits = torch.cat(rows) if rows else state.new_empty(0, self.model.config.vocab)
         else:
             state = self.model.run_paged(batch.ids_N[None], batch.step, self.stores)

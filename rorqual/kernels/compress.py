@@ -254,7 +254,7 @@ def fast(
         kv_NW, gate_NW, ape, ring_kv, ring_gate, ring_N, positions_N, norm_weight, cos_Nr, sin_Nr,
         entry_pages_PEd, entry_slots_N, cos_Nr.shape[1], eps, kv_NW.stride(0), gate_NW.stride(0),
         LENGTH=length, RATIO=ratio, OVERLAP=overlap, DIM=dim, CHANNELS=channels, SLOTS=slots, POWER=power,
-        STAGES=1 if long else 3, WRITE=not long, num_warps=8 if power > slots else 4,
+        STAGES=1 if long or power <= slots else 3, WRITE=not long, num_warps=8 if power > slots else 4,
     )  # fmt: skip
     if long:
         _keep[(rows,)](

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rorqual.kernels import experts_few, experts_gluon, experts_triton
+from rorqual.kernels import experts_few, experts_gluon, experts_gluon16, experts_triton
 from rorqual.kernels.gpu import triton, usable
 from rorqual.kernels.linear import linear
 from rorqual.kernels.quant import FP8, dequantize_fp4, dequantize_fp8
@@ -210,8 +210,10 @@ def plan(tokens: int, chosen: int, count: int, fp8: bool, fixed: bool, gluon: bo
         return Plan(Tiles(rows, 64, 128, 4, 3, True), Tiles(rows, 128, 128, 4, 3, True))
     if full <= 64:
         return Plan(Tiles(64, 64, 64, 4, 4, True), Tiles(64, 128, 64, 4, 4, True))
-    if gluon:
-        return Plan(Tiles(128, 128, 64, 4, 4, False), Tiles(128, 256, 64, 4, 4, False), codes=fp8, gluon=True)
+    if fp8 and gluon:
+        return Plan(
+            Tiles(128, 64, 128, 4, 4, False), Tiles(128, 128, 128, 4, 4, False), codes=True, gluon=True
+        )
     if fp8:
         return Plan(Tiles(64, 64, 128, 4, 4, False), Tiles(64, 128, 128, 4, 4, False), codes=True)
     return Plan(Tiles(128, 128, 64, 8, 4, False), Tiles(128, 256, 64, 8, 4, False))
@@ -270,7 +272,9 @@ def fast(
     )
     if how is None:
         exact = gate.codes.dtype == torch.float32
-        how = EXACT if exact else plan(x_ND.shape[0], ids_NK.shape[1], gate.codes.shape[0], fp8, fixed)
+        count, width, hidden = gate.codes.shape
+        gluon = experts_gluon.supported(x_ND, width, hidden)
+        how = EXACT if exact else plan(x_ND.shape[0], ids_NK.shape[1], count, fp8, fixed, gluon)
     return _few(batch, how) if how.few else _sorted(batch, how)
 
 
@@ -434,14 +438,30 @@ def _gluon_products(
     read = b.pairs + (b.tokens if b.extra else 0)
     x = b.x.new_empty(read, b.hidden, dtype=inner.dtype)
     scales = b.x.new_empty((read, b.hidden // 128) if b.fp8 else (1,), dtype=torch.float32)
-    experts_triton.spread_kernel[(triton.cdiv(x.numel(), 64 * 128),)](
-        b.x, order, x, scales, b.pairs, b.tokens, read, b.hidden, K=b.chosen, GROUPS=64, FP8=b.fp8, num_warps=8,
-        **b.launch,
+    experts_triton.spread_kernel[(triton.cdiv(read, 4), triton.cdiv(b.hidden, 2048))](
+        b.x, order, x, scales, b.pairs, b.tokens, read, b.hidden, K=b.chosen, PLACES=4, GROUPS=16, FP8=b.fp8,
+        num_warps=4, **b.launch,
     )  # fmt: skip
     routed = [(w.codes, _scale(w)) for w in b.routed]
     shared = [(w.codes.flatten(0, -2), _scale(w)) for w in b.shared]
-    experts_gluon.gate_up(
-        x, scales, b.weights, order, table, (routed[0], routed[1]), (shared[0], shared[1]), inner, inner_scales,
-        b.limit, b.tokens, how.up.stages,
-    )  # fmt: skip
-    experts_gluon.down(inner, inner_scales, order, table, routed[2], shared[2], parts, how.down.stages)
+    first, second = how.up.stages, how.down.stages
+    if b.fp8:
+        experts_gluon.gate_up(
+            x, scales, b.weights, order, table, (routed[0], routed[1]), (shared[0], shared[1]), inner, inner_scales,
+            b.limit, b.tokens, first,
+        )  # fmt: skip
+        experts_gluon.down(inner, inner_scales, order, table, routed[2], shared[2], parts, second)
+    else:
+        experts_gluon16.gate_up(
+            x,
+            b.weights,
+            order,
+            table,
+            (routed[0], routed[1]),
+            (shared[0], shared[1]),
+            inner,
+            b.limit,
+            b.tokens,
+            first,
+        )
+        experts_gluon16.down(inner, order, table, routed[2], shared[2], parts, second)

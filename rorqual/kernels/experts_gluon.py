@@ -1,10 +1,10 @@
-"""The grouped products of `experts` for large batches on Hopper, in Gluon.
+"""The grouped FP8 products of `experts` for large batches on Hopper, in Gluon.
 
 One program is a warp that fetches tiles by the bulk copy engine (TMA) and two groups of four warps, each with 64
 of the 128 pairs of a tile. Programs stay and take every so-manieth item, so that the next item's tiles arrive while
-results are written. A step of the inner axis is 128 bytes of a row: 64 numbers, or 128 FP8 codes, whose product is
-then added up in fp32 times its scales (DeepSeek-V3 section 3.3); while one group does that, the other's product is
-under way.
+results are written. The product of every 128 channels' codes is added up in fp32 times its scales (DeepSeek-V3
+section 3.3); while one group does that, the other's product is under way. (Tiles of 256 channels would ask the
+cache for less, but their sums don't fit in registers.) `experts_gluon16` is the same for bf16.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -37,6 +37,20 @@ except ImportError:  # Triton too old, or none
 else:
     AVAILABLE = INSTALLED
 
+__all__ = [
+    "AVAILABLE",
+    "ROWS",
+    "Held",
+    "descriptor",
+    "down",
+    "gate_up",
+    "gl",
+    "gluon",
+    "processors",
+    "reciprocal",
+    "supported",
+]
+
 ROWS = 128
 """Pairs of a tile."""
 
@@ -44,35 +58,26 @@ ROWS = 128
 @gluon.jit
 def _add(
     x_tiles, w_tiles, full, free, count, steps, x_scale_ptrs, w_scale_ptr, acc,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, FP8: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """acc plus the product of `steps` tiles from tile number `count` on."""
-    if FP8:
-        zero = gl.zeros_like(acc)
-        x_scale = gl.load(x_scale_ptrs)
-        w_scale = gl.load(w_scale_ptr)
+    zero = gl.zeros_like(acc)
+    x_scale = gl.load(x_scale_ptrs)
+    w_scale = gl.load(w_scale_ptr)
     for step in range(steps):
         stage = (count + step) % STAGES
         mbarrier.wait(full.index(stage), ((count + step) // STAGES) & 1)
         x = x_tiles.index(2 * stage + GROUP)
         w = w_tiles.index(stage).permute((1, 0))
-        if FP8:
-            part = warpgroup_mma(x, w, zero, use_acc=False, is_async=True)
-            scale = x_scale * w_scale
-            # The next step's scales arrive while this one's product is under way.
-            ahead = gl.minimum(step + 1, steps - 1)
-            x_scale = gl.load(x_scale_ptrs + ahead)
-            w_scale = gl.load(w_scale_ptr + ahead)
-            part = warpgroup_mma_wait(0, deps=[part])
-            mbarrier.arrive(free.index(stage))
-            acc += part * scale[:, None]
-        else:
-            acc = warpgroup_mma(x, w, acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=[acc])
-            mbarrier.arrive(free.index((count + step + STAGES - 1) % STAGES), pred=step > 0)
-    if not FP8:
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(free.index((count + steps - 1) % STAGES))
+        part = warpgroup_mma(x, w, zero, use_acc=False, is_async=True)
+        scale = x_scale * w_scale
+        # The next step's scales arrive while this one's product is under way.
+        ahead = gl.minimum(step + 1, steps - 1)
+        x_scale = gl.load(x_scale_ptrs + ahead)
+        w_scale = gl.load(w_scale_ptr + ahead)
+        part = warpgroup_mma_wait(0, deps=[part])
+        mbarrier.arrive(free.index(stage))
+        acc += part * scale[:, None]
     return acc
 
 
@@ -112,10 +117,10 @@ def _fetch_down(
 def _multiply_down(
     x_tiles, w_tiles, full, free, x_scale_ptr, w_scale_ptr, shared_scale_ptr, order_ptr, y_ptr, tiles_ptr, tiles,
     items, across, experts, width, shared_width, hidden,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, OUT: gl.constexpr, FP8: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps: 64 pairs of every item."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OUT, 32 if FP8 else 16])
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OUT, 32])
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     steps = width // x_tiles.shape[2]
     scales = width // 128
@@ -136,7 +141,7 @@ def _multiply_down(
                 )
             acc = _add(
                 x_tiles, w_tiles, full, free, count, steps, x_scale_ptr + gl.minimum(place, end - 1) * scales,
-                w_scale_at, gl.zeros([64, OUT], gl.float32, LAYOUT), GROUP, STAGES, FP8,
+                w_scale_at, gl.zeros([64, OUT], gl.float32, LAYOUT), GROUP, STAGES,
             )  # fmt: skip
             count += steps
             y = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), STORE)
@@ -152,7 +157,6 @@ def down_kernel(
     items, across, experts, width, shared_width, hidden, STAGES: gl.constexpr,
 ):  # fmt: skip
     """y `[pairs, D]`, by pair number: inner `[P, W]` times the expert's down matrix."""
-    FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
     OUT: gl.constexpr = w_desc.block_type.shape[0]
     DEPTH: gl.constexpr = w_desc.block_type.shape[1]
     x_tiles = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, 64, DEPTH], x_desc.layout)
@@ -166,10 +170,10 @@ def down_kernel(
         [
             (_multiply_down, (x_tiles, w_tiles, full, free, x_scale_ptr, w_scale_ptr, shared_scale_ptr, order_ptr,
                               y_ptr, tiles_ptr, tiles, items, across, experts, width, shared_width, hidden, 0, STAGES,
-                              OUT, FP8)),
+                              OUT)),
             (_multiply_down, (x_tiles, w_tiles, full, free, x_scale_ptr, w_scale_ptr, shared_scale_ptr, order_ptr,
                               y_ptr, tiles_ptr, tiles, items, across, experts, width, shared_width, hidden, 1, STAGES,
-                              OUT, FP8)),
+                              OUT)),
             (_fetch_down, (x_desc, w_desc, shared_desc, x_tiles, w_tiles, full, free, tiles_ptr, tiles, items, across,
                            experts, width, hidden, STAGES, OUT)),
         ],
@@ -183,8 +187,8 @@ def _fetch_up(
     x_desc, gate_desc, up_desc, shared_gate_desc, shared_up_desc, x_tiles, w_tiles, full, free, tiles_ptr, tiles,
     items, across, tokens, experts, width, hidden, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The fetching warp: two tiles of 64 rows of x and one each of gate and up a step; FP8 goes through an item's
-    channels in two halves."""
+    """The fetching warp: two tiles of 64 rows of x and one each of gate and up a step; an item's channels go
+    by in two halves."""
     DEPTH: gl.constexpr = x_desc.block_type.shape[1]
     SPAN: gl.constexpr = gate_desc.block_type.shape[0]
     count = 0
@@ -223,7 +227,7 @@ def _fetch_up(
 
 
 @gluon.jit
-def _reciprocal(x):
+def reciprocal(x):
     """1 / x to about an ulp, in one instruction where a division takes eight: while results are made ready the
     tensor cores wait."""
     return gl.inline_asm_elementwise(
@@ -236,7 +240,7 @@ def _swiglu(gate, up, limit, LIMIT: gl.constexpr):
     if LIMIT:
         gate = gl.minimum(gate, limit)
         up = gl.minimum(gl.maximum(up, -limit), limit)
-    return gate * _reciprocal(1.0 + gl.exp(-gate)) * up
+    return gate * reciprocal(1.0 + gl.exp(-gate)) * up
 
 
 @gluon.jit
@@ -282,13 +286,12 @@ def _multiply_up(
     x_tiles, w_tiles, full, free, x_scale_ptr, gate_scale_ptr, up_scale_ptr, shared_gate_scale_ptr,
     shared_up_scale_ptr, weights_ptr, order_ptr, tiles_ptr, inner_ptr, inner_scale_ptr, limit, tiles, items, across,
     pairs, tokens, experts, width, hidden,
-    LIMIT: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, FP8: gl.constexpr,
+    LIMIT: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps: 64 pairs of every item."""
-    SPAN: gl.constexpr = w_tiles.shape[1] // 2
-    ONE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SPAN, 32 if FP8 else 16])
-    BOTH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * SPAN, 32 if FP8 else 16])
-    STORE: gl.constexpr = gl.BlockedLayout([1, 16 if FP8 else 8], [8, 4] if FP8 else [2, 16], [4, 1], [1, 0])
+    SPAN: gl.constexpr = 64
+    ONE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SPAN, 32])
+    STORE: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
     kind: gl.constexpr = inner_ptr.dtype.element_ty
     count = 0
     steps = hidden // x_tiles.shape[2]
@@ -306,59 +309,36 @@ def _multiply_up(
             at_place = begin + gl.arange(0, 64, gl.SliceLayout(1, STORE))
             channel = block * 128 + gl.arange(0, SPAN, gl.SliceLayout(0, STORE))
             to = inner_ptr + (at_place.to(gl.int64) * width)[:, None] + channel[None, :]
-            if FP8:
-                row = gl.minimum(place, end - 1)
-                if expert < experts:
-                    at = (expert * (width // 128) + block) * steps
-                    gate_scale = gate_scale_ptr + at
-                    up_scale = up_scale_ptr + at
-                else:
-                    row -= (expert - experts) * tokens
-                    at = ((expert - experts) * (width // 128) + block) * steps
-                    gate_scale = shared_gate_scale_ptr + at
-                    up_scale = shared_up_scale_ptr + at
-                x_scale_ptrs = x_scale_ptr + row * steps
-                first = _half(
-                    x_tiles, w_tiles, full, free, x_scale_ptrs, gate_scale, up_scale, count, steps, limit, LIMIT,
-                    GROUP, STAGES,
-                )  # fmt: skip
-                first = first * weight[:, None]
-                second = _half(
-                    x_tiles, w_tiles, full, free, x_scale_ptrs, gate_scale, up_scale, count + steps, steps, limit,
-                    LIMIT, GROUP, STAGES,
-                )  # fmt: skip
-                second = second * weight[:, None]
-                count += 2 * steps
-                top = gl.maximum(gl.max(gl.abs(first), 1), gl.max(gl.abs(second), 1))
-                scale = gl.maximum(top, 1e-4) / 448.0
-                gl.store(inner_scale_ptr + place * (width // 128) + block, scale, there)
-                shrink = (1.0 / scale)[:, None]
-                first = gl.convert_layout((first * shrink).to(kind), STORE)
-                second = gl.convert_layout((second * shrink).to(kind), STORE)
-                gl.store(to, first, (at_place < end)[:, None])
-                gl.store(to + 64, second, (at_place < end)[:, None])
+            row = gl.minimum(place, end - 1)
+            if expert < experts:
+                at = (expert * (width // 128) + block) * steps
+                gate_scale = gate_scale_ptr + at
+                up_scale = up_scale_ptr + at
             else:
-                acc = gl.zeros([64, 2 * SPAN], gl.float32, BOTH)
-                acc = _add(
-                    x_tiles,
-                    w_tiles,
-                    full,
-                    free,
-                    count,
-                    steps,
-                    weights_ptr,
-                    weights_ptr,
-                    acc,
-                    GROUP,
-                    STAGES,
-                    FP8,
-                )
-                count += steps
-                gate, up = gl.split(acc.reshape([64, 2, SPAN]).permute([0, 2, 1]))
-                gate = gl.convert_layout(gate, ONE, assert_trivial=True)
-                up = gl.convert_layout(up, ONE, assert_trivial=True)
-                inner = (_swiglu(gate, up, limit, LIMIT) * weight[:, None]).to(kind)
-                gl.store(to, gl.convert_layout(inner, STORE), (at_place < end)[:, None])
+                row -= (expert - experts) * tokens
+                at = ((expert - experts) * (width // 128) + block) * steps
+                gate_scale = shared_gate_scale_ptr + at
+                up_scale = shared_up_scale_ptr + at
+            x_scale_ptrs = x_scale_ptr + row * steps
+            first = _half(
+                x_tiles, w_tiles, full, free, x_scale_ptrs, gate_scale, up_scale, count, steps, limit, LIMIT,
+                GROUP, STAGES,
+            )  # fmt: skip
+            first = first * weight[:, None]
+            second = _half(
+                x_tiles, w_tiles, full, free, x_scale_ptrs, gate_scale, up_scale, count + steps, steps, limit,
+                LIMIT, GROUP, STAGES,
+            )  # fmt: skip
+            second = second * weight[:, None]
+            count += 2 * steps
+            top = gl.maximum(gl.max(gl.abs(first), 1), gl.max(gl.abs(second), 1))
+            scale = gl.maximum(top, 1e-4) / 448.0
+            gl.store(inner_scale_ptr + place * (width // 128) + block, scale, there)
+            shrink = (1.0 / scale)[:, None]
+            first = gl.convert_layout((first * shrink).to(kind), STORE)
+            second = gl.convert_layout((second * shrink).to(kind), STORE)
+            gl.store(to, first, (at_place < end)[:, None])
+            gl.store(to + 64, second, (at_place < end)[:, None])
 
 
 @gluon.jit
@@ -368,7 +348,6 @@ def gate_up_kernel(
     tiles, items, across, pairs, tokens, experts, width, hidden, LIMIT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """inner `[P, W]` (codes with scales `[P, W / 128]`): weight * swiglu of rows of x that lie by place already."""
-    FP8: gl.constexpr = x_desc.dtype == gl.float8e4nv
     SPAN: gl.constexpr = gate_desc.block_type.shape[0]
     DEPTH: gl.constexpr = gate_desc.block_type.shape[1]
     x_tiles = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, 64, DEPTH], x_desc.layout)
@@ -385,11 +364,11 @@ def gate_up_kernel(
             (_multiply_up, (x_tiles, both, full, free, x_scale_ptr, gate_scale_ptr, up_scale_ptr,
                             shared_gate_scale_ptr, shared_up_scale_ptr, weights_ptr, order_ptr, tiles_ptr, inner_ptr,
                             inner_scale_ptr, limit, tiles, items, across, pairs, tokens, experts, width, hidden,
-                            LIMIT, 0, STAGES, FP8)),
+                            LIMIT, 0, STAGES)),
             (_multiply_up, (x_tiles, both, full, free, x_scale_ptr, gate_scale_ptr, up_scale_ptr,
                             shared_gate_scale_ptr, shared_up_scale_ptr, weights_ptr, order_ptr, tiles_ptr, inner_ptr,
                             inner_scale_ptr, limit, tiles, items, across, pairs, tokens, experts, width, hidden,
-                            LIMIT, 1, STAGES, FP8)),
+                            LIMIT, 1, STAGES)),
             (_fetch_up, (x_desc, gate_desc, up_desc, shared_gate_desc, shared_up_desc, x_tiles, w_tiles, full, free,
                          tiles_ptr, tiles, items, across, tokens, experts, width, hidden, STAGES)),
         ],
@@ -402,7 +381,7 @@ Held = tuple[Tensor, Tensor]
 """Matrices, and their scales (any tensor if they have none)."""
 
 
-def _processors(x: Tensor) -> int:
+def processors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
@@ -418,7 +397,7 @@ def supported(x: Tensor, width: int, hidden: int) -> bool:
     )
 
 
-def _descriptor(x: Tensor, rows: int) -> Any:
+def descriptor(x: Tensor, rows: int) -> Any:
     """Tiles of `rows` rows and 128 bytes of x `[M, C]`."""
     kind = (
         gl.float8e4nv if x.element_size() == 1 else gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
@@ -448,10 +427,9 @@ def gate_up(
     (shared_gate, shared_gate_scale), (shared_up, shared_up_scale) = shared
     count, width, hidden = gate.shape
     tiles, across = table.shape[1], width // 128
-    span = 64 if x.element_size() == 1 else 128
-    gate_up_kernel[(min(_processors(x), tiles * across),)](
-        _descriptor(x, 64), _descriptor(gate.flatten(0, 1), span), _descriptor(up.flatten(0, 1), span),
-        _descriptor(shared_gate, span), _descriptor(shared_up, span), scales, gate_scale, up_scale,
+    gate_up_kernel[(min(processors(x), tiles * across),)](
+        descriptor(x, 64), descriptor(gate.flatten(0, 1), 64), descriptor(up.flatten(0, 1), 64),
+        descriptor(shared_gate, 64), descriptor(shared_up, 64), scales, gate_scale, up_scale,
         shared_gate_scale, shared_up_scale, weights, order, table, inner, inner_scales, limit or 0.0, tiles,
         tiles * across, across, weights.numel(), tokens, count, width, hidden, LIMIT=limit is not None,
         STAGES=stages, num_warps=4,
@@ -471,10 +449,9 @@ def down(
     """parts[order[p]] = inner[p] times the matrix `[D, W]` of p's expert."""
     (weight, scale), (shared_weight, shared_scale) = routed, shared
     count, hidden, width = weight.shape
-    out = 128 if inner.element_size() == 1 else 256
-    tiles, across = table.shape[1], hidden // out
-    down_kernel[(min(_processors(inner), tiles * across),)](
-        _descriptor(inner, 64), _descriptor(weight.flatten(0, 1), out), _descriptor(shared_weight, out),
+    tiles, across = table.shape[1], hidden // 128
+    down_kernel[(min(processors(inner), tiles * across),)](
+        descriptor(inner, 64), descriptor(weight.flatten(0, 1), 128), descriptor(shared_weight, 128),
         inner_scales, scale, shared_scale, order, table, parts, tiles, tiles * across, across, count, width,
         shared_weight.shape[1], hidden, STAGES=stages, num_warps=4,
     )  # fmt: skip

@@ -135,27 +135,29 @@ def sort_kernel(
 @triton.jit(do_not_specialize=[*COUNTS, "places"])
 def spread_kernel(
     x_ptr, order_ptr, codes_ptr, scales_ptr, pairs, tokens, places, hidden, K: tl.constexpr,
-    GROUPS: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
+    PLACES: tl.constexpr, GROUPS: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of x `[N, D]` by place in `order`: `[places, D]`; with `FP8` codes and scales `[places, D / 128]`.
 
-    Places that no pair has get some token's.
+    A program has `PLACES` places and `GROUPS` * 128 channels. Places that no pair has get some token's row.
     """
     if PDL:
         follow()
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     blocks = hidden // 128
-    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    place = group // blocks
-    there = place < places
-    pair = tl.load(order_ptr + place, there, other=0)
-    token = tl.where(pair < pairs, pair // K, (pair - pairs) % tokens)
-    token = tl.minimum(tl.maximum(token, 0), tokens - 1).to(tl.int64)
-    inside = tl.arange(0, 128)[None, :]
-    x = tl.load(x_ptr + (token * hidden + group % blocks * 128)[:, None] + inside, there[:, None], other=0.0)
-    if FP8:
-        x, scale = to_fp8(x.to(tl.float32))
-        tl.store(scales_ptr + group, scale, there)
-    tl.store(codes_ptr + group[:, None] * 128 + inside, x, there[:, None])
+    inside = (group < blocks)[:, None]
+    channel = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    for i in tl.static_range(PLACES):
+        place = tl.program_id(0).to(tl.int64) * PLACES + i
+        there = inside & (place < places)
+        pair = tl.load(order_ptr + place, place < places, other=0)
+        token = tl.where(pair < pairs, pair // K, (pair - pairs) % tokens)
+        token = tl.minimum(tl.maximum(token, 0), tokens - 1).to(tl.int64)
+        x = tl.load(x_ptr + token * hidden + channel, there, other=0.0)
+        if FP8:
+            x, scale = to_fp8(x.to(tl.float32))
+            tl.store(scales_ptr + place * blocks + group, scale, (group < blocks) & (place < places))
+        tl.store(codes_ptr + place * hidden + channel, x, there)
 
 
 @triton.jit

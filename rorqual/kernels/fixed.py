@@ -94,7 +94,7 @@ def fast(
     out_dtype: torch.dtype | None = None,
     how: dict[str, Any] | None = None,
 ) -> Tensor:
-    """`reference` by the kernel above, few rows by that of `skinny` (in the interpreter, which has no bf16 products, in fp32)."""
+    """`reference` by the kernel above, few rows by that of `skinny` (all in fp32 in the interpreter)."""
     (rows, width), out_width = x_ND.shape, weight_OD.shape[0]
     full = x_ND.dtype != torch.bfloat16 or weight_OD.dtype != torch.bfloat16 or not x_ND.is_cuda
     hopper = not full and torch.cuda.get_device_capability(x_ND.device)[0] == 9

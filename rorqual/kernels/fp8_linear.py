@@ -25,6 +25,9 @@ FEW_ROWS = 2
 FEW_WIDTH = 16384
 """Most rows, and their widest, multiplied without tensor cores."""
 
+PROCESSORS = 132
+"""Multiprocessors of the GPU that the plans are made for."""
+
 BAND = 8
 """Tiles of rows that go through the weight together, so that both stay in L2."""
 
@@ -49,10 +52,12 @@ def quantize(
     by = tl.div_rn(tl.maximum(tl.max(tl.abs(values), 1), 1e-4), 448.0)
     if POWERS:  # any bit of the fraction carries into the exponent
         by = ((by.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    ratio = tl.minimum(tl.maximum(tl.div_rn(values, by[:, None]), -448.0), 448.0)
-    tl.store(
-        codes + n[:, None] * c_row + d[None, :], ratio.to(tl.float8e4nv), mask=(n < room)[:, None] & live
-    )
+    # values / by, rounded correctly: a quotient by the reciprocal, and once what is left over.
+    over = tl.div_rn(1.0, by)[:, None]
+    ratio = values * over
+    ratio = tl.fma(tl.fma(-ratio, by[:, None], values), over, ratio)
+    code = tl.minimum(tl.maximum(ratio, -448.0), 448.0).to(tl.float8e4nv)
+    tl.store(codes + n[:, None] * c_row + d[None, :], code, mask=(n < room)[:, None] & live)
     tl.store(scale + n * s_row + group * s_group, by, mask=n < room)
 
 
@@ -234,19 +239,36 @@ def plan(rows: int, out_width: int, width: int) -> dict[str, Any]:
     if rows <= FEW_ROWS and width <= FEW_WIDTH:
         return {"FEW": True, "BO": 2, "num_warps": 2}
     how = {"SPLIT": 1, "TALL": rows <= 32, "num_warps": 4, "FETCH": 0, "UNROLL": 1}
-    if rows > 256:
-        return how | {"BN": 64, "BO": 128, "STAGES": 4}
     BN = 64 if rows > 32 else max(16, triton.next_power_of_2(rows))
     tiles, groups = blocks(out_width, 64) * blocks(rows, BN), blocks(width, BLOCK)
-    while how["SPLIT"] < 8 and 2 * how["SPLIT"] * tiles <= 264 and groups >= 8 * how["SPLIT"]:
-        how["SPLIT"] *= 2
-    return how | {"BN": BN, "BO": 64, "STAGES": 6, "FETCH": 512 if rows <= 64 and width >= 512 else 0}
+    if tiles >= 4 * PROCESSORS:
+        wide, high = (
+            blocks(blocks(rows, BN) * blocks(out_width, BO), 2 * PROCESSORS)
+            for BN, BO in ((64, 128), (128, 64))
+        )
+        return how | {"BN": 64 if wide <= high else 128, "BO": 128 if wide <= high else 64, "STAGES": 4}
+    split = 1  # of work for less than half the chip down to 4 runs of channels each; of more, to 16
+    while (
+        split < 8
+        and tiles * split <= PROCESSORS
+        and groups >= split * (8 if 2 * tiles * split <= PROCESSORS else 32)
+    ):
+        split *= 2
+    return how | {
+        "SPLIT": split,
+        "BN": BN,
+        "BO": 64,
+        "STAGES": 6,
+        "FETCH": 512 if rows <= 64 and width >= 512 else 0,
+    }
 
 
 def in_library(rows: int, out_width: int, width: int) -> bool:
-    """Whether cuBLASLt takes the shape and is faster. It reads scales of a weight in fours along the width,
-    whatever their stride says."""
-    return rows > 256 and out_width % 16 == 0 and width % (4 * BLOCK) == 0
+    """Whether cuBLASLt takes the shape and is faster: where its tiles fill the chip. It reads the scales of a
+    weight in fours along the width, whatever their stride says."""
+    tiles = blocks(rows, 128) * blocks(out_width, 128)
+    busy = tiles / (blocks(tiles, PROCESSORS) * PROCESSORS)
+    return rows > 64 and out_width % 16 == 0 and width % (4 * BLOCK) == 0 and tiles >= 96 and busy > 0.55
 
 
 def fast(

@@ -56,12 +56,11 @@ def reference(
 def _meet(  # type: ignore[no-untyped-def]
     q, acc, peak, total, k_ptr, v_ptr, table_ptr, page, start, last, place, scale, stride,
     SIZE: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-    KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The softmax state after the BLOCK_N keys from `start` on, which lie in `page`, and the page of those that
     follow: a load that waits for a load would cost the pipeline a stage. Without MASKED every query sees them all.
     """
-    ACROSS: tl.constexpr = 0 if KEYS_FIRST else 1
     lane = tl.arange(0, BLOCK_N)
     channel = tl.arange(0, BLOCK_D)
     key = start + lane
@@ -81,23 +80,15 @@ def _meet(  # type: ignore[no-untyped-def]
     else:
         k = tl.load(k_ptr + at)
         v = tl.load(v_ptr + at)
-    if KEYS_FIRST:
-        score = tl.dot(k, q, input_precision=PRECISION) * scale
-    else:
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if MASKED:
-        seen = tl.expand_dims(key, 1 - ACROSS) <= tl.expand_dims(place, ACROSS)
-        score = tl.where(seen, score, float("-inf"))
-    higher = tl.maximum(peak, tl.max(score, ACROSS))
+        score = tl.where(key[None, :] <= place[:, None], score, float("-inf"))
+    higher = tl.maximum(peak, tl.max(score, 1))
     base = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
     fade = tl.exp2(peak - base)
-    weight = tl.exp2(score - tl.expand_dims(base, ACROSS))
-    total = total * fade + tl.sum(weight, ACROSS)
-    acc = acc * tl.expand_dims(fade, ACROSS)
-    if KEYS_FIRST:
-        acc = tl.dot(tl.trans(v), weight.to(v.dtype), acc, input_precision=PRECISION)
-    else:
-        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)
+    weight = tl.exp2(score - base[:, None])
+    total = total * fade + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return acc, higher, total, page
 
 
@@ -105,15 +96,13 @@ def _meet(  # type: ignore[no-untyped-def]
 def _attend(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, table_ptr, ends_ptr, starts_ptr, o_ptr, lse_ptr, scale, groups, table_stride, splits, places,
     GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, DIRECT: tl.constexpr, UNIFORM: tl.constexpr, KEYS_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, DIRECT: tl.constexpr, UNIFORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows (queries times the GROUP heads of one group) of a sequence against one split of its keys.
 
     UNIFORM takes every tile of keys through the same code: the compiler may round the masked and the unmasked
     form differently, and which tiles need a mask depends on a query's place in its tile.
     """
-    ACROSS: tl.constexpr = 0 if KEYS_FIRST else 1
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     head = tl.program_id(1) % groups
     split = tl.program_id(1) // groups
@@ -134,11 +123,7 @@ def _attend(  # type: ignore[no-untyped-def]
     heads = groups * GROUP
     at = (start + row // GROUP).to(tl.int64) * heads + head * GROUP + row % GROUP
     q = tl.load(q_ptr + at[:, None] * SIZE + channel[None, :], mask=known, other=0.0)
-    if KEYS_FIRST:
-        q = tl.trans(q)
-        acc = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
-    else:
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     stride = groups * SIZE
@@ -156,17 +141,15 @@ def _attend(  # type: ignore[no-untyped-def]
         for key in tl.range(first, whole, BLOCK_N):
             acc, peak, total, page = _meet(
                 q, acc, peak, total, k_ptr, v_ptr, table_ptr, page, key, last, place, scale, stride,
-                SIZE, PAGE, BLOCK_D, BLOCK_N, False, KEYS_FIRST, PRECISION,
+                SIZE, PAGE, BLOCK_D, BLOCK_N, False, PRECISION,
             )  # fmt: skip
     for key in tl.range(whole, last, BLOCK_N):
         acc, peak, total, page = _meet(
             q, acc, peak, total, k_ptr, v_ptr, table_ptr, page, key, last, place, scale, stride,
-            SIZE, PAGE, BLOCK_D, BLOCK_N, True, KEYS_FIRST, PRECISION,
+            SIZE, PAGE, BLOCK_D, BLOCK_N, True, PRECISION,
         )  # fmt: skip
 
-    acc = acc / tl.expand_dims(tl.where(total > 0, total, 1.0), ACROSS)
-    if KEYS_FIRST:
-        acc = tl.trans(acc)
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     if not DIRECT:
         at = (s * places + row // GROUP).to(tl.int64) * heads + head * GROUP + row % GROUP
         at += split.to(tl.int64) * tl.num_programs(2) * places * heads
@@ -184,7 +167,6 @@ class Config(NamedTuple):
     block_n: int
     warps: int
     stages: int
-    keys_first: bool = False
     resident: int = 2
     """Programs that run on one multiprocessor at a time."""
 
@@ -275,7 +257,6 @@ def fast(
         BLOCK_N=cut.block_n,
         DIRECT=pieces == 1,
         UNIFORM=fixed or max_count <= FEW,
-        KEYS_FIRST=cut.keys_first,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=cut.warps,
         num_stages=cut.stages,

@@ -80,13 +80,13 @@ def _score(  # type: ignore[no-untyped-def]
     columns,
     q_row,
     q_head,
-    scale_page,
-    scale_item,
     score_row,
     heads,
     dim,
     PAGE_STRIDE: tl.constexpr,
     ITEM_STRIDE: tl.constexpr,
+    SCALE_PAGE: tl.constexpr,
+    SCALE_ITEM: tl.constexpr,
     PAGE: tl.constexpr,
     QUERIES: tl.constexpr,
     HEADS: tl.constexpr,
@@ -121,10 +121,17 @@ def _score(  # type: ignore[no-untyped-def]
         mine = (seq_of == seq) & (column >= done)
         limit = tl.max(tl.where(mine, limit_of, 0))
         peak = tl.full([KEYS, QUERIES], float("-inf"), tl.float32)
+        of_seq = table + seq.to(tl.int64) * columns
+        upcoming = tl.load(of_seq + tl.minimum(part * KEYS, tl.maximum(limit, 1) - 1) // PAGE)
         for t in tl.range(part, tl.cdiv(limit, KEYS), parts, num_stages=STAGES):
             s = t * KEYS + item
-            page = tl.load(table + seq.to(tl.int64) * columns + s // PAGE, mask=s < limit, other=0)
-            at = page.to(tl.int64) * PAGE_STRIDE + (s % PAGE) * ITEM_STRIDE
+            if PAGE >= KEYS:  # of one page, whose number was read a tile ahead: no load waits for another
+                page = upcoming.to(tl.int64)
+                upcoming = tl.load(of_seq + tl.minimum((t + parts) * KEYS, limit - 1) // PAGE)
+                at = page * PAGE_STRIDE + (t * KEYS % PAGE) * ITEM_STRIDE + item * ITEM_STRIDE
+            else:
+                page = tl.load(of_seq + s // PAGE, mask=s < limit, other=0).to(tl.int64)
+                at = page * PAGE_STRIDE + (s % PAGE) * ITEM_STRIDE
             key = tl.load(keys + at[:, None] + d[None, :], mask=(d < dim)[None, :], other=0.0)
             if key.dtype != q_tile.dtype:
                 key = key.to(q_tile.dtype)
@@ -135,7 +142,7 @@ def _score(  # type: ignore[no-untyped-def]
             else:
                 score = tl.sum(tl.reshape(worth, [KEYS, QUERIES, HEADS]), axis=2)
             if SCALED:
-                at = page.to(tl.int64) * scale_page + (s % PAGE) * scale_item
+                at = page * SCALE_PAGE + (s % PAGE) * SCALE_ITEM
                 score = score * tl.load(key_scales + at)[:, None]
             seen = mine[None, :] & (s[:, None] < limit_of[None, :])
             tl.store(scores + local.to(tl.int64)[None, :] * score_row + s[:, None], score, mask=seen)
@@ -329,9 +336,10 @@ class Plan(NamedTuple):
     choose_warps: int = 16
 
 
-def plan(rows: int, sequences: int, max_keys: int, k: int, fp8: bool = False) -> Plan:
+def plan(rows: int, sequences: int, max_keys: int, k: int, page: int, fp8: bool = False) -> Plan:
     """Chunks of one sequence take two queries a program; short contexts skip the gathering, and there a program
-    takes up to four tiles of keys where there are enough programs."""
+    takes up to four tiles of keys where there are enough programs. Where a tile is of several pages, the pipeline
+    gives half its stages to reading their numbers."""
     cap = max(4096, triton.next_power_of_2(2 * k))
     groups = 2 * cap
     p = Plan(cap=cap, parts=groups // 64)
@@ -339,8 +347,8 @@ def plan(rows: int, sequences: int, max_keys: int, k: int, fp8: bool = False) ->
         p = p._replace(queries=2, keys=128, parts=groups // 128, stages=3)
     elif fp8:
         p = p._replace(keys=128, parts=groups // 128, stages=3)
-    elif rows == 1:
-        p = p._replace(stages=9)
+    else:
+        p = p._replace(stages=(5 if rows == 1 else 3) if page >= 64 else (9 if rows == 1 else 6))
     if max_keys <= cap:
         tiles, groups_of_rows = -(-max_keys // p.keys), -(-rows // p.queries)
         p = p._replace(parts=-(-tiles // max(1, min(4, tiles * groups_of_rows // 264))))
@@ -365,7 +373,9 @@ def fast(
     chosen_NK = torch.empty(rows, k, dtype=torch.int32, device=device)
     if not rows:
         return chosen_NK
-    p = tiles or plan(rows, table_SB.shape[0], max_keys, k, k_pages_PTd.dtype == torch.uint8)
+    p = tiles or plan(
+        rows, table_SB.shape[0], max_keys, k, k_pages_PTd.shape[1], k_pages_PTd.dtype == torch.uint8
+    )
     assert k_pages_PTd.stride(2) == 1 and table_SB.stride(1) == 1 and max_keys <= MOST_KEYS and p.cap >= k
     assert p.chunk <= 2**15
     scaled = k_pages_PTd.dtype == torch.uint8
@@ -389,10 +399,11 @@ def fast(
         _score[(p.parts, -(-here // p.queries))](
             q_NHd, w_NH, codes, key_scales, table_SB, seq_N, limits_N, scores, peaks,
             first, here, table_SB.stride(0), q_NHd.stride(0), q_NHd.stride(1),
-            key_scales.stride(0), key_scales.stride(1), width, heads, dim,
-            PAGE_STRIDE=codes.stride(0), ITEM_STRIDE=codes.stride(1), PAGE=k_pages_PTd.shape[1], QUERIES=p.queries,
+            width, heads, dim, PAGE_STRIDE=codes.stride(0), ITEM_STRIDE=codes.stride(1),
+            SCALE_PAGE=key_scales.stride(0), SCALE_ITEM=key_scales.stride(1), PAGE=k_pages_PTd.shape[1],
+            QUERIES=p.queries,
             HEADS=max(triton.next_power_of_2(heads), -(-16 // p.queries)),
-            DIM=max(16, triton.next_power_of_2(dim)), KEYS=p.keys,  SCALED=scaled, PEAKS=gathered,
+            DIM=max(16, triton.next_power_of_2(dim)), KEYS=p.keys, SCALED=scaled, PEAKS=gathered,
             STAGES=p.stages, num_warps=p.warps,
         )  # fmt: skip
         if gathered:

@@ -49,7 +49,7 @@ class Pack:
         self.size = 0
 
     def of(self, weights: Sequence[Tensor]) -> Tensor | None:
-        """The copy of `weights` `[out_i, in]`, joined along `out`; None if there is no room for one, or
+        """The copy of `weights` `[..., in]`, all other axes flattened and joined; None if there is no room, or
         their changes can't be seen (inference tensors have no version counter)."""
         global _packed_bytes
         if not self._fresh(weights):
@@ -57,11 +57,8 @@ class Pack:
             size = sum(weight.numel() * weight.element_size() for weight in weights)
             if _packed_bytes + size > PACK_LIMIT or any(weight.is_inference() for weight in weights):
                 return None
-            joined = (
-                torch.cat([weight.detach() for weight in weights])
-                if len(weights) > 1
-                else weights[0].detach()
-            )
+            flat = [weight.detach().flatten(0, -2) for weight in weights]
+            joined = torch.cat(flat) if len(flat) > 1 else flat[0]
             if joined.dtype == torch.bfloat16:
                 joined = torch.ops.mkldnn._reorder_linear_weight(joined, 1)
             self.tensor, self.size, self.sample = joined, size, _sample(weights)
@@ -124,8 +121,9 @@ def packing(packs: Iterable[Pack]) -> Iterator[None]:
 
 
 def reference(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    """x `[..., in]` through each weight `[out_i, in]` (+ bias `[out_i]`): a list of `[..., out_i]`."""
-    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    """x `[..., in]` through each weight `[..., in]` (+ bias `[out_i]`), its other axes flattened to `out_i`: a list of
+    `[..., out_i]`."""
+    return [F.linear(x, weight.flatten(0, -2), bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, pack: Pack | None = None) -> Tensor:
@@ -156,7 +154,7 @@ def linears(
     if joined is None:
         return reference(x, weights, biases)
     y = torch.ops.mkldnn._linear_pointwise(x, joined, None, "none", [], "")
-    parts = y.split([weight.shape[0] for weight in weights], -1)
+    parts = y.split([weight.shape[:-1].numel() for weight in weights], -1)
     return [part if bias is None else part + bias for part, bias in zip(parts, biases, strict=True)]
 
 

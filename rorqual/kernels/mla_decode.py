@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rorqual.kernels import mla_decode_gluon, mla_decode_pairs
+from rorqual.kernels import mla_decode_gluon
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.quant import FP8, dequantize_fp8, quantize_fp8
 
 SCALED = 128
 """Codes that share a scale in FP8 pages."""
 
-FIXED_KEYS = 512
+FIXED_KEYS = 1024
 """Keys a split of the invariant form holds."""
 
 
@@ -94,16 +94,10 @@ def _attend(  # type: ignore[no-untyped-def]
     table_stride, splits,
     VALUE_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, ROPE_STRIDE: tl.constexpr, RANK: tl.constexpr,
     ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M:
-    tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, FIXED: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, FIXED: tl.constexpr,
     DIRECT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of a sequence's `rows` = width * heads queries against one split of its keys.
-
-    KEYS_FIRST holds everything transposed (scores [keys, rows], values [channels, rows]): the tensor cores
-    take 64 rows at least on their first axis, and a few queries would leave most of it empty. The rows are
-    then the second axis, and the statistics run along `ACROSS`.
-    """
-    ACROSS: tl.constexpr = 0 if KEYS_FIRST else 1
+    """One block of a sequence's `rows` = width * heads queries against one split of its keys."""
     block = tl.program_id(0)
     split = tl.program_id(1)
     s = tl.program_id(2)
@@ -126,12 +120,7 @@ def _attend(  # type: ignore[no-untyped-def]
     q_e = tl.load(
         q_ptr + at + RANK + turned[None, :], mask=held[:, None] & (turned < ROPE)[None, :], other=0.0
     )
-    if KEYS_FIRST:
-        q_c = tl.trans(q_c)
-        q_e = tl.trans(q_e)
-        acc = tl.zeros([BLOCK_C, BLOCK_M], tl.float32)
-    else:
-        acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     visible = end - width + row // heads
@@ -165,29 +154,18 @@ def _attend(  # type: ignore[no-untyped-def]
             wide = tl.reshape(wide, [BLOCK_N, BLOCK_C // GROUP, GROUP]) * factor[:, :, None]
             c = tl.reshape(wide, [BLOCK_N, BLOCK_C]).to(q_c.dtype)
             e = e.to(q_c.dtype)
-        if KEYS_FIRST:
-            score = tl.dot(c, q_c, input_precision=PRECISION)
-            score = tl.dot(e, q_e, score, input_precision=PRECISION) * scale
-            score = tl.where(key[:, None] <= visible[None, :], score, float("-inf"))
-        else:
-            score = tl.dot(q_c, tl.trans(c), input_precision=PRECISION)
-            score = tl.dot(q_e, tl.trans(e), score, input_precision=PRECISION) * scale
-            score = tl.where(key[None, :] <= visible[:, None], score, float("-inf"))
-        higher = tl.maximum(peak, tl.max(score, ACROSS))
+        score = tl.dot(q_c, tl.trans(c), input_precision=PRECISION)
+        score = tl.dot(q_e, tl.trans(e), score, input_precision=PRECISION) * scale
+        score = tl.where(key[None, :] <= visible[:, None], score, float("-inf"))
+        higher = tl.maximum(peak, tl.max(score, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         fade = tl.exp2(peak - base)
-        weight = tl.exp2(score - tl.expand_dims(base, ACROSS))
-        total = total * fade + tl.sum(weight, ACROSS)
+        weight = tl.exp2(score - base[:, None])
+        total = total * fade + tl.sum(weight, 1)
         peak = higher
-        acc = acc * tl.expand_dims(fade, ACROSS)
-        if KEYS_FIRST:
-            acc = tl.dot(tl.trans(c), weight.to(c.dtype), acc, input_precision=PRECISION)
-        else:
-            acc = tl.dot(weight.to(c.dtype), c, acc, input_precision=PRECISION)
+        acc = tl.dot(weight.to(c.dtype), c, acc * fade[:, None], input_precision=PRECISION)
 
-    acc = acc / tl.expand_dims(tl.where(total > 0, total, 1.0), ACROSS)
-    if KEYS_FIRST:
-        acc = tl.trans(acc)
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     to = s * rows + row
     if not DIRECT:
         to = to + split * tl.num_programs(2) * rows
@@ -255,7 +233,6 @@ class Config(NamedTuple):
     block_n: int
     warps: int
     stages: int
-    keys_first: bool
     resident: int
     """Programs that run on one multiprocessor at a time."""
     gluon: bool = False
@@ -288,16 +265,13 @@ def configure(rows: int, heads: int, fixed: bool, fp8: bool, hopper: bool) -> Co
     """The cut for `rows` = width * heads queries a sequence, in Gluon where it is `hopper`'s case. The fixed form may
     look at `heads` alone."""
     rows = heads if fixed else rows
-    if hopper:
-        if 16 < rows <= 32:
-            return Config(32, 64, 4, 2, True, 1, True)
-        if rows > 32:
-            return Config(64, 64, 8, 2, False, 1, True)
     if rows <= 16:
-        return Config(16, 32, 4, 3, False, 2)
+        return Config(16, 32, 4, 3, 2)
+    if hopper:
+        return Config(mla_decode_gluon.ROWS, mla_decode_gluon.PAIR, 8, 2, 1, True)
     if rows <= 32 and not fp8:
-        return Config(32, 32, 8, 3, False, 2)
-    return Config(64, 32, 8, 3 if fp8 else 4, False, 1)
+        return Config(32, 32, 8, 3, 2)
+    return Config(64, 32, 8, 3 if fp8 else 4, 1)
 
 
 def combine(
@@ -390,7 +364,6 @@ def _launch(
         BLOCK_N=cut.block_n,
         GROUP=min(SCALED, block_c),
         FIXED=fixed,
-        KEYS_FIRST=cut.keys_first,
         DIRECT=direct,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=cut.warps,
@@ -437,22 +410,7 @@ def fast(
         lse = torch.empty(pieces, tokens * heads, dtype=torch.float32, device=q.device)
     exponent = scale * math.log2(math.e)
     grid = (blocks, pieces, sequences)
-    if cut.gluon and not cut.keys_first and cut.block_n == mla_decode_pairs.PAIR:
-        mla_decode_pairs.launch(
-            q,
-            pages_PTC,
-            table_SB,
-            ends_S,
-            part,
-            lse,
-            grid=grid,
-            scale=exponent,
-            rows=rows,
-            width=width,
-            fixed=fixed,
-            direct=direct,
-        )
-    elif cut.gluon:
+    if cut.gluon:
         mla_decode_gluon.launch(
             q,
             pages_PTC,
@@ -464,11 +422,9 @@ def fast(
             scale=exponent,
             rows=rows,
             width=width,
-            block_m=cut.block_m,
-            keys_first=cut.keys_first,
             fixed=fixed,
             direct=direct,
-            stages=cut.stages,
+            ahead=cut.stages > 1,
         )
     else:
         _launch(q, pages_PTC, table_SB, ends_S, part, lse, cut, grid, exponent, width, rank, fixed, direct)

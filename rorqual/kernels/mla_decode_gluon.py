@@ -1,9 +1,11 @@
-"""Stage 1 of `mla_decode` for Hopper in Gluon, where the programmer places what Triton otherwise decides.
+"""Stage 1 of `mla_decode` for Hopper in Gluon, beyond a few rows: two groups of four warps share pairs of tiles.
 
-One program is a warp that fetches tiles of 64 latents by the bulk copy engine (TMA) into a ring, and four or eight
-warps that compute. Few queries go keys first (scores [keys, rows]), so that the tensor cores' 64 rows are keys;
-many go rows first, eight warps on one tile, and the scores of a tile are asked for while the values of the one
-before are still being added. Key tiles, their order and the grid are those of `mla_decode`.
+64 rows' values are 64 x 512 fp32, half of a multiprocessor's registers, so a group keeps one half of the channels.
+For the scores a group takes one tile of the pair for itself (64 keys at once: fewer would starve the tensor cores of
+operands). The groups exchange their rows' maxima and then their weights through shared memory, and each adds both
+tiles' values to its half. Tiles come and go as four pieces (tile x half), each given back by the one group that reads
+its values, so that the next pair arrives while this one is still being added. (The division of labour is that of
+FlashMLA, DeepSeek 2025; its schedule is another.)
 """
 
 from typing import Any
@@ -16,14 +18,13 @@ from rorqual.kernels.gpu import INSTALLED
 gluon: Any
 gl: Any
 try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
+    from triton.experimental import gluon  # type: ignore[no-redef]
+    from triton.experimental.gluon import language as gl  # type: ignore[no-redef]
     from triton.experimental.gluon.language.nvidia.hopper import (
         fence_async_shared,
         mbarrier,
         tma,
         warpgroup_mma,
-        warpgroup_mma_init,
         warpgroup_mma_wait,
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -35,143 +36,180 @@ except ImportError:  # Triton too old, or none: `supported` says so
 else:
     AVAILABLE = INSTALLED
 
-TILE = 64
-"""Keys of a tile. A page holds one or more whole tiles."""
+ROWS = 64
+PAIR = 128
+"""Keys of a pair of tiles; a split holds whole pairs, a page whole tiles."""
 
 RANK, ROPE = 512, 64
 """The latents of every released model."""
 
 
 @gluon.jit
-def _fetch(
-    c_desc,
-    e_desc,
-    c_ring,
-    e_ring,
-    full,
-    free,
-    table_ptr,
-    first,
-    last,
-    PAGE: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """The fetching warp: tiles of the keys first .. last, in order, into the ring."""
-    TILE: gl.constexpr = c_desc.block_type.shape[0]
-    page = gl.load(table_ptr + first // PAGE, mask=first < last, other=0)
-    turn = 0
-    for start in range(first, last, TILE):
-        row = page * PAGE + start % PAGE
-        page = gl.load(table_ptr + gl.minimum(start + TILE, last - 1) // PAGE)
-        stage = turn % STAGES
-        mbarrier.wait(free.index(stage), ((turn // STAGES) & 1) ^ 1)
-        bar = full.index(stage)
-        mbarrier.expect(bar, c_desc.block_type.nbytes + e_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(c_desc, [row, 0], bar, c_ring.index(stage))
-        tma.async_copy_global_to_shared(e_desc, [row, c_desc.block_type.shape[1]], bar, e_ring.index(stage))
-        turn += 1
-
-
-@gluon.jit
-def _clear(c, e, there, WARPS: gl.constexpr):
-    """Zero the last tile's latents from number `there` on: what lies in a page past its content may be NaN."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    WIDTH: gl.constexpr = e.shape[1]
-    kept = gl.arange(0, e.shape[0], gl.SliceLayout(1, LAYOUT)) < there
-    for part in gl.static_range(c.shape[1] // WIDTH):
-        piece = c.slice(part * WIDTH, WIDTH, 1)
-        value = piece.load(LAYOUT)
-        piece.store(gl.where(kept[:, None], value, gl.zeros_like(value)))
-    value = e.load(LAYOUT)
-    e.store(gl.where(kept[:, None], value, gl.zeros_like(value)))
-    fence_async_shared()
-
-
-@gluon.jit
-def _compute(
-    q_c, q_e, p, c_ring, e_ring, full, free, o_ptr, lse_ptr, first, last, scale, base, block, rows, heads, open_to,
-    KEYS_FIRST: gl.constexpr, DIRECT: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+def _fetch(  # type: ignore[no-untyped-def]
+    c_desc, e_desc, latents_ptr, pieces, ropes, full, free, table_ptr, first, last, PAGE: gl.constexpr,
+    AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """The computing warps: every tile's scores, softmax and values; then the result."""
-    TILE: gl.constexpr = c_ring.shape[1]
-    RANK: gl.constexpr = c_ring.shape[2]
-    BLOCK_M: gl.constexpr = q_c.shape[0]
-    ACROSS: gl.constexpr = 0 if KEYS_FIRST else 1
-    if KEYS_FIRST:
-        S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
-        A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
-        acc = gl.zeros([RANK, BLOCK_M], gl.float32, A)
-        mass = gl.zeros([TILE, BLOCK_M], gl.float32, S)
-    else:
-        S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, TILE // (WARPS // 4), 16])
-        A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 256, 16])
-        acc = gl.zeros([BLOCK_M, RANK], gl.float32, A)
-        mass = gl.zeros([BLOCK_M, TILE], gl.float32, S)
-    row = block * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(ACROSS, S))
+    """The fetching warp. Piece 2 * tile + half; in the order in which they are given back. Past the last key the last
+    page comes again. While a pair is computed with, the next is on its way to the L2 cache: the pieces are all in use
+    then, and memory would stand idle."""
+    TILE: gl.constexpr = c_desc.block_type.shape[0]
+    HALF: gl.constexpr = c_desc.block_type.shape[1]
+    here = first < last
+    left = gl.load(table_ptr + first // PAGE, mask=here, other=0)
+    right = gl.load(table_ptr + gl.minimum(first + TILE, last - 1) // PAGE, mask=here, other=0)
+    for start in range(first, last, 2 * TILE):
+        parity = ((start - first) // (2 * TILE) & 1) ^ 1
+        row = left * PAGE + start % PAGE
+        beside = right * PAGE + (start + TILE) % PAGE
+        left = gl.load(table_ptr + gl.minimum(start + 2 * TILE, last - 1) // PAGE)
+        right = gl.load(table_ptr + gl.minimum(start + 3 * TILE, last - 1) // PAGE)
+        mbarrier.wait(free.index(0), parity)
+        mbarrier.expect(full.index(0), c_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(c_desc, [row, 0], full.index(0), pieces.index(0))
+        mbarrier.wait(free.index(3), parity)
+        mbarrier.expect(full.index(3), c_desc.block_type.nbytes + e_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(c_desc, [beside, HALF], full.index(3), pieces.index(3))
+        tma.async_copy_global_to_shared(e_desc, [beside, 2 * HALF], full.index(3), ropes.index(1))
+        mbarrier.wait(free.index(1), parity)
+        mbarrier.expect(full.index(1), c_desc.block_type.nbytes + e_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(c_desc, [row, HALF], full.index(1), pieces.index(1))
+        tma.async_copy_global_to_shared(e_desc, [row, 2 * HALF], full.index(1), ropes.index(0))
+        mbarrier.wait(free.index(2), parity)
+        mbarrier.expect(full.index(2), c_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(c_desc, [beside, 0], full.index(2), pieces.index(2))
+        if AHEAD and start + 2 * TILE < last:
+            ahead = (start + 2 * TILE) % PAGE
+            _prefetch(latents_ptr, left * PAGE + ahead, TILE, 2 * HALF + e_desc.block_type.shape[1])
+            ahead = (start + 3 * TILE) % PAGE
+            _prefetch(latents_ptr, right * PAGE + ahead, TILE, 2 * HALF + e_desc.block_type.shape[1])
+
+
+@gluon.jit
+def _prefetch(latents_ptr, row, TILE: gl.constexpr, CHANNELS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Ask for TILE latents from `row` on to be brought to the L2 cache, a share by each thread of the warp."""
+    SHARE: gl.constexpr = TILE * CHANNELS // 32
+    thread = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    address = (latents_ptr + row.to(gl.int64) * CHANNELS + thread * SHARE).to(gl.int64)
+    gl.inline_asm_elementwise(
+        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r", [address, gl.full_like(thread, 2 * SHARE)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _clear(piece, there):  # type: ignore[no-untyped-def]
+    """Zero a piece's latents from number `there` on: what lies in a page past its content may be NaN."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    TILE: gl.constexpr = piece.shape[0]
+    WIDTH: gl.constexpr = 64
+    kept = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT)) < there
+    for part in gl.static_range(piece.shape[1] // WIDTH):
+        cut = piece.slice(part * WIDTH, WIDTH, 1)
+        held = cut.load(LAYOUT)
+        cut.store(gl.where(kept[:, None], held, gl.zeros_like(held)))
+
+
+@gluon.jit
+def _compute(  # type: ignore[no-untyped-def]
+    q_left, q_right, weights, pieces, ropes, full, free, peaks, said, given, o_ptr, lse_ptr, first, last, scale, base,
+    block, rows, heads, open_to,
+    MINE: gl.constexpr, DIRECT: gl.constexpr,
+):  # fmt: skip
+    """Group MINE: the scores of the pair's tile MINE, the values of channel half MINE of both tiles."""
+    OTHER: gl.constexpr = 1 - MINE
+    ROWS: gl.constexpr = q_left.shape[0]
+    HALF: gl.constexpr = q_left.shape[1]
+    TILE: gl.constexpr = pieces.shape[1]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    LINE: gl.constexpr = gl.SliceLayout(1, S)
+    # The queries' rotary part lies where group 1's weights will: it moves into registers.
+    q_rope = weights.index(1).load(gl.DotOperandLayout(0, S, 2))
+    row = block * ROWS + gl.arange(0, ROWS, LINE)
     visible = open_to + row // heads
-    lane = gl.arange(0, TILE, gl.SliceLayout(1 - ACROSS, S))
+    lane = MINE * TILE + gl.arange(0, TILE, gl.SliceLayout(0, S))
     # The lowest finite number, not -inf: a fade of exp2(-inf + inf) would be NaN.
-    peak = gl.full([BLOCK_M], -1e30, gl.float32, gl.SliceLayout(ACROSS, S))
-    acc = warpgroup_mma_init(acc)
+    peak = gl.full([ROWS], -1e30, gl.float32, LINE)
+    total = gl.zeros([ROWS], gl.float32, LINE)
+    acc = gl.zeros([ROWS, HALF], gl.float32, A)
     turn = 0
-    for start in range(first, last, TILE):
-        stage = turn % STAGES
-        c = c_ring.index(stage)
-        e = e_ring.index(stage)
-        mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
-        if start + TILE > last:
-            _clear(c, e, last - start, WARPS)
-        if KEYS_FIRST:
-            score = gl.zeros([TILE, BLOCK_M], gl.float32, S)
-            score = warpgroup_mma(c, q_c.permute((1, 0)), score, use_acc=False, is_async=True)
-            score = warpgroup_mma(e, q_e.permute((1, 0)), score, is_async=True)
+    for start in range(first, last, 2 * TILE):
+        parity = turn & 1
+        score = gl.zeros([ROWS, TILE], gl.float32, S)
+        there = last - start - MINE * TILE
+        if there < TILE:
+            mbarrier.wait(full.index(2 * MINE), parity)
+            mbarrier.wait(full.index(2 * MINE + 1), parity)
+            _clear(pieces.index(2 * MINE), there)
+            _clear(pieces.index(2 * MINE + 1), there)
+            _clear(ropes.index(MINE), there)
+            fence_async_shared()
+        if MINE == 0:
+            mbarrier.wait(full.index(0), parity)
+            score = warpgroup_mma(
+                q_left, pieces.index(0).permute((1, 0)), score, use_acc=False, is_async=True
+            )
+            mbarrier.wait(full.index(1), parity)
+            score = warpgroup_mma(q_right, pieces.index(1).permute((1, 0)), score, is_async=True)
         else:
-            score = gl.zeros([BLOCK_M, TILE], gl.float32, S)
-            score = warpgroup_mma(q_c, c.permute((1, 0)), score, use_acc=False, is_async=True)
-            score = warpgroup_mma(q_e, e.permute((1, 0)), score, is_async=True)
-        acc = warpgroup_mma_wait(2, deps=[acc])
-        mbarrier.arrive(free.index((turn + STAGES - 1) % STAGES), pred=turn > 0)
+            mbarrier.wait(full.index(3), parity)
+            score = warpgroup_mma(
+                q_right, pieces.index(3).permute((1, 0)), score, use_acc=False, is_async=True
+            )
+            mbarrier.wait(full.index(2), parity)
+            score = warpgroup_mma(q_left, pieces.index(2).permute((1, 0)), score, is_async=True)
+        score = warpgroup_mma(q_rope, ropes.index(MINE).permute((1, 0)), score, is_async=True)
         score = warpgroup_mma_wait(0, deps=[score])
-        seen = gl.expand_dims(start + lane, 1 - ACROSS) <= gl.expand_dims(visible, ACROSS)
-        score = gl.where(seen, score * scale, -float("inf"))
-        higher = gl.maximum(peak, gl.max(score, ACROSS))
+
+        score = gl.where((start + lane)[None, :] <= visible[:, None], score * scale, -float("inf"))
+        higher = gl.maximum(peak, gl.max(score, 1))
+        peaks.index(MINE).store(higher)
+        mbarrier.arrive(said.index(MINE))
+        mbarrier.wait(said.index(OTHER), parity)
+        higher = gl.maximum(higher, peaks.index(OTHER).load(LINE))
         fade = gl.exp2(peak - higher)
         peak = higher
-        weight = gl.exp2(score - gl.expand_dims(higher, ACROSS))
-        p.store(weight.to(p.dtype))
+        weight = gl.exp2(score - higher[:, None])
+        total = total * fade + gl.sum(weight, 1)
+        weight = weight.to(weights.dtype)
+        weights.index(MINE).store(weight)
         fence_async_shared()
-        mass = mass * gl.expand_dims(fade, ACROSS) + weight
-        acc = acc * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(ACROSS, A)), ACROSS)
-        if KEYS_FIRST:
-            acc = warpgroup_mma(c.permute((1, 0)), p, acc, is_async=True)
-        else:
-            acc = warpgroup_mma(p, c, acc, is_async=True)
+        mbarrier.arrive(given.index(MINE))
+        acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, A))[:, None]
+        own = gl.convert_layout(weight, gl.DotOperandLayout(0, A, 2))
+        acc = warpgroup_mma(own, pieces.index(3 * MINE), acc, is_async=True)
+        mbarrier.wait(given.index(OTHER), parity)
+        acc = warpgroup_mma(weights.index(OTHER), pieces.index(2 * OTHER + MINE), acc, is_async=True)
+        acc, own = warpgroup_mma_wait(1, deps=[acc, own])
+        mbarrier.arrive(free.index(3 * MINE))
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(free.index(2 * OTHER + MINE))
         turn += 1
-    acc = warpgroup_mma_wait(0, deps=[acc])
 
-    total = gl.sum(mass, ACROSS)
+    peaks.index(MINE).store(total)
+    mbarrier.arrive(said.index(MINE))
+    mbarrier.wait(said.index(OTHER), turn & 1)
+    total += peaks.index(OTHER).load(LINE)
     known = gl.where(total > 0, total, 1.0)
-    share = gl.convert_layout(known, gl.SliceLayout(ACROSS, A))
-    acc = acc / gl.expand_dims(share, ACROSS)
-    to = base.to(gl.int64) + row
-    if not DIRECT:
+    if not DIRECT and MINE == 0:
+        to = base.to(gl.int64) + row
         gl.store(lse_ptr + to, gl.where(total > 0, peak + gl.log2(known), -float("inf")), mask=row < rows)
-    m = block * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(ACROSS, A))
-    channel = gl.arange(0, RANK, gl.SliceLayout(1 - ACROSS, A))
-    place = gl.expand_dims((base.to(gl.int64) + m) * RANK, ACROSS) + gl.expand_dims(channel, 1 - ACROSS)
-    held = gl.expand_dims(m < rows, ACROSS) & gl.expand_dims(channel < RANK, 1 - ACROSS)
-    gl.store(o_ptr + place, acc.to(o_ptr.dtype.element_ty), mask=held)
+    acc = acc / gl.convert_layout(known, gl.SliceLayout(1, A))[:, None]
+    m = block * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, A))
+    channel = MINE * HALF + gl.arange(0, HALF, gl.SliceLayout(0, A))
+    place = (base.to(gl.int64) + m)[:, None] * (2 * HALF) + channel[None, :]
+    gl.store(o_ptr + place, acc.to(o_ptr.dtype.element_ty), mask=(m < rows)[:, None])
 
 
 @gluon.jit(do_not_specialize=("rows", "heads", "width", "table_stride", "splits"))
-def _attend(
-    c_desc, e_desc, q_ptr, table_ptr, ends_ptr, o_ptr, lse_ptr, scale, rows, heads, width, table_stride, splits,
-    BLOCK_M: gl.constexpr, PAGE: gl.constexpr, FIXED: gl.constexpr, KEYS_FIRST: gl.constexpr, DIRECT: gl.constexpr,
-    STAGES: gl.constexpr, WARPS: gl.constexpr,
+def _attend(  # type: ignore[no-untyped-def]
+    c_desc, e_desc, q_ptr, latents_ptr, table_ptr, ends_ptr, o_ptr, lse_ptr, scale, rows, heads, width, table_stride,
+    splits,
+    ROWS: gl.constexpr, PAGE: gl.constexpr, FIXED: gl.constexpr, DIRECT: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """As `mla_decode._attend`: one block of a sequence's queries against one split of its keys."""
+    """As `mla_decode._attend`: ROWS of a sequence's queries against one split of its keys."""
     TILE: gl.constexpr = c_desc.block_type.shape[0]
-    RANK: gl.constexpr = c_desc.block_type.shape[1]
+    HALF: gl.constexpr = c_desc.block_type.shape[1]
     ROPE: gl.constexpr = e_desc.block_type.shape[1]
     dtype: gl.constexpr = c_desc.dtype
     block = gl.program_id(0)
@@ -181,58 +219,69 @@ def _attend(
     if FIXED > 0:
         share = FIXED
     else:
-        share = gl.cdiv(gl.cdiv(end, splits), TILE) * TILE
+        share = gl.cdiv(gl.cdiv(end, splits), 2 * TILE) * 2 * TILE
     first = split * share
     last = gl.minimum(first + share, end)
     base = s * rows
     if not DIRECT:
         base += split * gl.num_programs(2) * rows
-    if first < last:  # a program without keys runs through, touching nothing
-        held = rows
-    else:
-        held = 0
+    held = gl.where(first < last, rows, 0)  # a program without keys runs through, touching nothing
 
-    Q: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
-    E: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    q_c = gl.allocate_shared_memory(
-        dtype, [BLOCK_M, RANK], gl.NVMMASharedLayout.get_default_for([BLOCK_M, RANK], dtype)
-    )
-    q_e = gl.allocate_shared_memory(
-        dtype, [BLOCK_M, ROPE], gl.NVMMASharedLayout.get_default_for([BLOCK_M, ROPE], dtype)
-    )
-    row = block * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, Q))
-    at = (s * rows + row).to(gl.int64)[:, None] * (RANK + ROPE) + gl.arange(0, RANK, gl.SliceLayout(0, Q))[
-        None, :
-    ]
-    q_c.store(gl.load(q_ptr + at, mask=(row < held)[:, None], other=0.0))
-    row = block * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, E))
-    at = (s * rows + row).to(gl.int64)[:, None] * (RANK + ROPE) + gl.arange(0, ROPE, gl.SliceLayout(0, E))[
-        None, :
-    ]
-    q_e.store(gl.load(q_ptr + RANK + at, mask=(row < held)[:, None], other=0.0))
-    P: gl.constexpr = [TILE, BLOCK_M] if KEYS_FIRST else [BLOCK_M, TILE]
-    p = gl.allocate_shared_memory(dtype, P, gl.NVMMASharedLayout.get_default_for(P, dtype))
-    c_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, RANK], c_desc.layout)
-    e_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, ROPE], e_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
+    SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HALF], dtype)
+    NARROW: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROPE], dtype)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_left = gl.allocate_shared_memory(dtype, [ROWS, HALF], SHARED)
+    q_right = gl.allocate_shared_memory(dtype, [ROWS, HALF], SHARED)
+    weights = gl.allocate_shared_memory(dtype, [2, ROWS, ROPE], NARROW)
+    pieces = gl.allocate_shared_memory(dtype, [4, TILE, HALF], c_desc.layout)
+    ropes = gl.allocate_shared_memory(dtype, [2, TILE, ROPE], e_desc.layout)
+    peaks = gl.allocate_shared_memory(gl.float32, [2, ROWS], FLAT)
+    full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    said = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    given = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(4):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(said.index(i), count=1)
+        mbarrier.init(given.index(i), count=1)
+
+    Q: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = block * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, Q))
+    at = (s * rows + row).to(gl.int64)[:, None] * (2 * HALF + ROPE)
+    known = (row < held)[:, None]
+    channel = gl.arange(0, HALF, gl.SliceLayout(0, Q))[None, :]
+    q_left.store(gl.load(q_ptr + at + channel, mask=known, other=0.0))
+    q_right.store(gl.load(q_ptr + at + HALF + channel, mask=known, other=0.0))
+    channel = gl.arange(0, ROPE, gl.SliceLayout(0, Q))[None, :]
+    weights.index(1).store(gl.load(q_ptr + at + 2 * HALF + channel, mask=known, other=0.0))
     fence_async_shared()
+    table_ptr += s * table_stride
+    open_to = end - width
     gl.warp_specialize(
         [
             (
                 _compute,
                 (
-                    q_c, q_e, p, c_ring, e_ring, full, free, o_ptr, lse_ptr, first, last, scale, base, block,
-                    rows if DIRECT else held, heads, end - width, KEYS_FIRST, DIRECT, STAGES, WARPS,
+                    q_left, q_right, weights, pieces, ropes, full, free, peaks, said, given, o_ptr, lse_ptr, first,
+                    last, scale, base, block, rows if DIRECT else held, heads, open_to, 0, DIRECT,
                 ),
             ),
-            (_fetch, (c_desc, e_desc, c_ring, e_ring, full, free, table_ptr + s * table_stride, first, last, PAGE, STAGES)),
+            (
+                _compute,
+                (
+                    q_left, q_right, weights, pieces, ropes, full, free, peaks, said, given, o_ptr, lse_ptr, first,
+                    last, scale, base, block, rows if DIRECT else held, heads, open_to, 1, DIRECT,
+                ),
+            ),
+            (
+                _fetch,
+                (c_desc, e_desc, latents_ptr, pieces, ropes, full, free, table_ptr, first, last, PAGE, AHEAD),
+            ),
         ],
-        [1],
-        [24],
+        [4, 1],
+        [240, 24],
     )  # fmt: skip
 
 
@@ -245,7 +294,7 @@ def supported(q_NHC: Tensor, pages_PTC: Tensor, rank: int) -> bool:
         and q_NHC.dtype == pages_PTC.dtype == torch.bfloat16
         and pages_PTC.is_contiguous()
         and (rank, q_NHC.shape[2] - rank) == (RANK, ROPE)
-        and pages_PTC.shape[1] % TILE == 0
+        and pages_PTC.shape[1] % (PAIR // 2) == 0
     )
 
 
@@ -261,45 +310,22 @@ def launch(
     scale: float,
     rows: int,
     width: int,
-    block_m: int,
-    keys_first: bool,
     fixed: int,
     direct: bool,
-    stages: int,
+    ahead: bool = True,
 ) -> None:
     """Stage 1 over `grid` (blocks of rows, splits, sequences) into `o` and `lse`; `scale` for base-2 exponents."""
-    latents = pages_PTC.view(-1, RANK + ROPE)
+    latents = pages_PTC.view(-1, pages_PTC.shape[2])
+    shape, strides = list(latents.shape), list(latents.stride())
+    tiles = [PAIR // 2, RANK // 2], [PAIR // 2, ROPE]
     c_desc, e_desc = (
         TensorDescriptor(
-            latents,
-            list(latents.shape),
-            list(latents.stride()),
-            [TILE, wide],
-            gl.NVMMASharedLayout.get_default_for([TILE, wide], gl.bfloat16),
+            latents, shape, strides, tile, gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16)
         )
-        for wide in (RANK, ROPE)
+        for tile in tiles
     )
-    warps = 4 if keys_first else 8
     _attend[grid](
-        c_desc,
-        e_desc,
-        q_NHC,
-        table_SB,
-        ends_S,
-        o,
-        lse,
-        scale,
-        rows,
-        q_NHC.shape[1],
-        width,
-        table_SB.stride(0),
-        grid[1],
-        BLOCK_M=block_m,
-        PAGE=pages_PTC.shape[1],
-        FIXED=fixed,
-        KEYS_FIRST=keys_first,
-        DIRECT=direct,
-        STAGES=stages,
-        WARPS=warps,
-        num_warps=warps,
-    )
+        c_desc, e_desc, q_NHC, latents, table_SB, ends_S, o, lse, scale, rows, q_NHC.shape[1], width,
+        table_SB.stride(0), grid[1], ROWS=ROWS, PAGE=pages_PTC.shape[1], FIXED=fixed, DIRECT=direct, AHEAD=ahead,
+        num_warps=4,
+    )  # fmt: skip

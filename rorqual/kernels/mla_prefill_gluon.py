@@ -74,7 +74,7 @@ def _item(  # type: ignore[no-untyped-def]
     before = keys - queries + first
     whole = (before + 1) // BLOCK_N
     tiles = (gl.minimum(before + BLOCK_M, keys) + BLOCK_N - 1) // BLOCK_N
-    tiles = gl.where((base < heads) & (first < queries), tiles, 0)
+    tiles = gl.where((base < heads) & (first >= 0) & (first < queries), tiles, 0)
     return q0 + first, base + rest % abreast, k0, keys, before, queries - first, whole, tiles
 
 

@@ -267,8 +267,9 @@ def plan(tokens: int, experts: int, width: int, halves: bool) -> Plan | None:
         inner = min(wide, triton.next_power_of_2(width))
         return Plan(2 if width > 4096 else 4, inner, inner, warps=1)
     if tokens <= BY_TILES:
-        span = min(512 if width > 4096 else 128, triton.next_power_of_2(width))
-        return Plan(32 if width > 4096 else 16, span, 128, 16 if tokens <= 16 else 32 if tokens <= 64 else 64)
+        experts_at_once, least = (32, 512) if width > 4096 else (16, 128)
+        span = least if tokens <= 64 else triton.cdiv(width, 8 * 128) * 128
+        return Plan(experts_at_once, span, 128, 16 if tokens <= 16 else 32 if tokens <= 64 else 64)
     return None
 
 

@@ -1,7 +1,7 @@
 """A few rows times a weight, at the rate memory gives the weight: every dense projection of a decode step.
 
-Up to 4 rows, each program keeps whole weight rows in registers and multiplies plainly; up to 32, weights are
-the tall side of a tensor-core product. Bias, residual and the RMSNorm before the product can be taken along, so
+Up to 4 rows (2 of large weights), each program keeps whole weight rows in registers and multiplies plainly; up to
+32, weights are the tall side of a tensor-core product. Bias, residual and the RMSNorm before the product can be taken along, so
 that a step needs fewer launches. Beside it the two per-head products of absorbed attention (V2 report section
 2.1, appendix C; facts 3.1): queries into latent space (W_UK) and attended latents into value space (W_UV), on
 views of the one kv_b weight, bf16 or FP8 codes with 128x128 scales.
@@ -22,7 +22,7 @@ from rorqual.kernels.quant import E8M0, FP8
 ROWS = 32
 """Most rows the kernel is made for."""
 
-FMA_ROWS = 2
+FMA_ROWS = 4
 """Most rows multiplied without tensor cores."""
 
 FMA_WIDTH = 16384
@@ -202,8 +202,12 @@ def reference(
 
 def plan(rows: int, out_width: int, width: int) -> dict[str, Any]:
     """How a product of this shape is cut. Depends on the shape alone."""
-    if rows <= FMA_ROWS and width <= FMA_WIDTH:
-        return {"kind": "fma", "BO": 1 if rows == 1 and width <= 4096 else 2, "num_warps": 2}
+    if rows <= FMA_ROWS and width <= FMA_WIDTH and (rows <= 2 or (out_width <= 2048 and width <= 4096)):
+        if width > 4096:
+            return {"kind": "fma", "BO": 2, "num_warps": 2}
+        if rows == 1 or out_width <= 1024:
+            return {"kind": "fma", "BO": 1, "num_warps": 2}
+        return {"kind": "fma", "BO": 2 if rows == 2 else 1, "num_warps": 1}
     return dot_plan(out_width, width)
 
 
@@ -211,8 +215,10 @@ def dot_plan(out_width: int, width: int) -> dict[str, Any]:
     """`plan` for tensor cores."""
     if out_width < 7168:
         how = {"BO": 16, "BD": 256, "SPLIT": 1, "STAGES": 6, "num_warps": 2, "FETCH": fetched(width)}
-    else:
+    elif out_width < 65536:
         how = {"BO": 64, "BD": 128, "SPLIT": 1, "STAGES": 6, "num_warps": 4, "FETCH": 0}
+    else:
+        how = {"BO": 128, "BD": 64, "SPLIT": 1, "STAGES": 5, "num_warps": 4, "FETCH": 0}
     return {"kind": "dot", **how}
 
 
@@ -351,7 +357,7 @@ def by_head(
         if WIDE:
             acc = tl.dot(part.to(tl.float32), tile.to(tl.float32), acc)
         else:
-            acc = tl.dot(part, tile, acc)
+            acc = tl.dot(part, tile, acc, input_precision="ieee")
         x_at += BK
         w_at += BK * w_inner
     inside = (n < rows)[:, None] & (m < outer)[None, :]
@@ -433,7 +439,7 @@ def heads_up(
     (fp32 or float8_e8m0fnu) the weight is a view of E4M3 codes `[H, R, C]` beginning `first` rows into each
     head's R. `ahead` as for `skinny`.
     """
-    if _heads_fit(q_NHd, w_HdC, scale):
+    if _heads_fit(q_NHd, w_HdC, scale, ahead):
         return heads_fast(q_NHd, w_HdC, True, out, scale, first, ahead)
     return heads_reference(q_NHd, w_HdC, True, out, scale, first)
 
@@ -448,12 +454,14 @@ def heads_down(
 ) -> Tensor:
     """Each head's attended latents `[N, H, C]` times its W_UV `[H, v, C]`: `[N, H, v]`. As `heads_up`; for a
     kv_b weight of codes, `first` is the width of the keys before the values."""
-    if _heads_fit(u_NHC, w_HvC, scale):
+    if _heads_fit(u_NHC, w_HvC, scale, ahead):
         return heads_fast(u_NHC, w_HvC, False, out, scale, first, ahead)
     return heads_reference(u_NHC, w_HvC, False, out, scale, first)
 
 
-def _heads_fit(x: Tensor, w: Tensor, scale: Tensor | None) -> bool:
+def _heads_fit(x: Tensor, w: Tensor, scale: Tensor | None, ahead: bool) -> bool:
+    """Whether the kernel takes these, and is not behind PyTorch's batched product: that wins from some rows on,
+    and can't run ahead nor read codes."""
     return (
         usable(x, w)
         and not torch.is_grad_enabled()
@@ -461,4 +469,5 @@ def _heads_fit(x: Tensor, w: Tensor, scale: Tensor | None) -> bool:
         and x.dtype == torch.bfloat16
         and w.dtype == (x.dtype if scale is None else FP8)
         and x.stride(-1) == w.stride(-1) == 1
+        and (scale is not None or x.shape[0] <= (64 if ahead else 4))
     )

@@ -8,14 +8,13 @@ from torch import Tensor, nn
 from rorqual.family import parts
 from rorqual.kernels.experts import Weights, experts
 from rorqual.kernels.gpu import usable
-from rorqual.kernels.linear import linear
+from rorqual.kernels.linear import Pack, linear, linears
 from rorqual.kernels.mode import is_invariant
 from rorqual.nn.linear import GroupedLinear
 from rorqual.nn.mlp import SwiGLU, swiglu
 from rorqual.nn.norm import upcast
 from rorqual.nn.router import Router
 from rorqual.nn.step import Step
-
 
 DENSE = 64
 """Tokens up to which `Experts` may run all experts on all of them."""
@@ -30,6 +29,7 @@ class Experts(nn.Module):
         self.up = GroupedLinear(experts, hidden, width)
         self.down = GroupedLinear(experts, width, hidden)
         self.limit = limit
+        self.pack = Pack()
 
     def forward(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Sum over each token's experts of weight * expert(x): `[N, D]`.
@@ -66,12 +66,10 @@ class Experts(nn.Module):
     def _all(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """The same with every token through every expert, those not chosen at weight 0: with few tokens the
         matrices are what takes time, and nearly all of them are read anyway, now in three products."""
-        experts, width, hidden = self.gate.weight.shape
+        experts, width, _ = self.gate.weight.shape
         weights_NE = weights_NK.new_zeros(x_ND.shape[0], experts).scatter_(1, ids_NK, weights_NK)
-        gate, up = (
-            linear(x_ND, m.weight.view(-1, hidden)).unflatten(1, (experts, width))
-            for m in (self.gate, self.up)
-        )
+        stacks = self.gate.weight, self.up.weight
+        gate, up = (y.unflatten(1, (experts, width)) for y in linears(x_ND, stacks, (None, None), self.pack))
         inner_NEW = swiglu(upcast(gate), upcast(up), self.limit) * weights_NE[..., None]
         y_END = torch.bmm(inner_NEW.to(x_ND.dtype).transpose(0, 1), self.down.weight.transpose(1, 2))
         return upcast(y_END).sum(0).to(x_ND.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rorqual.kernels import experts as op
-from rorqual.kernels import experts_gluon
+from rorqual.kernels import experts_gluon, experts_gluon16
 from rorqual.kernels.experts import Plan, Shared, Tiles, Weights, fast, reference
 from rorqual.kernels.experts_triton import count_kernel, sort_kernel, spread_kernel
 from rorqual.kernels.quant import dequantize_fp8, quantize_fp8
@@ -229,7 +229,7 @@ def test_gluon(device: torch.device, codes: bool, limit: float | None, shared: i
     ids[ids == 2] = 1
     ids[5] = -1
     ids[7, 0] = 2
-    tile = Tiles(128, 128, 128, 4, 3, False)
+    tile = Tiles(128 if codes else experts_gluon16.ROWS, 128, 128, 4, 3, False)
     y = fast(*args, limit=limit, shared=common, how=Plan(tile, tile, codes=codes, gluon=True))
     expected = exact(*args, common, limit, quantized=codes)
     close(y, expected, 2e-2)
@@ -275,9 +275,10 @@ def test_spread(device: torch.device, fp8: bool) -> None:
     order[3], order[4] = -(2**31), 2**31 - 1
     codes = torch.empty(pairs + tokens, hidden, dtype=torch.float8_e4m3fn if fp8 else x.dtype, device=device)
     scales = torch.empty(pairs + tokens, hidden // 128, device=device)
-    spread_kernel[(4,)](
-        x, order, codes, scales, pairs, tokens, pairs + tokens, hidden, K=chosen, GROUPS=8, FP8=fp8, PDL=False
-    )
+    spread_kernel[(4, 1)](
+        x, order, codes, scales, pairs, tokens, pairs + tokens, hidden,
+        K=chosen, PLACES=4, GROUPS=4, FP8=fp8, PDL=False,
+    )  # fmt: skip
     place = torch.tensor([p for p in range(pairs + tokens) if p not in (3, 4)], device=device)
     pair = order[place].long()
     rows = x[torch.where(pair < pairs, pair // chosen, pair - pairs)]

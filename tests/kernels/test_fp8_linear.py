@@ -13,9 +13,36 @@ from rorqual.kernels.quant import E8M0, FP8, QuantError, dequantize_fp8, quantiz
 
 HOW: dict[str, dict[str, Any]] = {
     "few": {"FEW": True, "BO": 4, "num_warps": 1},
-    "wide": {"BN": 16, "BO": 32, "SPLIT": 1, "STAGES": 2, "TALL": False, "num_warps": 4, "FETCH": 128, "UNROLL": 1},
-    "tall": {"BN": 16, "BO": 64, "SPLIT": 1, "STAGES": 2, "TALL": True, "num_warps": 4, "FETCH": 128, "UNROLL": 1},
-    "split": {"BN": 16, "BO": 64, "SPLIT": 2, "STAGES": 2, "TALL": True, "num_warps": 4, "FETCH": 128, "UNROLL": 2},
+    "wide": {
+        "BN": 16,
+        "BO": 32,
+        "SPLIT": 1,
+        "STAGES": 2,
+        "TALL": False,
+        "num_warps": 4,
+        "FETCH": 128,
+        "UNROLL": 1,
+    },
+    "tall": {
+        "BN": 16,
+        "BO": 64,
+        "SPLIT": 1,
+        "STAGES": 2,
+        "TALL": True,
+        "num_warps": 4,
+        "FETCH": 128,
+        "UNROLL": 1,
+    },
+    "split": {
+        "BN": 16,
+        "BO": 64,
+        "SPLIT": 2,
+        "STAGES": 2,
+        "TALL": True,
+        "num_warps": 4,
+        "FETCH": 128,
+        "UNROLL": 2,
+    },
 }
 
 

@@ -81,11 +81,11 @@ CASES = [  # ends, counts, heads, groups, size
     ([50, 20, 0, 64], [50, 9, 0, 1], 6, 2, 16),  # whole, the last chunk, nothing, decode
     ([45], [12], 5, 5, 32),
 ]
-FORMS = [None, Config(16, 16, 4, 2), Config(32, 64, 4, 2, keys_first=True)]
+FORMS = [None, Config(16, 16, 4, 2), Config(32, 64, 4, 2)]
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["split", "fixed"])
-@pytest.mark.parametrize("form", FORMS, ids=["chosen", "small", "keys"])
+@pytest.mark.parametrize("form", FORMS, ids=["chosen", "small", "large"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_fp64(case: tuple, form: Config | None, fixed: bool, device: torch.device) -> None:
     ends, counts, heads, groups, size = case

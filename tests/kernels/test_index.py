@@ -89,6 +89,12 @@ def test_whole_numbers_give_the_very_choice(device, k, queries):
     compare(make(device, limits, seqs, 200), k, 200, SMALL._replace(queries=queries))
 
 
+def test_a_tile_of_keys_may_span_pages_or_be_part_of_one(device):
+    args = make(device, [200, 77, 33], [0, 1, 1], 200)
+    compare(args, 8, 200, SMALL._replace(keys=32, parts=2))
+    compare(make(device, [200, 77, 33], [0, 1, 1], 200, page=64), 8, 200)
+
+
 def test_short_contexts_gather_nothing(device):
     compare(make(device, [60, 5, 0, 64], [0, 1, 1, 2], 64), 8, 64)
     compare(make(device, [5, 3], [0, 1], 5), 8, 5)

@@ -23,8 +23,8 @@ def loop_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", mend)
 
 
-KEYS_FIRST = Config(16, 64, 4, 2, True, 1)
-ROWS_FIRST = Config(64, 32, 4, 2, False, 1)
+FEW = Config(16, 32, 4, 2, 2)
+MANY = Config(64, 64, 4, 2, 1)
 
 
 def half(device: torch.device) -> torch.dtype:
@@ -101,7 +101,7 @@ CASES = [  # ends, width, heads, rank, rope
 ]
 
 
-@pytest.mark.parametrize("form", [KEYS_FIRST, ROWS_FIRST], ids=["keys", "rows"])
+@pytest.mark.parametrize("form", [FEW, MANY], ids=["few", "many"])
 @pytest.mark.parametrize("splits", [None, 1, 3, "fixed"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_fp64(case: tuple, splits: int | str | None, form: Config, device: torch.device) -> None:
@@ -119,7 +119,7 @@ def test_matches_fp64(case: tuple, splits: int | str | None, form: Config, devic
 def test_any_page_size(page_size: int, device: torch.device) -> None:
     given = make([130, 17], 2, 3, 32, 16, device, page_size=page_size)
     right = exact(*given, 2, 32, 0.3)
-    for form in (KEYS_FIRST, ROWS_FIRST):
+    for form in (FEW, MANY):
         close(fast(*given, width=2, rank=32, scale=0.3, splits=2, config=form), right, 1e-5)
 
 
@@ -131,7 +131,7 @@ def test_half_precision_by_default_choices(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("rank", [64, 256])
-@pytest.mark.parametrize("form", [KEYS_FIRST, ROWS_FIRST], ids=["keys", "rows"])
+@pytest.mark.parametrize("form", [FEW, MANY], ids=["few", "many"])
 def test_fp8_pages(rank: int, form: Config, device: torch.device) -> None:
     given = make([70, 0, 33], 2, 3, rank, 16, device, dtype=half(device), fp8=True)
     right = exact(*given, 2, rank, 0.1)

@@ -47,22 +47,22 @@ class Case:
     """Sequences whose newest tokens (`begins[s]` to `ends[s]`) are a pass's queries, between padding rows."""
 
     def __init__(
-        self, device, begins, ends, ratio, k=None, heads=3, page=4, dtype=torch.float32, fresh=False
+        self, device, begins, ends, ratio, k=None, heads=3, page=4, dtype=torch.float32, fresh=False, dim=DIM
     ):
         sequences = len(ends)
-        self.ring = torch.full((sequences + 2, LENGTH, DIM), float("nan")).to(dtype)
+        self.ring = torch.full((sequences + 2, LENGTH, dim), float("nan")).to(dtype)
         order = torch.randperm(sequences + 2)[:sequences].tolist()
         columns = max(ends) // ratio // page + 1
-        self.entries = torch.full((sequences * columns + 5, page, DIM), float("nan")).to(dtype)
+        self.entries = torch.full((sequences * columns + 5, page, dim), float("nan")).to(dtype)
         numbers = torch.randperm(sequences * columns + 4)[: sequences * columns] + 1
         self.table = numbers.int().view(sequences, columns)
         ring, position, seq, new, chosen, starts = [], [], [], [], [], [0]
         for s, (begin, end) in enumerate(zip(begins, ends, strict=True)):
-            raw = torch.randn(end, DIM).to(dtype)
+            raw = torch.randn(end, dim).to(dtype)
             for p in range(max(0, (begin if fresh else end) - LENGTH), begin if fresh else end):
                 self.ring[order[s], p % LENGTH] = raw[p]
             for e in range(end // ratio):
-                self.entries[self.table[s, e // page], e % page] = torch.randn(DIM).to(dtype)
+                self.entries[self.table[s, e // page], e % page] = torch.randn(dim).to(dtype)
             for p in range(begin, end):
                 ring.append(order[s]), position.append(p), seq.append(s), new.append(raw[p])
                 if k is not None:
@@ -76,12 +76,12 @@ class Case:
         ints = {"dtype": torch.int32, "device": device}
         self.rings, self.positions = torch.tensor(ring, **ints), torch.tensor(position, **ints)
         self.seqs, self.starts = torch.tensor(seq, **ints), torch.tensor(starts, **ints)
-        self.q = torch.randn(len(ring), heads, DIM).to(dtype).to(device)
+        self.q = torch.randn(len(ring), heads, dim).to(dtype).to(device)
         self.new = torch.stack(new).to(device)
         self.chosen = torch.stack(chosen).int().to(device) if k is not None else None
         self.sink = torch.randn(heads).to(device)
         self.ring, self.entries, self.table = (z.to(device) for z in (self.ring, self.entries, self.table))
-        self.kwargs = {"window": WINDOW, "ratio": ratio, "scale": DIM**-0.5}
+        self.kwargs = {"window": WINDOW, "ratio": ratio, "scale": dim**-0.5}
 
     def args(self, fresh, entries=True):
         """Arguments of `reference`."""
@@ -142,6 +142,21 @@ def test_chunks_read_their_own_entries_before_the_ring_has_them(device, ratio, k
 def test_bf16(device):
     case = Case(device, [0, 40], [3, 41], 4, 5, dtype=torch.bfloat16)
     close(case.fast(False, keys=16), case.expected(False), tolerance=2e-2)
+
+
+@pytest.mark.parametrize("heads", [64, 5, 130])
+@pytest.mark.parametrize(("ratio", "k"), [(4, 70), (4, None)])
+def test_the_form_for_hopper(device, heads, ratio, k):
+    some = torch.empty(1, 1, 512, dtype=torch.bfloat16, device=device)
+    if not union.union_gluon.supported(some):
+        pytest.skip("no Hopper GPU")
+    options = {"heads": heads, "dtype": torch.bfloat16, "dim": 512}
+    case = Case(device, [0, 12, 600, 299], [3, 13, 602, 304], ratio, k, **options)
+    want = case.expected(False)
+    for splits in (1, 3):
+        close(case.fast(False, hopper=True, splits=splits), want, tolerance=2e-2)
+    case = Case(device, [0, 400, 37, 0], [70, 409, 38, 1], ratio, k, fresh=True, **options)
+    close(case.fast(True, hopper=True), case.expected(True), tolerance=2e-2)
 
 
 def test_ops_take_the_same(device):
