@@ -43,15 +43,16 @@ class Core:
         prefix_cache: bool,
         speculate: bool,
         invariant: bool = False,
+        fp8_cache: bool = False,
     ) -> None:
-        lanes = model.lanes() if speculate else model.lanes()[: len(model.layers)]
+        lanes = model.lanes(fp8_cache)[: None if speculate else len(model.layers)]
         rings = 0
         if ring_bytes(lanes):
             rings = 1 + slots + (slots if prefix_cache else 0)
         self.model = model
         self.pages = Pages(pages + 1, rings, page_size, prefix_cache)
         self.scheduler = Scheduler(self.pages, slots, step_tokens, model.config.max_positions)
-        self.runner = Runner(model, pages + 1, page_size, rings, slots, speculate, invariant)
+        self.runner = Runner(model, pages + 1, page_size, rings, slots, speculate, invariant, fp8_cache)
         self.max_waiting, self.speculate = max_waiting, speculate
         self._lock = threading.RLock()
         self._progress = threading.Condition(self._lock)

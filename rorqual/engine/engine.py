@@ -30,7 +30,8 @@ class Engine(Core):
     `step_tokens` tokens: prompts beyond that are worked in chunks beside running answers. `prefix_cache`
     keeps finished prefixes for requests that begin alike. `speculate` drafts with the MTP module. `invariant`:
     log-probabilities that no batch, chunking, prefix hit or draft changes, those of `model(ids)` inside
-    `rorqual.invariant()` to the bit.
+    `rorqual.invariant()` to the bit. `fp8_cache` keeps MLA latents in V3.2's layout, 656 bytes a token and layer
+    instead of 1,152, rounded to FP8: answers are then no longer exactly `model.generate`'s.
 
     Safe to use from several threads and from asyncio. Raises `InputError` for options that can't work.
     """
@@ -47,13 +48,14 @@ class Engine(Core):
         prefix_cache: bool = True,
         speculate: bool = False,
         invariant: bool = False,
+        fp8_cache: bool = False,
     ) -> None:
         cpu = model.device.type == "cpu"
         slots = _whole("max_requests", max_requests, 32 if cpu else 256)
         step = _whole("step_tokens", step_tokens, 1024 if cpu else 8192)
         if speculate and not len(model.mtp):
             raise InputError("speculate=True needs an MTP module, and this model has none")
-        lanes = model.lanes() if speculate else model.lanes()[: len(model.layers)]
+        lanes = model.lanes(fp8_cache)[: None if speculate else len(model.layers)]
         every = math.lcm(*(lane.every for layer in lanes for lane in layer.values() if lane.keep is None))
         size = _whole("page_size", page_size, math.lcm(64, every))
         if size % every:
@@ -84,6 +86,7 @@ class Engine(Core):
             prefix_cache=prefix_cache,
             speculate=speculate,
             invariant=invariant,
+            fp8_cache=fp8_cache,
         )
 
     def submit(self, prompt: Any, sampling: Sampling | None = None, *, priority: int = 0) -> Handle:

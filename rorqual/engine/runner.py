@@ -125,10 +125,11 @@ class Runner:
         slots: int,
         speculate: bool,
         invariant: bool,
+        fp8_cache: bool,
     ) -> None:
         self.invariant = invariant
         self.model, self.page_size, self.device, self.speculate = model, page_size, model.device, speculate
-        lanes = model.lanes()
+        lanes = model.lanes(fp8_cache)
         if not speculate:
             lanes = lanes[: len(model.layers)]
         self.stores: list[Store] = [new_store(kinds, pages, page_size, rings, self.device) for kinds in lanes]

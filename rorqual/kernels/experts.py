@@ -15,7 +15,6 @@ quantised 1x128 on the way (where `reference` multiplies the matrices out).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,6 +28,7 @@ from rorqual.kernels.linear import linear
 from rorqual.kernels.quant import FP8, dequantize_fp4, dequantize_fp8
 
 BLOCK = (128, 128)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,11 @@ def experts(
     """
     tensors = [x_ND, ids_NK, weights_NK, gate.codes, up.codes, down.codes]
     tensors += [w.codes for w in shared or ()] + ([add_ND] if add_ND is not None else [])
-    if usable(*tensors) and supported(x_ND, gate, up, down, shared):
+    learning = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if usable(*tensors) and not learning and supported(x_ND, gate, up, down):
+        if shared is not None and not (alike(gate, shared) and supported(x_ND, *shared)):
+            common = _through(x_ND, shared, limit)
+            add_ND, shared = _wide(common) if add_ND is None else _wide(common) + add_ND, None
         return fast(
             x_ND, ids_NK, weights_NK, gate, up, down, limit=limit, shared=shared, add_ND=add_ND, fixed=fixed
         )
@@ -104,6 +108,12 @@ def _swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
     if limit is None:
         return F.silu(gate) * up
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
+def _through(x_ND: Tensor, shared: Shared, limit: float | None) -> Tensor:
+    """The shared experts, by plain products."""
+    gate, up, down = (weight.matrix(x_ND.dtype) for weight in shared)
+    return linear(_swiglu(linear(x_ND, gate), linear(x_ND, up), limit).to(x_ND.dtype), down)
 
 
 def reference(
@@ -142,9 +152,7 @@ def reference(
     y_NKD = torch.cat(parts_PD)[back].unflatten(0, (tokens, chosen))
     y_ND = _wide(y_NKD).sum(1)
     if shared is not None:
-        gate_, up_, down_ = (weight.matrix(dtype) for weight in shared)
-        inner = _swiglu(linear(x_ND, gate_), linear(x_ND, up_), limit).to(dtype)
-        y_ND = y_ND + linear(inner, down_)
+        y_ND = y_ND + _through(x_ND, shared, limit)
     if add_ND is not None:
         y_ND = y_ND + add_ND
     return y_ND.to(dtype)
@@ -170,7 +178,7 @@ class Tiles:
 class Plan:
     """How `fast` runs: tiles of the products (same `rows`); `few`: by `experts_few`, whose `split` is `rows`;
     `codes`: the first product writes FP8 codes, else the second quantises what it reads; `gluon`: both by
-    `experts_gluon` (FP8 on Hopper)."""
+    `experts_gluon`, or without FP8 `experts_gluon16`."""
 
     up: Tiles
     down: Tiles
@@ -179,7 +187,8 @@ class Plan:
     gluon: bool = False
 
 
-PDL = os.environ.get("PDL", "1") == "1"
+PDL = True
+"""Whether kernels are set up while the one before ends (programmatic dependent launch)."""
 
 EXACT = Plan(Tiles(16, 32, 32, 4, 2, True), Tiles(16, 32, 32, 4, 2, True))
 """For fp32 matrices, which are multiplied without tensor cores."""
@@ -187,56 +196,68 @@ EXACT = Plan(Tiles(16, 32, 32, 4, 2, True), Tiles(16, 32, 32, 4, 2, True))
 ONE_CHUNK = 4096
 """Up to so many pairs every expert's program of the sort looks at all of them itself."""
 
-FEW_TOKENS = 4
-"""Batches up to this size go through `experts_few`."""
+FEW, FEW_FP8 = 4, 2
+"""Batches up to these sizes go through `experts_few`."""
 
 
 def plan(tokens: int, chosen: int, count: int, fp8: bool, fixed: bool, gluon: bool = False) -> Plan:
-    """The tiles for a batch, by its shape alone. Measured on an H200."""
+    """The tiles for a batch, by its shape alone. Measured on an H200 (64 experts, D 2048, W 1408)."""
     if fixed:
         depth, stages = (128, 3) if fp8 else (64, 4)
         return Plan(Tiles(64, 64, depth, 4, stages, True), Tiles(64, 128, depth, 4, stages, True), codes=fp8)
-    if tokens <= FEW_TOKENS and fp8:
-        return Plan(Tiles(4, 16, 128, 4, 3, True), Tiles(8, 16, 128, 8, 3, True), few=True)
-    if tokens <= FEW_TOKENS:
+    if fp8 and tokens <= FEW_FP8:
+        return Plan(Tiles(2, 32, 128, 4, 4, True), Tiles(4, 32, 128, 4, 3, True), few=True)
+    if not fp8 and tokens <= FEW:
         return Plan(Tiles(2, 16, 128, 2, 4, True), Tiles(4, 16, 128, 4, 6, True), few=True)
     mean = tokens * chosen / count
-    full = mean + 1.5 * mean**0.5
+    full = mean + 1.5 * mean**0.5  # few experts have more pairs than that
+    if fp8 and tokens * chosen < count:
+        return Plan(Tiles(16, 64, 128, 8, 3, True), Tiles(16, 64, 128, 4, 4, True), codes=True)
+    if fp8 and full <= 16:
+        return Plan(Tiles(16, 64, 128, 4, 4, True), Tiles(16, 128, 128, 8, 4, True), codes=True)
     if fp8 and full <= 64:
-        rows = 16 if full <= 16 else 32 if full <= 32 else 64
+        rows = 32 if full <= 32 else 64
         return Plan(Tiles(rows, 64, 128, 4, 4, True), Tiles(rows, 128, 128, 4, 3, True), codes=True)
+    if full <= 16:
+        return Plan(Tiles(16, 64, 128, 4, 3, True), Tiles(16, 128, 128, 4, 3, True))
     if full <= 32:
-        rows = 16 if full <= 16 else 32
-        return Plan(Tiles(rows, 64, 128, 4, 3, True), Tiles(rows, 128, 128, 4, 3, True))
+        return Plan(Tiles(32, 32, 128, 4, 4, True), Tiles(32, 64, 128, 4, 4, True))
     if full <= 64:
         return Plan(Tiles(64, 64, 64, 4, 4, True), Tiles(64, 128, 64, 4, 4, True))
     if fp8 and gluon:
-        return Plan(
-            Tiles(128, 64, 128, 4, 4, False), Tiles(128, 128, 128, 4, 4, False), codes=True, gluon=True
-        )
+        tile = Tiles(128, 128, 128, 4, 4, False)
+        return Plan(tile, tile, codes=True, gluon=True)
     if fp8:
         return Plan(Tiles(64, 64, 128, 4, 4, False), Tiles(64, 128, 128, 4, 4, False), codes=True)
     return Plan(Tiles(128, 128, 64, 8, 4, False), Tiles(128, 256, 64, 8, 4, False))
 
 
-def supported(x_ND: Tensor, gate: Weights, up: Weights, down: Weights, shared: Shared | None = None) -> bool:
+def supported(x_ND: Tensor, gate: Weights, up: Weights, down: Weights) -> bool:
     """Whether `fast` takes these matrices and rows."""
-    width, hidden = gate.codes.shape[1:]
-    weights = (gate, up, down, *(shared or ()))
-    if torch.is_grad_enabled() and (x_ND.requires_grad or any(w.codes.requires_grad for w in weights)):
-        return False
-    if not all(w.codes.is_contiguous() for w in weights) or x_ND.shape[0] == 0:
-        return False
-    if x_ND.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    width, hidden = gate.codes.shape[-2:]
+    weights = (gate, up, down)
+    if x_ND.shape[0] == 0 or not all(w.codes.is_contiguous() for w in weights):
         return False
     if gate.scale is None:
-        return all(w.scale is None and w.codes.dtype == x_ND.dtype for w in weights)
+        return x_ND.dtype in FLOATS and all(w.scale is None and w.codes.dtype == x_ND.dtype for w in weights)
     if width % 128 or hidden % 128:
         return False
-    return all(
-        w.scale is not None and w.codes.dtype == FP8 and w.block == BLOCK and w.scale.is_contiguous()
+    return x_ND.dtype in FLOATS and all(
+        w.scale is not None
+        and w.codes.dtype == FP8
+        and tuple(w.block or ()) == BLOCK
+        and w.scale.is_contiguous()
         for w in weights
     )
+
+
+def alike(gate: Weights, shared: Shared) -> bool:
+    """Whether shared experts can run as experts more: matrices held as the routed ones, of a multiple of their
+    width."""
+    same = all(
+        w.codes.dtype == gate.codes.dtype and (w.scale is None) == (gate.scale is None) for w in shared
+    )
+    return same and shared[0].codes.shape[0] % gate.codes.shape[1] == 0
 
 
 def _scale(weight: Weights) -> Tensor:
@@ -343,21 +364,22 @@ def _few(b: Batch, how: Plan) -> Tensor:
         "PAIRS": max(2, triton.next_power_of_2(b.pairs)),
         "ROWS": max(8, triton.next_power_of_2(b.tokens)),
         "FP8": b.fp8,
+        # FP8's second product has so few programs that started early they crowd on the first free processors.
+        **(b.launch if not b.fp8 else {"PDL": False}),
     }
     tile = how.up
     experts_few.few_up_kernel[(slots * triton.cdiv(b.width, tile.out),)](
         b.x, b.ids, b.weights, gate.codes, up.codes, _scale(gate), _scale(up), shared_gate.codes, shared_up.codes,
         _scale(shared_gate), _scale(shared_up), inner, b.limit or 0.0, b.pairs, b.tokens, b.count, b.extra, b.width,
-        b.hidden, K=b.chosen, CHOICES=triton.next_power_of_2(b.chosen), OUT=tile.out, SPLIT=tile.rows,
-        DEPTH=tile.depth, STAGES=tile.stages,
-        LIMIT=b.limit is not None, num_warps=tile.warps, **common, **b.launch,
+        b.hidden, K=b.chosen, OUT=tile.out, SPLIT=tile.rows, DEPTH=tile.depth, STAGES=tile.stages,
+        LIMIT=b.limit is not None, num_warps=tile.warps, **common,
     )  # fmt: skip
     tile = how.down
     experts_few.few_down_kernel[(triton.cdiv(b.hidden, tile.out),)](
         inner, b.ids, down.codes, _scale(down), shared_down.codes, _scale(shared_down),
         y_ND if b.add is None else b.add, y_ND, b.pairs, b.tokens, b.count, b.extra, b.width, b.shared_width, b.hidden,
         OUT=tile.out, SPLIT=tile.rows, DEPTH=tile.depth, STAGES=tile.stages, ADD=b.add is not None,
-        num_warps=tile.warps, **common, **b.launch,
+        num_warps=tile.warps, **common,
     )  # fmt: skip
     return y_ND
 

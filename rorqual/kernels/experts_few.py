@@ -9,7 +9,7 @@ which holds them exactly, so activations need no quantising.
 
 # mypy: disable-error-code="no-untyped-def"
 
-from rorqual.kernels.experts_triton import COUNTS, gdc_launch_dependents, gdc_wait
+from rorqual.kernels.experts_triton import COUNTS, follow
 from rorqual.kernels.gpu import tl, triton
 
 
@@ -39,13 +39,13 @@ def slots(ids_ptr, pairs, experts, PAIRS: tl.constexpr):
 def few_up_kernel(
     x_ptr, ids_ptr, weights_ptr, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, shared_gate_ptr,
     shared_up_ptr, shared_gate_scale_ptr, shared_up_scale_ptr, inner_ptr, limit, pairs, tokens, experts,
-    shared, width, hidden, K: tl.constexpr, CHOICES: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
-    OUT: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr,
-    LIMIT: tl.constexpr, PDL: tl.constexpr,
+    shared, width, hidden, K: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr,
+    SPLIT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr, LIMIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """inner `[slots, N, W]`: routing weight (0 where not chosen) * swiglu(gate x, up x); shared experts last."""
     if PDL:
-        gdc_wait()
+        follow()
     across = tl.cdiv(width, OUT)
     slot = tl.program_id(0) // across
     column = tl.program_id(0) % across * OUT
@@ -54,14 +54,14 @@ def few_up_kernel(
         return
     expert = tl.sum(tl.where(tl.arange(0, PAIRS) == slot, listed, 0))
     token = tl.arange(0, ROWS)
-    # Asked for here, used at the end: nothing waits for them.
-    choice = tl.arange(0, CHOICES)
-    place = token[:, None] * K + choice[None, :]
-    theirs = (token < tokens)[:, None] & (choice < K)[None, :]
-    chosen = tl.load(ids_ptr + place, theirs, other=-1)
-    weights = tl.load(weights_ptr + place, theirs, other=0.0)
     scales = tl.cdiv(hidden, 128)
     if slot < count:
+        weight = tl.zeros((ROWS,), tl.float32)
+        for k in tl.static_range(K):
+            chosen = tl.load(ids_ptr + token * K + k, token < tokens, other=-1) == expert
+            weight += tl.load(weights_ptr + token * K + k, (token < tokens) & chosen, other=0.0).to(
+                tl.float32
+            )
         at = expert.to(tl.int64) * width * hidden
         gate = gate_ptr + at
         up = up_ptr + at
@@ -69,6 +69,7 @@ def few_up_kernel(
         gate_scale = gate_scale_ptr + scale_at
         up_scale = up_scale_ptr + scale_at
     else:
+        weight = tl.full((ROWS,), 1.0, tl.float32)
         at = (slot - count).to(tl.int64) * width * hidden
         gate = shared_gate_ptr + at
         up = shared_up_ptr + at
@@ -96,8 +97,6 @@ def few_up_kernel(
             acc += part * w_scale[:, :, None]
         else:
             acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
-    if PDL:
-        gdc_launch_dependents()
     y = tl.sum(acc, 0)
     if FP8:
         y *= 64.0
@@ -105,13 +104,11 @@ def few_up_kernel(
     if LIMIT:
         gate_y = tl.minimum(gate_y, limit)
         up_y = tl.minimum(tl.maximum(up_y, -limit), limit)
-    weight = tl.sum(tl.where(chosen == expert, weights.to(tl.float32), 0.0), 1)
-    weight = tl.where(slot < count, weight, 1.0)
     inner = gate_y * tl.sigmoid(gate_y) * up_y * weight[:, None]
     channel = column + tl.arange(0, OUT)[None, :]
-    to = (slot * tokens + token)[:, None] * width + channel
+    place = (slot * tokens + token)[:, None] * width + channel
     tl.store(
-        inner_ptr + to, inner.to(inner_ptr.dtype.element_ty), (token < tokens)[:, None] & (channel < width)
+        inner_ptr + place, inner.to(inner_ptr.dtype.element_ty), (token < tokens)[:, None] & (channel < width)
     )
 
 
@@ -120,52 +117,45 @@ def few_down_kernel(
     inner_ptr, ids_ptr, down_ptr, down_scale_ptr, shared_ptr, shared_scale_ptr, add_ptr, y_ptr, pairs,
     tokens, experts, shared, width, shared_width, hidden, PAIRS: tl.constexpr, ROWS: tl.constexpr,
     OUT: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr,
-    ADD: tl.constexpr, PDL: tl.constexpr,
+    ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """y `[N, D]`: the sum over all slots of inner `[slots, N, W]` times the slot's down matrix, and `add`.
-
-    The inner axis is that of all slots together: a step takes `SPLIT` pieces of it, of one slot or several.
-    """
+    """y `[N, D]`: the sum over all slots of inner `[slots, N, W]` times the slot's down matrix, and `add`."""
     column = tl.program_id(0) * OUT
     # Before the wait: ids are older than the kernel that this one follows.
     listed, count = slots(ids_ptr, pairs, experts, PAIRS)
-    if PDL:
-        gdc_wait()
     token = tl.arange(0, ROWS)
     row = tl.minimum(column + tl.arange(0, OUT), hidden - 1)
+    if PDL:
+        follow()
     split = tl.arange(0, SPLIT)
-    depth = tl.arange(0, DEPTH)
-    each = tl.cdiv(width, DEPTH)
-    pieces = (count + shared) * each
+    depth = split[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :]
+    steps = tl.cdiv(width, SPLIT * DEPTH)
     acc = tl.zeros((SPLIT, OUT, ROWS), tl.float32)
-    for start in tl.range(0, pieces, SPLIT, num_stages=STAGES):
-        piece = start + split
-        slot = piece // each
-        at = piece % each * DEPTH
-        chosen = tl.arange(0, PAIRS)[None, :] == slot[:, None]
-        expert = tl.sum(tl.where(chosen, listed[None, :], 0), 1)
+    for step in tl.range(0, (count + shared) * steps, num_stages=STAGES):
+        slot = step // steps
+        start = step % steps * (SPLIT * DEPTH)
+        expert = tl.sum(tl.where(tl.arange(0, PAIRS) == slot, listed, 0))
         routed = slot < count
         stride = tl.where(routed, width, shared_width)
-        first = tl.where(routed, expert.to(tl.int64) * hidden * width, (slot - count) * width) + at
-        w_base = tl.where(routed, down_ptr, shared_ptr) + first
-        inside = (at[:, None] + depth[None, :] < width) & (piece < pieces)[:, None]
-        w_ptrs = w_base[:, None, None] + row[None, :, None] * stride[:, None, None] + depth[None, None, :]
-        w = tl.load(w_ptrs, inside[:, None, :], other=0.0)
-        x_at = (slot[:, None] * tokens + token[None, :]) * width + at[:, None]
-        x_ptrs = inner_ptr + x_at[:, :, None] + depth[None, None, :]
-        x = tl.load(x_ptrs, inside[:, None, :] & (token < tokens)[None, :, None], other=0.0)
+        own = expert.to(tl.int64) * hidden * width
+        w_ptr = tl.where(routed, down_ptr + own, shared_ptr + (slot - count) * width)
+        there = start + depth < width
+        w_ptrs = w_ptr + row[None, :, None] * stride + (start + depth)[:, None, :]
+        w = tl.load(w_ptrs, there[:, None, :], other=0.0)
+        x_ptrs = inner_ptr + (slot * tokens + token)[None, :, None] * width + (start + depth)[:, None, :]
+        x = tl.load(x_ptrs, there[:, None, :] & (token < tokens)[None, :, None], other=0.0)
         if FP8:
-            scales = stride // 128
-            own = (expert * tl.cdiv(hidden, 128) + column // 128) * scales
+            scales = tl.cdiv(stride, 128)
+            own_scale = (expert * tl.cdiv(hidden, 128) + column // 128) * scales
             common = column // 128 * scales + (slot - count) * (width // 128)
-            scale_at = tl.where(routed, down_scale_ptr, shared_scale_ptr) + tl.where(routed, own, common)
-            w_scale = tl.load(scale_at + at // 128, piece < pieces, other=0.0)
+            scale_ptr = tl.where(routed, down_scale_ptr + own_scale, shared_scale_ptr + common)
+            block = start // 128 + split
+            w_scale = tl.load(scale_ptr + block, block * 128 < width, other=0.0)
             part = tl.dot(w.to(tl.float16), tl.permute(to_half(x), (0, 2, 1)))
             acc += part * w_scale[:, None, None]
         else:
             acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
-    if PDL:
-        gdc_launch_dependents()
     y = tl.sum(acc, 0).T
     if FP8:
         y *= 64.0

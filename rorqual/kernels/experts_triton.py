@@ -16,7 +16,7 @@ each 128 channels' product is added up in fp32.
 from rorqual.kernels.gpu import tl, triton
 
 __all__ = [
-    "COUNTS", "count_kernel", "down_kernel", "gate_up_kernel", "gdc_launch_dependents", "gdc_wait", "sort_kernel",
+    "COUNTS", "count_kernel", "down_kernel", "follow", "gate_up_kernel", "gdc_launch_dependents", "gdc_wait", "sort_kernel",
     "spread_kernel", "sum_kernel",
 ]  # fmt: skip
 
@@ -206,7 +206,10 @@ def _gate_up(
     for start in range(0, hidden, DEPTH):
         if EVEN:
             w = tl.load(w_ptrs + start)
-            x = tl.load(x_ptrs + start, there_R[:, None], other=0.0)
+            if THIN:  # most rows may be empty
+                x = tl.load(x_ptrs + start, there_R[:, None], other=0.0)
+            else:
+                x = tl.load(x_ptrs + start)
         else:
             inside = (start + depth < hidden)[None, :]
             w = tl.load(w_ptrs + start, inside, other=0.0)
@@ -356,7 +359,10 @@ def down_kernel(
     for start in range(0, width, DEPTH):
         if EVEN:
             w = tl.load(w_ptrs + start)
-            x = tl.load(x_ptrs + start, there_R[:, None], other=0.0)
+            if THIN:  # most rows may be empty
+                x = tl.load(x_ptrs + start, there_R[:, None], other=0.0)
+            else:
+                x = tl.load(x_ptrs + start)
         else:
             inside = (start + depth < width)[None, :]
             w = tl.load(w_ptrs + start, inside, other=0.0)

@@ -14,8 +14,8 @@ from torch import Tensor
 triton: Any
 tl: Any
 try:
-    import triton
-    import triton.language as tl
+    import triton  # type: ignore[no-redef]
+    import triton.language as tl  # type: ignore[no-redef]
 except ImportError:  # a machine without Triton: kernels can be defined, not launched
 
     class _Absent:

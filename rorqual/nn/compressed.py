@@ -14,6 +14,7 @@ from rorqual.kernels.simulate import fake_fp4, fake_fp8, hadamard
 from rorqual.kernels.union import union_decode, union_prefill
 from rorqual.nn.cache import Tail
 from rorqual.nn.compressor import Compressor, PoolState
+from rorqual.nn.errors import InputError
 from rorqual.nn.indexer import choose_in_blocks, gather_blocks, query_blocks
 from rorqual.nn.linear import Linear, Pinned
 from rorqual.nn.norm import RMSNorm, unit_rms, upcast
@@ -128,7 +129,9 @@ class CompressedAttention(Pinned):
         c = self.part.compress
         return (self.part.head_dim if c else 0), (c.index.dim if c and c.index else 0)
 
-    def lanes(self, dtype: torch.dtype) -> Lanes:
+    def lanes(self, dtype: torch.dtype, fp8: bool = False) -> Lanes:
+        if fp8:
+            raise InputError("V4's FP8 cache layout is not written yet: use the model's own type")
         p, c = self.part, self.part.compress
         found = {"window": Lane((p.head_dim,), dtype, keep=p.window)}
         for prefix, dim in zip(("pool.", "index."), self._pool_dims(), strict=True):

@@ -14,6 +14,7 @@ from rorqual.kernels.gpu import usable
 from rorqual.kernels.gqa_paged import gqa_paged
 from rorqual.kernels.linear import Pack
 from rorqual.nn.cache import Slots
+from rorqual.nn.errors import InputError
 from rorqual.nn.linear import Linear, together
 from rorqual.nn.norm import RMSNorm
 from rorqual.nn.paged import Group, Lane, Lanes, PagedSlots, PagedStep, Store
@@ -64,7 +65,11 @@ class GQA(nn.Module):
         k, v = (Slots(batch, capacity, shape, dtype, device) for _ in "kv")
         return GQACache(k, v)
 
-    def lanes(self, dtype: torch.dtype) -> Lanes:
+    def lanes(self, dtype: torch.dtype, fp8: bool = False) -> Lanes:
+        if fp8:
+            raise InputError(
+                "keys and values of grouped-query attention have no FP8 cache layout in this family"
+            )
         lane = Lane((self.part.kv_heads, self.part.head_dim), dtype)
         return {"k": lane, "v": lane}
 

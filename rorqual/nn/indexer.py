@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rorqual.family import parts
 from rorqual.kernels.cache_write import write_rows
 from rorqual.kernels.index import index_choose
+from rorqual.kernels.mla_decode import pack_latents
 from rorqual.kernels.simulate import fake_fp8, hadamard
 from rorqual.nn.cache import Slots
 from rorqual.nn.linear import Linear
@@ -110,7 +111,8 @@ class Indexer(nn.Module):
         """The same over pages, by kernels: flat places of each token's chosen entries in the pages of the latent,
         int32 `[N, top_k]`, -1 for none. The tokens' own keys are written first."""
         q_1NHd, k_1Nd, w_1NH = self.project(x_1ND, c_q_1NC, step)
-        write_rows(k_1Nd[0], pages_PTd.flatten(0, 1), step.slots())
+        keys_Nd = k_1Nd[0] if pages_PTd.dtype != torch.uint8 else pack_latents(k_1Nd[0], self.part.dim)
+        write_rows(keys_Nd, pages_PTd.flatten(0, 1), step.slots())
         found = []
         for g in step.groups:
             at = g.tokens

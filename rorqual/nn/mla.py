@@ -16,11 +16,12 @@ from rorqual.kernels.cache_write import mla_write
 from rorqual.kernels.fuse import rmsnorm
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.linear import Pack
-from rorqual.kernels.mla_decode import mla_decode
+from rorqual.kernels.mla_decode import mla_decode, packed_bytes
 from rorqual.kernels.mla_prefill import gather_latents, mla_prefill
 from rorqual.kernels.mla_sparse import mla_sparse
 from rorqual.kernels.skinny import heads_down, heads_up
 from rorqual.nn.cache import Slots
+from rorqual.nn.errors import InputError
 from rorqual.nn.gqa import attend
 from rorqual.nn.indexer import Indexer, gather_blocks, query_blocks
 from rorqual.nn.linear import Linear, together
@@ -83,14 +84,27 @@ class MLA(nn.Module):
         }
         return MLACache(made["latent"], made.get("index"))
 
-    def lanes(self, dtype: torch.dtype) -> Lanes:
+    def lanes(self, dtype: torch.dtype, fp8: bool = False) -> Lanes:
         p = self.part
+        if fp8:
+            widths = [p.kv_rank] + ([p.index.dim] if p.index else [])
+            if any(width % 128 for width in widths):
+                raise InputError(
+                    f"the FP8 cache works in blocks of 128 channels; this model's latents have {widths}"
+                )
+            lanes = {"latent": Lane((packed_bytes(p.kv_rank, p.rope_dim),), torch.uint8)}
+            return lanes | {"index": Lane((packed_bytes(p.index.dim, 0),), torch.uint8)} if p.index else lanes
         latent = {"latent": Lane((p.kv_rank + p.rope_dim,), dtype)}
         return latent | {"index": Lane((p.index.dim,), dtype)} if p.index else latent
 
     def view(self, store: Store, group: Group) -> MLACache:
-        index = PagedSlots(store["index"], group) if "index" in store else None
-        return MLACache(PagedSlots(store["latent"], group), index)
+        p, dtype = self.part, self.kv_a_norm.weight.dtype
+        packed = store["latent"].dtype == torch.uint8
+        index = None
+        if p.index:
+            index = PagedSlots(store["index"], group, (p.index.dim, 0, dtype) if packed else None)
+        latent = PagedSlots(store["latent"], group, (p.kv_rank, p.rope_dim, dtype) if packed else None)
+        return MLACache(latent, index)
 
     def paged(self, x_1ND: Tensor, step: PagedStep, store: Store) -> Tensor | None:
         """The brick by kernels that read pages as they lie, on a GPU; None elsewhere."""

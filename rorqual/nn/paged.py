@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rorqual.family.parts import Rope
+from rorqual.kernels.mla_decode import pack_latents, unpack_latents
 from rorqual.nn.cache import ROLLBACK, LayerCache
 from rorqual.nn.rope import Rotation, rotation
 from rorqual.nn.step import Rows, Step
@@ -29,8 +30,7 @@ from rorqual.nn.step import Rows, Step
 class Lane:
     """Items of one kind: their `shape` and type; one for every `every` tokens, or a ring over the last `keep`.
 
-    `fill` stands in a ring before the first token. `pack` and `unpack` turn items `[..., *shape]` into stored
-    ones and back where a lane is stored in another form (FP8 layouts).
+    `fill` stands in a ring before the first token. In FP8 layouts an item is a row of bytes.
     """
 
     shape: tuple[int, ...]
@@ -58,8 +58,8 @@ Store = dict[str, Tensor]
 class PagedBrick(Protocol):
     """What an attention brick offers for pages."""
 
-    def lanes(self, dtype: torch.dtype) -> Lanes:
-        """The kinds of items it keeps."""
+    def lanes(self, dtype: torch.dtype, fp8: bool = False) -> Lanes:
+        """The kinds of items it keeps; with `fp8` in the released FP8 layout, `InputError` if it has none."""
 
     def view(self, store: Store, group: Group) -> LayerCache:
         """Its cache over the pages of a group's sequences."""
@@ -214,8 +214,12 @@ class PagedStep(Step):
 class PagedSlots:
     """`nn.cache.Slots` over pages: stores new items, and gives a copy of all of a group's items."""
 
-    def __init__(self, pages_PT: Tensor, group: Group) -> None:
-        self.pages, self.table_SB = pages_PT, group.table_SB
+    def __init__(
+        self, pages_PT: Tensor, group: Group, packed: tuple[int, int, torch.dtype] | None = None
+    ) -> None:
+        """`packed`: pages hold FP8 codes, scales and rotary channels as bytes; how many channels are codes and how
+        many rotary, and the type to give them back in."""
+        self.pages, self.table_SB, self.packed = pages_PT, group.table_SB, packed
 
     def append(self, new_BT: Tensor, rows: Rows) -> Tensor:
         """Store the real items of `new_BT` [S, T, *shape]; returns all items up to the longest row's end.
@@ -225,9 +229,14 @@ class PagedSlots:
         per_page = self.pages.shape[1]
         row, column, position = rows.where
         page = self.table_SB[row, position // per_page].long()
-        self.pages[page, position % per_page] = new_BT[row, column].to(self.pages.dtype)
+        new = new_BT[row, column]
+        new = new.to(self.pages.dtype) if self.packed is None else pack_latents(new, self.packed[0])
+        self.pages[page, position % per_page] = new
         blocks = -(-rows.end // per_page)
-        return self.pages[self.table_SB[:, :blocks].long()].flatten(1, 2)[:, : rows.end]
+        held = self.pages[self.table_SB[:, :blocks].long()].flatten(1, 2)[:, : rows.end]
+        if self.packed is None:
+            return held
+        return unpack_latents(held.flatten(0, 1), *self.packed).unflatten(0, held.shape[:2])
 
     def select(self, rows_B: Tensor) -> None:
         raise NotImplementedError("pages belong to the engine: a view of them selects nothing")

@@ -228,12 +228,13 @@ class Transformer(nn.Module):
         made = [brick.new_cache(batch, capacity, self.dtype, self.device) for brick in bricks]
         return Cache(made, batch)
 
-    def lanes(self, dtype: torch.dtype | None = None) -> list[Lanes]:
-        """What every layer, and after them every MTP module, keeps in pages (`nn.paged`)."""
+    def lanes(self, fp8: bool = False) -> list[Lanes]:
+        """What every layer, and after them every MTP module, keeps in pages (`nn.paged`); with `fp8` in the
+        released FP8 layout (V3.2: 656 bytes a token and layer, and 132 of the indexer)."""
         modules: Any = self.mtp
         bricks: list[Any] = [layer.attention for layer in self.layers]
         bricks += [module.block.attention for module in modules]
-        return [brick.lanes(dtype or self.dtype) for brick in bricks]
+        return [brick.lanes(self.dtype, fp8) for brick in bricks]
 
     # --------------------------------------------------------------------------------------- misc
 

@@ -17,30 +17,8 @@ from rorqual.kernels.quant import dequantize_fp8, quantize_fp8
 
 
 @pytest.fixture(autouse=True)
-def _loop_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NumPy 2.4 refuses int() of one-element arrays, as Triton 3.6's interpreter makes loop bounds by it."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
-
-
-@pytest.fixture(autouse=True)
-def _round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter cuts off the bits that E4M3 has no room for; hardware rounds to nearest."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    convert = interpreter._convert_float
-
-    def nearest(data: Any, source: Any, target: Any, rounding: Any) -> Any:
-        if source.name == "fp32" and target.name == "fp8e4nv":
-            return torch.tensor(data).view(torch.float32).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-        return convert(data, source, target, rounding)
-
-    monkeypatch.setattr(interpreter, "_convert_float", nearest)
+def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    repair(monkeypatch)
 
 
 def stack(*shape: int, device: torch.device, dtype: torch.dtype) -> Weights:
@@ -193,11 +171,10 @@ def test_limit(device: torch.device, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", list(SMALL))
-def test_half(device: torch.device, form: str) -> None:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter has no bf16 products
-    *args, common = case(device, 3, 2, 4, 32, 32, 1, dtype=dtype)
+def test_bf16(device: torch.device, form: str) -> None:
+    *args, common = case(device, 3, 2, 4, 32, 32, 1, dtype=torch.bfloat16)
     y = fast(*args, shared=common, how=SMALL[form])
-    assert y.dtype == dtype
+    assert y.dtype == torch.bfloat16
     close(y, exact(*args, common), 2e-2)
 
 
@@ -246,11 +223,13 @@ def test_sort(device: torch.device, tokens: int, shared: int, rows: int, parts: 
     tiles = pairs // rows + count + shared * -(-tokens // rows)
     order = torch.full((pairs + shared * tokens,), -7, dtype=torch.int32, device=device)
     table = torch.full((3, tiles), -7, dtype=torch.int32, device=device)
+    x = torch.zeros(128, device=device)  # nothing to quantise
+    codes = x.to(torch.float8_e4m3fn)
     counts = torch.full((-(-pairs // 16), 8), -7, dtype=torch.int32, device=device)
     if parts:
         count_kernel[(counts.shape[0],)](ids, counts, pairs, count, CHUNK=16, BINS=8, PDL=False)
     sort_kernel[(count + shared, max(parts, 1))](
-        ids, counts, order, table, order, order, order, pairs, tokens, count, shared, tiles, 0,
+        ids, counts, order, table, x, codes, x, pairs, tokens, count, shared, tiles, 0,
         ROWS=rows, CHUNK=16, BINS=8 if parts else 0, GROUPS=64, PDL=False,
     )  # fmt: skip
     flat = ids.flatten().tolist()
@@ -305,6 +284,22 @@ def test_fixed_form_ignores_the_batch(device: torch.device, codes: bool) -> None
         )
     some = fast(x[:4], ids[:4], weights[:4], *stacks, shared=common, fixed=True)
     assert torch.equal(some, y[:4])
+
+
+@pytest.mark.parametrize("width, codes", [(36, False), (48, True)])
+def test_shared_experts_of_another_kind(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, width: int, codes: bool
+) -> None:
+    """Of a width or a form that can't be folded in: plain products beside the kernels."""
+    *args, _ = case(device, 3, 2, 4, 32, 24)
+    wide = [
+        stack(*shape, device=device, dtype=torch.float32) for shape in ((width, 32), (width, 32), (32, width))
+    ]
+    common = tuple(as_codes(w) for w in wide) if codes else tuple(wide)
+    monkeypatch.setattr(op, "usable", lambda *_: True)
+    add = torch.randn(3, 32, device=device)
+    y = op.experts(*args, limit=0.5, shared=common, add_ND=add)
+    close(y, exact(*args, common, 0.5, add), 1e-5)
 
 
 def test_gradients_flow_through_the_reference() -> None:
