@@ -1,21 +1,34 @@
-"""`python -m benchmarks [smollm2] [latent] [loading]`: those named, or all."""
+"""`python -m benchmarks NAME …`: those named, or all that run on a CPU."""
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 
+from benchmarks import lite, serving, tiny
 from benchmarks.decode import latent, smollm2
 from benchmarks.loading import loading
 
-BENCHMARKS = {"smollm2": smollm2, "latent": latent, "loading": loading}
+K = 1024
+CPU = {"smollm2": smollm2, "latent": latent, "loading": loading, "tiny": tiny.main, "turns": serving.turns}
+GPU = {
+    "lite": lite.main,
+    "lite-profile": partial(lite.main, True),
+    "load": serving.load,
+    "start": serving.start,
+    "context-v32": partial(serving.context, "deepseek-v3.2", [4 * K, 16 * K, 64 * K, 128 * K]),
+    "context-v3": partial(serving.context, "deepseek-v3", [4 * K, 16 * K, 64 * K, 128 * K]),
+    "context-v4": partial(serving.context, "deepseek-v4-flash", [4 * K, 64 * K, 256 * K, 1024 * K]),
+}
 
 
 def main() -> None:
-    unknown = [name for name in sys.argv[1:] if name not in BENCHMARKS]
+    known = CPU | GPU
+    unknown = [name for name in sys.argv[1:] if name not in known]
     if unknown:
-        raise SystemExit(f"unknown benchmark {unknown[0]!r}: choose from {', '.join(BENCHMARKS)}")
-    for name in sys.argv[1:] or BENCHMARKS:
-        BENCHMARKS[name]()
+        raise SystemExit(f"unknown benchmark {unknown[0]!r}: choose from {', '.join(known)}")
+    for name in sys.argv[1:] or CPU:
+        known[name]()
 
 
 if __name__ == "__main__":

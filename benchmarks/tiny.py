@@ -47,7 +47,9 @@ def main() -> None:
                     found[case].append(got)
         for (requests, logprobs), rates in found.items():
             what = f"{dtype}, {requests} at once{', logprobs' if logprobs else ''}"
-            console.print(f"{what}: {statistics.median(rates):.0f} tok/s ({min(rates):.0f} to {max(rates):.0f})")
+            console.print(
+                f"{what}: {statistics.median(rates):.0f} tok/s ({min(rates):.0f} to {max(rates):.0f})"
+            )
     console.print(", ".join(f"{k} {v}" for k, v in where().items()), style="dim")
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub is no test; before any hub library
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if not os.path.exists("/dev/nvidiactl"):  # kernels run in Triton's interpreter; said before Triton is imported
+if not os.path.exists(
+    "/dev/nvidiactl"
+):  # kernels run in Triton's interpreter; said before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis

@@ -3,6 +3,7 @@
 `SWEEP=1` also times the other ways to cut each product. Small products are timed by graph replay over copies of
 the weight that together exceed the L2 cache several times.
 """
+# mypy: disable-error-code="misc"
 
 from __future__ import annotations
 
@@ -124,6 +125,7 @@ def small_ways(rows: int, out: int, width: int) -> list[dict[str, Any]]:
         for bo, warps in ((2, 2), (4, 2), (4, 4), (8, 4)):
             if bo * triton.next_power_of_2(width) // warps <= 16384:
                 best.append({"FEW": True, "BO": bo, "num_warps": warps})
+    cuts: tuple[tuple[int, ...], ...]
     if rows <= 32:
         tall = max(16, rows)
         cuts = ((tall, 64, 6, 1, 4), (tall, 64, 4, 2, 4), (tall, 128, 6, 1, 8), (tall, 128, 4, 2, 8))
@@ -134,7 +136,9 @@ def small_ways(rows: int, out: int, width: int) -> list[dict[str, Any]]:
     for n, o, stages, unroll, warps in cuts if rows > 1 else ():
         programs = -(-out // o) * -(-rows // n)
         for split in (1, 2, 4, 8):
-            if 100 <= programs * split <= 300 and split * 4 <= width // 128 or (split == 4 and programs < 25):
+            if (100 <= programs * split <= 300 and split * 4 <= width // 128) or (
+                split == 4 and programs < 25
+            ):
                 how = base | {
                     "BN": n,
                     "BO": o,
@@ -198,7 +202,7 @@ def time_large() -> None:
 
 def time_small() -> None:
     print(
-        "small: us, quantising included: plan, ahead (share of read); product alone, ahead | cuBLASLt product alone | best, ahead"
+        "small: us with quantising: plan, ahead (share of read); product alone, ahead | cuBLASLt alone | best, ahead"
     )
     for out, width in SMALL:
         size = out * width
@@ -216,7 +220,8 @@ def time_small() -> None:
                     graph_us([call(w, *form) for w in held])
                     for form in ((False,), (True,), (True, None, given))
                 ]
-                line += f": {us[0]:.2f} {us[1]:.2f} ({size / us[1] / READ * 1e8:.0f}%), {us[2]:.2f} ({size / us[2] / READ * 1e8:.0f}%)"
+                share = [size / one / READ * 1e8 for one in us]
+                line += f": {us[0]:.2f} {us[1]:.2f} ({share[1]:.0f}%), {us[2]:.2f} ({share[2]:.0f}%)"
                 if rows % 4 == 0:
                     line += f" | {graph_us([lambda w=w, g=given: library(g, *w) for w in held]):.2f}"
             except Exception:

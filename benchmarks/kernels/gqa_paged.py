@@ -29,6 +29,7 @@ FORMS: dict[str, Config | None] = {
     "16 x 32, 4 stages": Config(16, 32, 4, 4, resident=4),
     "128 x 64, 8 warps, 3 stages": Config(128, 64, 8, 3),
     "64 x 64, 4 warps, 3 stages": Config(64, 64, 4, 3),
+    "gluon": Config(128, 128, 8, 2, gluon=True),
 }
 
 

@@ -46,11 +46,11 @@ FORMS: dict[str, Config | None] = {
     "chosen": None,
     "fixed": None,
     "fp8": None,
-    "pairs": Config(64, 128, 8, 2, 1, True),
-    "pairs, none ahead": Config(64, 128, 8, 1, 1, True),
-    "pairs, few rows": Config(16, 128, 8, 2, 1, True),
+    "pairs": Config(64, 128, 8, 1, 1, True),
     "16 x 32, 4 warps, 3 stages": Config(16, 32, 4, 3, 2),
+    "16 x 64, 8 warps, 2 stages": Config(16, 64, 8, 2, 2),
     "32 x 32, 4 warps, 3 stages": Config(32, 32, 4, 3, 2),
+    "64 x 64, 8 warps, 2 stages": Config(64, 64, 8, 2, 1),
 }
 """Cuts to compare; a cut runs the shapes whose rows fill it but for a half."""
 

@@ -3,6 +3,7 @@
 `SWEEP=1` also times the other ways to cut each product and prints the best. Every timing is the replay of a
 CUDA graph over copies of the weight that together exceed the L2 cache several times.
 """
+# mypy: disable-error-code="misc"
 
 from __future__ import annotations
 
@@ -279,7 +280,7 @@ def time_extras() -> None:
             for a in (False, True):
                 try:
                     us = [
-                        graph_us([lambda w=w, f=f: f(w) for w in ws])  # type: ignore[misc]
+                        graph_us([lambda w=w, f=f: f(w) for w in ws])
                         for f in (
                             lambda w, a=a, x=x: skinny.fast(x, w, ahead=a),
                             lambda w, a=a, x=x, n=norm: skinny.fast(x, w, None, None, n, ahead=a),
@@ -290,9 +291,8 @@ def time_extras() -> None:
                             lambda w, a=a, x=x, r=r: skinny.fast(x, w, ahead=a) + r,
                         )
                     ]
-                    line += " ahead {} {:.2f}; norm inside {:.2f} apart {:.2f}; residual inside {:.2f} apart {:.2f};".format(
-                        a, *us
-                    )
+                    form = " ahead {} {:.2f}; norm inside {:.2f} apart {:.2f}; residual inside {:.2f} apart {:.2f};"
+                    line += form.format(a, *us)
                 except Exception:
                     failed(line)
             print(line, flush=True)
@@ -324,6 +324,7 @@ def check_heads(heads: int, rows: int) -> None:
 
 
 def head_ways(rows: int, heads: int) -> list[dict[str, int]]:
+    cuts: tuple[tuple[int, ...], ...]
     if rows <= 32:
         cuts = ((16, 32, 512, 1), (16, 32, 512, 2), (16, 64, 512, 4), (16, 64, 128, 4))
     else:

@@ -24,7 +24,7 @@ LAYERS = 27
 PEAK = 4.3e12
 BF = torch.bfloat16
 CHAINED = fuse.chained
-DEFAULTS = fuse.row_warps, fuse.GATED, cache_write.TILE, cache_write.WARPS, route.CHOOSING_WARPS
+DEFAULTS = cache_write.TILE, cache_write.WARPS, route.CHOOSING_WARPS
 WORKERS = 14
 
 
@@ -50,7 +50,7 @@ def geometries() -> list[Geometry]:
 
 
 def restore() -> None:
-    fuse.row_warps, fuse.GATED, cache_write.TILE, cache_write.WARPS, route.CHOOSING_WARPS = DEFAULTS
+    cache_write.TILE, cache_write.WARPS, route.CHOOSING_WARPS = DEFAULTS
 
 
 def chain(on: bool) -> None:
@@ -236,18 +236,6 @@ def check_gqa(tokens: int) -> str:
     return " ".join(filter(None, wrong))
 
 
-def check_rows() -> str:
-    x, slots = random(100, 576), torch.randperm(300, device="cuda")[:100]
-    slots[3] = -1
-    pages, expected = (
-        torch.zeros(300, 576, device="cuda", dtype=BF),
-        torch.zeros(300, 576, device="cuda", dtype=BF),
-    )
-    cache_write.write_rows(x, pages, slots)
-    cache_write.write_rows_reference(x, expected, slots)
-    return "" if torch.equal(pages, expected) else "rows"
-
-
 def check_chain(g: Geometry, tokens: int) -> str:
     """Operations that feed each other, with copies and PyTorch's own kernels between: a replayed graph whose
     launches overlap must give the bits of plain launches."""
@@ -289,7 +277,7 @@ def check_chain(g: Geometry, tokens: int) -> str:
 
 
 def checks() -> list[tuple[str, Callable[[], str]]]:
-    out: list[tuple[str, Callable[[], str]]] = [("rows", check_rows)]
+    out: list[tuple[str, Callable[[], str]]] = []
     for g in geometries():
         for tokens in (1, 2, 3, 32, 100, 256, 4096):
             out.append((f"route {g.name} {tokens}", lambda g=g, n=tokens: check_route(g, n)))
@@ -408,26 +396,6 @@ def logits_ways(g: Geometry, tokens: int, plans: list[route.Plan]) -> list[Way]:
     ]
 
 
-def norm_ways(x: Tensor) -> list[Way]:
-    weight, other = random(x.shape[1]), torch.randn_like(x)
-
-    def call(i: int, warps: int) -> Any:
-        fuse.row_warps = lambda width: warps
-        return fuse.add_rmsnorm(x, other, weight, 1e-6)
-
-    return [(f"w{w}", lambda i, w=w: call(i, w)) for w in (2, 4, 8, 16)]
-
-
-def gated_ways(tokens: int, width: int) -> list[Way]:
-    gate, up = random(tokens, 2 * width).chunk(2, -1)
-
-    def call(i: int, tile: int) -> Any:
-        fuse.GATED = tile
-        return fuse.swiglu(gate, up)
-
-    return [(f"{t}", lambda i, t=t: call(i, t)) for t in (256, 512, 1024, 2048)]
-
-
 def write_ways(case: Any) -> list[Way]:
     def call(i: int, tile: int, warps: int) -> None:
         cache_write.TILE, cache_write.WARPS = tile, warps
@@ -470,9 +438,6 @@ def sweeps() -> list[tuple[str, list[Way]]]:
             out.append((f"mm only {g.name} N={tokens}", [("mm", way)]))
         for tokens in (1, 32, 256, 4096):
             out.append((f"choose {g.name} N={tokens}", choose_ways(g, tokens)))
-        for tokens in (1, 256):
-            out.append((f"norm {g.name} N={tokens}", norm_ways(random(tokens, g.hidden))))
-            out.append((f"swiglu {g.name} N={tokens}", gated_ways(tokens, g.hidden)))
     for tokens in (1, 4096):
         out.append((f"gqa N={tokens}", write_ways(GqaCase(tokens))))
     return out
@@ -496,7 +461,6 @@ def sweep() -> None:
 
 
 def compile_share(worker: int) -> None:
-    """Compile a share of the kernels into Triton's cache; nothing is timed or printed."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     tasks: list[Callable[[], Any]] = [fn for _, fn in checks()]
     if os.environ.get("SWEEP"):
@@ -527,7 +491,6 @@ def main() -> None:
                 print(f"WRONG {name} chained={on}: {answer}")
     print(f"checks: {wrong} wrong, {time.time() - began:.0f} s")
     times()
-    print(f"{time.time() - began:.0f} s")
     if os.environ.get("SWEEP"):
         sweep()
     print(f"{time.time() - began:.0f} s")

@@ -21,6 +21,7 @@ from rorqual.kernels import compress, index, mix, union
 READ, BF16, FP8 = 4.35e12, 735e12, 1.275e15
 L2 = 60e6
 DEVICE = "cuda"
+DTYPES = {"bf16": torch.bfloat16, "fp8": torch.uint8}
 Call = Callable[[], Any]
 
 
@@ -218,7 +219,7 @@ def report(kind: str, case: Any, found: list[tuple[float, Any]]) -> None:
 
 
 def index_plans(rows: int, sequences: int, limit: int, k: int, page: int, kind: str) -> list[index.Plan]:
-    base = index.plan(rows, sequences, limit, k, page, kind == "fp8")
+    base = index.plan(rows, sequences, limit, k, page, DTYPES[kind])
     plans, groups = [base], base.parts * base.keys
     if rows >= 4 * sequences:
         tiles = [(1, 64, 4, 3), (2, 128, 4, 4), (2, 128, 4, 5), (2, 64, 4, 2), (2, 64, 4, 3), (2, 64, 4, 4)]
@@ -511,7 +512,7 @@ def warm(task: tuple[str, tuple[Any, ...], Any]) -> None:
             rows, sequences, limit, k, page, form = case
             few = min(sequences, 2)
             one = Index(min(rows, 16 * few) // few * few, few, limit, k, page, form)
-            one.run(tiles or index.plan(*case[:2], limit, k, page, form == "fp8"))
+            one.run(tiles or index.plan(*case[:2], limit, k, page, DTYPES[form]))
         elif kind == "union":
             Union(*case).run(**(tiles or {}))
         elif kind == "compress":

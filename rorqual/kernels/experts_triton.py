@@ -15,11 +15,6 @@ each 128 channels' product is added up in fp32.
 
 from rorqual.kernels.gpu import tl, triton
 
-__all__ = [
-    "COUNTS", "count_kernel", "down_kernel", "follow", "gate_up_kernel", "gdc_launch_dependents", "gdc_wait", "sort_kernel",
-    "spread_kernel", "sum_kernel",
-]  # fmt: skip
-
 try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # a machine without Triton

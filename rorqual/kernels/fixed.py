@@ -94,10 +94,10 @@ def fast(
     out_dtype: torch.dtype | None = None,
     how: dict[str, Any] | None = None,
 ) -> Tensor:
-    """`reference` by the kernel above, few rows by that of `skinny` (all in fp32 in the interpreter)."""
+    """`reference` by the kernel above, few rows by that of `skinny`."""
     (rows, width), out_width = x_ND.shape, weight_OD.shape[0]
-    full = x_ND.dtype != torch.bfloat16 or weight_OD.dtype != torch.bfloat16 or not x_ND.is_cuda
-    hopper = not full and torch.cuda.get_device_capability(x_ND.device)[0] == 9
+    full = x_ND.dtype != torch.bfloat16 or weight_OD.dtype != torch.bfloat16
+    hopper = not full and x_ND.is_cuda and torch.cuda.get_device_capability(x_ND.device)[0] == 9
     if how is None and hopper and rows <= skinny.ROWS:
         tall = skinny.dot_plan(out_width, width) | {"SPLIT": 1}
         return skinny.fast(x_ND, weight_OD, bias, out_dtype=out_dtype, how=tall)

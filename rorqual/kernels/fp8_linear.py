@@ -16,17 +16,13 @@ from torch import Tensor
 
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.quant import E8M0, FP8, blocks, dequantize_fp8, encode_fp8, fp8_scale
-from rorqual.kernels.skinny import add_parts, await_inputs, fetch_ahead, release
+from rorqual.kernels.skinny import PROCESSORS, add_parts, await_inputs, fetch_ahead, launching, release
 
 BLOCK = 128
 """Channels, and weight rows, that share a scale."""
 
-FEW_ROWS = 2
-FEW_WIDTH = 16384
-"""Most rows, and their widest, multiplied without tensor cores."""
-
-PROCESSORS = 132
-"""Multiprocessors of the GPU that the plans are made for."""
+FEW_WIDTH = 4096
+"""Widest single row that is multiplied without tensor cores."""
 
 BAND = 8
 """Tiles of rows that go through the weight together, so that both stay in L2."""
@@ -78,7 +74,7 @@ def quantize_fast(
     how = how or {"BN": 1 if rows <= 16 else 16, "num_warps": 1 if rows <= 16 else 4}
     quantize[(triton.cdiv(room, how["BN"]), groups)](
         x_ND, codes, scale, rows, room, width, x_ND.stride(0), codes.stride(0), scale.stride(0), scale.stride(1),
-        POWERS=pow2, **how, **_launch(ahead),
+        POWERS=pow2, **how, **launching(ahead and x_ND.is_cuda),
     )  # fmt: skip
     return codes[:rows], scale[:rows]
 
@@ -91,10 +87,6 @@ def quantize_rows(x_ND: Tensor, pow2: bool = False, ahead: bool = False) -> tupl
     if usable(x_ND) and x_ND.stride(1) == 1 and x_ND.numel():
         return quantize_fast(x_ND, pow2, ahead)
     return quantize_reference(x_ND, pow2)
-
-
-def _launch(ahead: bool) -> dict[str, Any]:
-    return {"AHEAD": True, "launch_pdl": True} if ahead else {"AHEAD": False}
 
 
 # -------------------------------------------------------------------------------------------- product
@@ -236,12 +228,14 @@ def reference(
 
 def plan(rows: int, out_width: int, width: int) -> dict[str, Any]:
     """How a product of this shape is cut. Depends on the shape alone."""
-    if rows <= FEW_ROWS and width <= FEW_WIDTH:
-        return {"FEW": True, "BO": 2, "num_warps": 2}
+    if rows == 1 and width <= FEW_WIDTH:
+        if width > 2048:
+            return {"FEW": True, "BO": 4, "num_warps": 4}
+        return {"FEW": True, "BO": 4 if out_width <= 1024 else 8, "num_warps": 2 if out_width <= 1024 else 4}
     how = {"SPLIT": 1, "TALL": rows <= 32, "num_warps": 4, "FETCH": 0, "UNROLL": 1}
     BN = 64 if rows > 32 else max(16, triton.next_power_of_2(rows))
     tiles, groups = blocks(out_width, 64) * blocks(rows, BN), blocks(width, BLOCK)
-    if tiles >= 4 * PROCESSORS:
+    if rows > 64 and tiles >= 4 * PROCESSORS:
         wide, high = (
             blocks(blocks(rows, BN) * blocks(out_width, BO), 2 * PROCESSORS)
             for BN, BO in ((64, 128), (128, 64))
@@ -254,13 +248,10 @@ def plan(rows: int, out_width: int, width: int) -> dict[str, Any]:
         and groups >= split * (8 if 2 * tiles * split <= PROCESSORS else 32)
     ):
         split *= 2
-    return how | {
-        "SPLIT": split,
-        "BN": BN,
-        "BO": 64,
-        "STAGES": 6,
-        "FETCH": 512 if rows <= 64 and width >= 512 else 0,
-    }
+    how |= {"SPLIT": split, "BN": BN, "BO": 64, "FETCH": 512 if rows <= 64 and width >= 512 else 0}
+    if rows <= 32:
+        return how | {"STAGES": 4, "UNROLL": 2}
+    return how | {"STAGES": 8 if tiles * split <= PROCESSORS else 6}  # one program a multiprocessor, or two
 
 
 def in_library(rows: int, out_width: int, width: int) -> bool:
@@ -286,6 +277,7 @@ def fast(
     (rows, width), out_width = x_ND.shape, codes_OD.shape[0]
     x, x_scale = quantized or quantize_fast(x_ND, pow2, ahead)
     how = how or plan(rows, out_width, width)
+    launch = launching(ahead and x_ND.is_cuda)
     powers = scale.dtype == E8M0
     scale = scale.view(torch.uint8) if powers else scale
     y = x_ND.new_empty(rows, out_width)
@@ -294,7 +286,7 @@ def fast(
             x, x_scale, codes_OD, scale, bias, y, out_width, x.stride(0), x_scale.stride(0), x_scale.stride(1),
             codes_OD.stride(0), scale.stride(0), y.stride(0), D=width, N=rows, NP=triton.next_power_of_2(rows),
             BO=how["BO"], GROUPS=triton.next_power_of_2(x_scale.shape[1]), POWERS=powers, BIAS=bias is not None,
-            num_warps=how["num_warps"], **_launch(ahead),
+            num_warps=how["num_warps"], **launch,
         )  # fmt: skip
         return y
     split = how["SPLIT"]
@@ -303,12 +295,12 @@ def fast(
         x, x_scale, codes_OD, scale, bias, part, rows, out_width,
         x.stride(0), x_scale.stride(0), x_scale.stride(1), codes_OD.stride(0), scale.stride(0),
         part.stride(-2), part.stride(0) if split > 1 else 0,
-        D=width, BAND=BAND, POWERS=powers, BIAS=bias is not None and split == 1, **how, **_launch(ahead),
+        D=width, BAND=BAND, POWERS=powers, BIAS=bias is not None and split == 1, **how, **launch,
     )  # fmt: skip
     if split > 1:
         add_parts[(triton.cdiv(out_width, 256), rows)](
             part, bias, None, y, out_width, part.stride(0), part.stride(1), 0, y.stride(0),
-            SPLIT=split, BO=256, BIAS=bias is not None, RESIDUAL=False, num_warps=2, **_launch(ahead),
+            SPLIT=split, BO=256, BIAS=bias is not None, RESIDUAL=False, num_warps=2, **launch,
         )  # fmt: skip
     return y
 
@@ -351,8 +343,8 @@ def fp8_linear(
         and x_ND.dtype in (torch.bfloat16, torch.float32)
         and x_ND.stride(1) == codes_OD.stride(1) == scale.stride(1) == 1
     ):
-        rows, (out_width, width) = x_ND.shape[0], codes_OD.shape
-        if x_ND.dtype == torch.bfloat16 and in_library(rows, out_width, width) and scale.is_contiguous():
+        whole = x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and scale.is_contiguous()
+        if whole and in_library(x_ND.shape[0], *codes_OD.shape):
             return library(x_ND, codes_OD, scale, bias, pow2)
         return fast(x_ND, codes_OD, scale, bias, pow2, ahead)
     return reference(x_ND, codes_OD, scale, block, bias, pow2)

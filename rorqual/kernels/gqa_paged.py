@@ -69,7 +69,8 @@ def _meet(  # type: ignore[no-untyped-def]
         page = tl.load(table_ptr + tl.minimum(start + BLOCK_N, last - 1) // PAGE)
     else:
         pages = tl.load(table_ptr + key // PAGE, mask=key < last, other=0).to(tl.int64)
-        at = (pages * PAGE + key % PAGE)[:, None] * stride + channel[None, :]
+        # Not key % PAGE: the compiler would take every slot for a multiple of PAGE, and read in too wide steps.
+        at = (pages * PAGE + (key & (PAGE - 1)))[:, None] * stride + channel[None, :]
     if MASKED:
         there = (key < last)[:, None] & (channel < SIZE)[None, :]
         k = tl.load(k_ptr + at, mask=there, other=0.0)
@@ -153,7 +154,9 @@ def _attend(  # type: ignore[no-untyped-def]
     if not DIRECT:
         at = (s * places + row // GROUP).to(tl.int64) * heads + head * GROUP + row % GROUP
         at += split.to(tl.int64) * tl.num_programs(2) * places * heads
-        tl.store(lse_ptr + at, peak + tl.log2(total), mask=held)
+        tl.store(
+            lse_ptr + at, peak + tl.log2(tl.where(total > 0, total, 1.0)), mask=held
+        )  # nothing seen: -inf
     tl.store(o_ptr + at[:, None] * SIZE + channel[None, :], acc.to(o_ptr.dtype.element_ty), mask=known)
 
 
@@ -169,6 +172,8 @@ class Config(NamedTuple):
     stages: int
     resident: int = 2
     """Programs that run on one multiprocessor at a time."""
+    gluon: bool = False
+    """Whether `gqa_paged_gluon` runs it. Nothing chooses that form by itself before its speed has been measured."""
 
 
 def configure(rows: int, max_count: int, fixed: bool, size: int, wide: bool) -> Config:
@@ -208,7 +213,7 @@ def fast(
     if max_count == 0 or sequences == 0:
         return out
     base_two = scale * math.log2(math.e)
-    if not (fixed or config or max_count <= FEW) and gqa_paged_gluon.supported(q, k_pages_PTGd, v_pages_PTGd):
+    if config and config.gluon:
         gqa_paged_gluon.launch(
             q,
             k_pages_PTGd,

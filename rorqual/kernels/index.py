@@ -336,16 +336,18 @@ class Plan(NamedTuple):
     choose_warps: int = 16
 
 
-def plan(rows: int, sequences: int, max_keys: int, k: int, page: int, fp8: bool = False) -> Plan:
+def plan(rows: int, sequences: int, max_keys: int, k: int, page: int, dtype: torch.dtype) -> Plan:
     """Chunks of one sequence take two queries a program; short contexts skip the gathering, and there a program
     takes up to four tiles of keys where there are enough programs. Where a tile is of several pages, the pipeline
     gives half its stages to reading their numbers."""
     cap = max(4096, triton.next_power_of_2(2 * k))
     groups = 2 * cap
     p = Plan(cap=cap, parts=groups // 64)
-    if rows >= 4 * sequences:
+    if dtype == torch.float32:  # no tensor cores: tiles that fit the registers
+        p = p._replace(keys=32, parts=groups // 32, stages=2)
+    elif rows >= 4 * sequences:
         p = p._replace(queries=2, keys=128, parts=groups // 128, stages=3)
-    elif fp8:
+    elif dtype == torch.uint8:
         p = p._replace(keys=128, parts=groups // 128, stages=3)
     else:
         p = p._replace(stages=(5 if rows == 1 else 3) if page >= 64 else (9 if rows == 1 else 6))
@@ -373,9 +375,7 @@ def fast(
     chosen_NK = torch.empty(rows, k, dtype=torch.int32, device=device)
     if not rows:
         return chosen_NK
-    p = tiles or plan(
-        rows, table_SB.shape[0], max_keys, k, k_pages_PTd.shape[1], k_pages_PTd.dtype == torch.uint8
-    )
+    p = tiles or plan(rows, table_SB.shape[0], max_keys, k, k_pages_PTd.shape[1], k_pages_PTd.dtype)
     assert k_pages_PTd.stride(2) == 1 and table_SB.stride(1) == 1 and max_keys <= MOST_KEYS and p.cap >= k
     assert p.chunk <= 2**15
     scaled = k_pages_PTd.dtype == torch.uint8

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from rorqual.kernels.gpu import tl, triton, usable
 
-ROWS, CHANNELS = 32, 64
+ROWS, CHANNELS = 16, 64
 """Rows and channels of a slice. Whatever the number of rows: another tile would give other bits."""
+
+STREAMS = 1, 2, 4
+"""Numbers of streams that the kernels take: powers of two whose tiles fit a multiprocessor."""
 
 Mixed = tuple[Tensor, Tensor, Tensor]
 """Layer input [N, D], post [N, n] and comb [N, n, n]."""
@@ -194,11 +197,16 @@ def _write(  # type: ignore[no-untyped-def]
     rows = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
     d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     live = (d < hidden)[None, :]
-    old = _old(x, y, rows, d, live, hidden, STREAMS)
-    for k in tl.static_range(STREAMS):
-        stream = _written(old, post, comb, rows, STREAMS, k)
-        at = (rows * STREAMS + k)[:, None] * hidden + d[None, :]
-        tl.store(new + at, stream.to(new.dtype.element_ty), mask=live)
+    k = tl.arange(0, STREAMS)
+    own = tl.load(post + rows[:, None] * STREAMS + k[None, :])
+    wide = tl.load(y + rows[:, None] * hidden + d[None, :], mask=live, other=0.0).to(tl.float32)
+    streams = own[:, :, None] * wide[:, None, :]
+    for j in tl.static_range(STREAMS):
+        old = tl.load(x + (rows * STREAMS + j)[:, None] * hidden + d[None, :], mask=live, other=0.0)
+        share = tl.load(comb + ((rows * STREAMS + j) * STREAMS)[:, None] + k[None, :])
+        streams += share[:, :, None] * old.to(tl.float32)[:, None, :]
+    at = (rows[:, None] * STREAMS + k[None, :])[:, :, None] * hidden + d[None, None, :]
+    tl.store(new + at, streams.to(new.dtype.element_ty), mask=live[:, None, :])
 
 
 # ------------------------------------------------------------------------------------------ launch
@@ -222,7 +230,7 @@ def _launch_read(
     if not rows:
         return new_NnD, (inner_ND, post_Nn, comb_Nnn)
     assert x_NnD.is_contiguous() and fn.is_contiguous() and fn.dtype == torch.float32
-    assert n & (n - 1) == 0, f"kernels take a power of two of streams, got {n}"
+    assert n in STREAMS, f"kernels take {STREAMS} streams, got {n}"
     outputs = n * (2 + n)
     out = max(16, triton.next_power_of_2(outputs))
     parts = -(-hidden // CHANNELS)
@@ -285,7 +293,7 @@ def fast_write_read(
 
 def _single(*tensors: Tensor) -> bool:
     n = tensors[0].shape[1]
-    return usable(*tensors) and n & (n - 1) == 0 and all(t.dtype != torch.float64 for t in tensors)
+    return usable(*tensors) and n in STREAMS and all(t.dtype != torch.float64 for t in tensors)
 
 
 def mix_read(

@@ -93,8 +93,8 @@ def _attend(  # type: ignore[no-untyped-def]
     q_ptr, values_ptr, scales_ptr, rope_ptr, table_ptr, ends_ptr, o_ptr, lse_ptr, scale, rows, heads, width,
     table_stride, splits,
     VALUE_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, ROPE_STRIDE: tl.constexpr, RANK: tl.constexpr,
-    ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M:
-    tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, FIXED: tl.constexpr,
+    ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, FIXED: tl.constexpr,
     DIRECT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of a sequence's `rows` = width * heads queries against one split of its keys."""
@@ -140,7 +140,8 @@ def _attend(  # type: ignore[no-untyped-def]
             scales = scales_ptr + slot * SCALE_STRIDE + tl.arange(0, BLOCK_N)[:, None] * SCALE_STRIDE
         else:
             page = tl.load(table_ptr + key // PAGE, mask=there, other=0).to(tl.int64)
-            slot = (page * PAGE + key % PAGE)[:, None]
+            # Not key % PAGE: the compiler would take every slot for a multiple of PAGE, and read in too wide steps.
+            slot = (page * PAGE + (key & (PAGE - 1)))[:, None]
             values = values_ptr + slot * VALUE_STRIDE
             ropes = rope_ptr + slot * ROPE_STRIDE
             scales = scales_ptr + slot * SCALE_STRIDE
@@ -169,7 +170,9 @@ def _attend(  # type: ignore[no-untyped-def]
     to = s * rows + row
     if not DIRECT:
         to = to + split * tl.num_programs(2) * rows
-        tl.store(lse_ptr + to, peak + tl.log2(total), mask=held)  # log2(0) is -inf: no key was visible
+        tl.store(
+            lse_ptr + to, peak + tl.log2(tl.where(total > 0, total, 1.0)), mask=held
+        )  # nothing seen: -inf
     place = to.to(tl.int64)[:, None] * RANK + channel[None, :]
     tl.store(o_ptr + place, acc.to(o_ptr.dtype.element_ty), mask=held[:, None] & (channel < RANK)[None, :])
 
@@ -177,8 +180,8 @@ def _attend(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=("rows", "heads", "splits", "total"))
 def _combine(  # type: ignore[no-untyped-def]
     part_ptr, lse_ptr, ends_ptr, starts_ptr, o_ptr, rows, heads, splits, total,
-    SIZE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr, FIXED:
-    tl.constexpr, PACKED: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr,
+    FIXED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One output row: the mean of its splits' results, weighted by their sums, in the order of the splits.
 
@@ -267,11 +270,11 @@ def configure(rows: int, heads: int, fixed: bool, fp8: bool, hopper: bool) -> Co
     rows = heads if fixed else rows
     if rows <= 16:
         return Config(16, 32, 4, 3, 2)
-    if hopper:
-        return Config(mla_decode_gluon.ROWS, mla_decode_gluon.PAIR, 8, 2, 1, True)
     if rows <= 32 and not fp8:
-        return Config(32, 32, 8, 3, 2)
-    return Config(64, 32, 8, 3 if fp8 else 4, 1)
+        return Config(32, 32, 4, 3, 2)
+    if hopper:
+        return Config(mla_decode_gluon.ROWS, mla_decode_gluon.PAIR, 8, 1, 1, True)
+    return Config(64, 32, 8, 3, 1) if fp8 else Config(64, 64, 8, 2, 1)
 
 
 def combine(
@@ -424,7 +427,6 @@ def fast(
             width=width,
             fixed=fixed,
             direct=direct,
-            ahead=cut.stages > 1,
         )
     else:
         _launch(q, pages_PTC, table_SB, ends_S, part, lse, cut, grid, exponent, width, rank, fixed, direct)
@@ -468,5 +470,7 @@ def supported(q_NHC: Tensor, pages_PTC: Tensor, rank: int) -> bool:
     """Whether `fast` takes these types and sizes."""
     rope, size = q_NHC.shape[2] - rank, pages_PTC.shape[1]
     kept = pages_PTC.dtype in (q_NHC.dtype, torch.uint8) and pages_PTC.is_contiguous()
+    if pages_PTC.dtype == torch.uint8:
+        kept = kept and pages_PTC.shape[2] % 4 == 0  # its scales are read as whole fp32
     fits = rank <= (128 if q_NHC.dtype == torch.float32 else 512) and 0 < rope <= 128
     return kept and fits and size & (size - 1) == 0

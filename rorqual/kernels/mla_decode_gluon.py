@@ -46,12 +46,10 @@ RANK, ROPE = 512, 64
 
 @gluon.jit
 def _fetch(  # type: ignore[no-untyped-def]
-    c_desc, e_desc, latents_ptr, pieces, ropes, full, free, table_ptr, first, last, PAGE: gl.constexpr,
-    AHEAD: gl.constexpr,
+    c_desc, e_desc, pieces, ropes, full, free, table_ptr, first, last, PAGE: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp. Piece 2 * tile + half; in the order in which they are given back. Past the last key the last
-    page comes again. While a pair is computed with, the next is on its way to the L2 cache: the pieces are all in use
-    then, and memory would stand idle."""
+    page comes again."""
     TILE: gl.constexpr = c_desc.block_type.shape[0]
     HALF: gl.constexpr = c_desc.block_type.shape[1]
     here = first < last
@@ -77,23 +75,6 @@ def _fetch(  # type: ignore[no-untyped-def]
         mbarrier.wait(free.index(2), parity)
         mbarrier.expect(full.index(2), c_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(c_desc, [beside, 0], full.index(2), pieces.index(2))
-        if AHEAD and start + 2 * TILE < last:
-            ahead = (start + 2 * TILE) % PAGE
-            _prefetch(latents_ptr, left * PAGE + ahead, TILE, 2 * HALF + e_desc.block_type.shape[1])
-            ahead = (start + 3 * TILE) % PAGE
-            _prefetch(latents_ptr, right * PAGE + ahead, TILE, 2 * HALF + e_desc.block_type.shape[1])
-
-
-@gluon.jit
-def _prefetch(latents_ptr, row, TILE: gl.constexpr, CHANNELS: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Ask for TILE latents from `row` on to be brought to the L2 cache, a share by each thread of the warp."""
-    SHARE: gl.constexpr = TILE * CHANNELS // 32
-    thread = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    address = (latents_ptr + row.to(gl.int64) * CHANNELS + thread * SHARE).to(gl.int64)
-    gl.inline_asm_elementwise(
-        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r", [address, gl.full_like(thread, 2 * SHARE)], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -203,9 +184,8 @@ def _compute(  # type: ignore[no-untyped-def]
 
 @gluon.jit(do_not_specialize=("rows", "heads", "width", "table_stride", "splits"))
 def _attend(  # type: ignore[no-untyped-def]
-    c_desc, e_desc, q_ptr, latents_ptr, table_ptr, ends_ptr, o_ptr, lse_ptr, scale, rows, heads, width, table_stride,
-    splits,
-    ROWS: gl.constexpr, PAGE: gl.constexpr, FIXED: gl.constexpr, DIRECT: gl.constexpr, AHEAD: gl.constexpr,
+    c_desc, e_desc, q_ptr, table_ptr, ends_ptr, o_ptr, lse_ptr, scale, rows, heads, width, table_stride, splits,
+    ROWS: gl.constexpr, PAGE: gl.constexpr, FIXED: gl.constexpr, DIRECT: gl.constexpr,
 ):  # fmt: skip
     """As `mla_decode._attend`: ROWS of a sequence's queries against one split of its keys."""
     TILE: gl.constexpr = c_desc.block_type.shape[0]
@@ -275,10 +255,7 @@ def _attend(  # type: ignore[no-untyped-def]
                     last, scale, base, block, rows if DIRECT else held, heads, open_to, 1, DIRECT,
                 ),
             ),
-            (
-                _fetch,
-                (c_desc, e_desc, latents_ptr, pieces, ropes, full, free, table_ptr, first, last, PAGE, AHEAD),
-            ),
+            (_fetch, (c_desc, e_desc, pieces, ropes, full, free, table_ptr, first, last, PAGE)),
         ],
         [4, 1],
         [240, 24],
@@ -312,7 +289,6 @@ def launch(
     width: int,
     fixed: int,
     direct: bool,
-    ahead: bool = True,
 ) -> None:
     """Stage 1 over `grid` (blocks of rows, splits, sequences) into `o` and `lse`; `scale` for base-2 exponents."""
     latents = pages_PTC.view(-1, pages_PTC.shape[2])
@@ -325,7 +301,7 @@ def launch(
         for tile in tiles
     )
     _attend[grid](
-        c_desc, e_desc, q_NHC, latents, table_SB, ends_S, o, lse, scale, rows, q_NHC.shape[1], width,
-        table_SB.stride(0), grid[1], ROWS=ROWS, PAGE=pages_PTC.shape[1], FIXED=fixed, DIRECT=direct, AHEAD=ahead,
+        c_desc, e_desc, q_NHC, table_SB, ends_S, o, lse, scale, rows, q_NHC.shape[1], width,
+        table_SB.stride(0), grid[1], ROWS=ROWS, PAGE=pages_PTC.shape[1], FIXED=fixed, DIRECT=direct,
         num_warps=4,
     )  # fmt: skip

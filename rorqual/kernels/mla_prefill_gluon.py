@@ -5,7 +5,8 @@ One program is a warp that fetches tiles by the bulk copy engine (TMA) and two g
 the softmax of the one while the other is under way; the groups take turns at the tensor cores, so that one's
 softmax lies under the other's products (the order of FlashAttention-3, Shah et al. 2024, section 3).
 
-Key tiles, their order and the rounding are those of `mla_prefill`'s contract: fixed, from key 0 on.
+Key tiles, their order and the rounding are those of `mla_prefill`'s contract: fixed, from key 0 on. The last tile
+of a sequence reaches into the rows of the next, whose weights are zero: values there must be finite.
 """
 
 from typing import Any
@@ -38,7 +39,6 @@ LOG2_E = 1.4426950408889634
 BLOCK_M = 128
 BLOCK_N = 128
 STAGES = 2
-FAR = 2**30
 CACHE_BYTES = 2**25
 
 
@@ -46,8 +46,8 @@ CACHE_BYTES = 2**25
 def _item(  # type: ignore[no-untyped-def]
     item, starts_q, starts_k, heads, sequences, group, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
 ):
-    """Which queries work item `item` has: first row of q, head, first key, keys, keys before the first query's
-    own, queries left, key tiles all of them see whole, key tiles in all (0: no such queries).
+    """Which queries work item `item` has: first row of q, head, first key, keys before the first query's own,
+    queries left, key tiles all of them see whole, key tiles in all (0: no such queries).
 
     Sequence s has the blocks of queries from `starts_q[s] // BLOCK_M + s` on, which is one too many at most, so that
     the number of items is known without its length. `group` heads at a time, so that their keys stay in the cache,
@@ -75,15 +75,14 @@ def _item(  # type: ignore[no-untyped-def]
     whole = (before + 1) // BLOCK_N
     tiles = (gl.minimum(before + BLOCK_M, keys) + BLOCK_N - 1) // BLOCK_N
     tiles = gl.where((base < heads) & (first >= 0) & (first < queries), tiles, 0)
-    return q0 + first, base + rest % abreast, k0, keys, before, queries - first, whole, tiles
+    return q0 + first, base + rest % abreast, k0, before, queries - first, whole, tiles
 
 
 @gluon.jit
 def _fetch(  # type: ignore[no-untyped-def]
     q_desc, qr_desc, k_desc, r_desc, v_desc, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, counter,
     starts_q, starts_k, heads, sequences, items, group, q_h, k_h, v_h,
-    NOPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BOUNDED: gl.constexpr,
-    FAR: gl.constexpr,
+    NOPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp: picks items, fetches the queries of each, then its tiles. A tile's values may follow
     the keys of the next tile, which are wanted first."""
@@ -93,7 +92,7 @@ def _fetch(  # type: ignore[no-untyped-def]
     turn = 0
     item = gl.program_id(0)
     while item < items:
-        row, head, k0, keys, _before, _left, _whole, tiles = _item(
+        row, head, k0, _before, _left, _whole, tiles = _item(
             item, starts_q, starts_k, heads, sequences, group, BLOCK_M, BLOCK_N
         )
         if tiles > 0:
@@ -118,15 +117,7 @@ def _fetch(  # type: ignore[no-untyped-def]
             key = k0 + j * BLOCK_N
             full = v_full.index(tile % STAGES)
             mbarrier.expect(full, v_desc.block_type.nbytes)
-            if BOUNDED:
-                # Rows from `keys` on lie past the end of axis 2 and come as zeros: see `_bounded`.
-                to = v_tiles.index(tile % STAGES)._reinterpret(
-                    v_desc.dtype, v_desc.block_type.shape, v_desc.layout
-                )
-                at = [FAR, k0 + keys, FAR - keys + j * BLOCK_N, head * v_h]
-                tma.async_copy_global_to_shared(v_desc, at, full, to)
-            else:
-                tma.async_copy_global_to_shared(v_desc, [key, head * v_h], full, v_tiles.index(tile % STAGES))
+            tma.async_copy_global_to_shared(v_desc, [key, head * v_h], full, v_tiles.index(tile % STAGES))
             tile += 1
             more = j + 1 < tiles
             full = k_full.index(tile % STAGES)
@@ -174,12 +165,11 @@ def _hold(total):  # type: ignore[no-untyped-def]
 @gluon.jit
 def _step(  # type: ignore[no-untyped-def]
     q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place, j, tile, rounds,
-    MASKED: gl.constexpr, LAST: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, TURNS: gl.constexpr,
+    MASKED: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, TURNS: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Scores of tile j with the values of tile j - 1 beside them, then the softmax of tile j. LAST of an item: its
-    queries are done with."""
-    _q_full, q_free, k_full, v_full, free, _plan_full, _plan_free = bars
+    """Scores of tile j with the values of tile j - 1 beside them, then the softmax of tile j."""
+    _q_full, _q_free, k_full, v_full, free, _plan_full, _plan_free = bars
     HALF: gl.constexpr = q.shape[0]
     stage = tile % STAGES
     last = (tile - 1) % STAGES
@@ -194,8 +184,6 @@ def _step(  # type: ignore[no-untyped-def]
     if TURNS:
         mbarrier.arrive(others)
     score = warpgroup_mma_wait(1, deps=[score])
-    if LAST:
-        mbarrier.arrive(q_free)
     new, fade, top, total = _soften(score, top, total, factor, place, j * BLOCK_N, MASKED, S_LAYOUT)
     new = gl.convert_layout(new.to(v_tiles.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
     total = _hold(total)
@@ -209,7 +197,7 @@ def _step(  # type: ignore[no-untyped-def]
 def _attend(  # type: ignore[no-untyped-def]
     o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, mine, others, starts_q, starts_k, heads,
     sequences, items, group, factor, o_n, o_h,
-    GROUP: gl.constexpr, TURNS: gl.constexpr, EARLY: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    GROUP: gl.constexpr, TURNS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps: its half of every item's queries."""
@@ -226,7 +214,7 @@ def _attend(  # type: ignore[no-untyped-def]
     rounds = 1 - GROUP  # the first group goes first: its first wait is for the phase before any
     item = gl.program_id(0)
     while item < items:
-        row, head, _k0, _keys, before, left, whole, tiles = _item(
+        row, head, _k0, before, left, whole, tiles = _item(
             item, starts_q, starts_k, heads, sequences, group, BLOCK_M, BLOCK_N
         )
         if tiles > 0:
@@ -248,33 +236,21 @@ def _attend(  # type: ignore[no-untyped-def]
             acc = gl.zeros([HALF, V], gl.float32, O_LAYOUT)
             weight = gl.convert_layout(new.to(v_tiles.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
             tile += 1
-            plain = gl.minimum(whole, tiles - EARLY)
-            for j in range(1, plain):
+            for j in range(1, gl.minimum(whole, tiles)):
                 acc, weight, top, total = _step(
                     q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place,
-                    j, tile, rounds, False, False, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
+                    j, tile, rounds, False, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
                 )  # fmt: skip
                 tile += 1
                 rounds += 1
-            for j in range(gl.maximum(plain, 1), tiles - EARLY):
+            for j in range(gl.maximum(whole, 1), tiles):
                 acc, weight, top, total = _step(
                     q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place,
-                    j, tile, rounds, True, False, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
+                    j, tile, rounds, True, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
                 )  # fmt: skip
                 tile += 1
                 rounds += 1
-            if EARLY:
-                if tiles > 1:
-                    acc, weight, top, total = _step(
-                        q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place,
-                        tiles - 1, tile, rounds, True, True, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
-                    )  # fmt: skip
-                    tile += 1
-                    rounds += 1
-                else:
-                    mbarrier.arrive(q_free)
-            else:
-                mbarrier.arrive(q_free)
+            mbarrier.arrive(q_free)
             done += 1
             # The next item's first arrival at `free` says that these values are done with.
             last = (tile - 1) % STAGES
@@ -298,7 +274,7 @@ def _prefill(  # type: ignore[no-untyped-def]
     q_desc, qr_desc, k_desc, r_desc, v_desc, o, counter, starts_q, starts_k, factor, q_h, k_h, v_h, o_n, o_h,
     heads, sequences, items, group,
     NOPE: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    TURNS: gl.constexpr, EARLY: gl.constexpr, BOUNDED: gl.constexpr, FAR: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
@@ -335,7 +311,7 @@ def _prefill(  # type: ignore[no-untyped-def]
                 _attend,
                 (
                     o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, turns.index(0), turns.index(1),
-                    starts_q, starts_k, heads, sequences, items, group, factor, o_n, o_h, 0, TURNS, EARLY, BLOCK_M,
+                    starts_q, starts_k, heads, sequences, items, group, factor, o_n, o_h, 0, TURNS, BLOCK_M,
                     BLOCK_N, V, STAGES,
                 ),
             ),
@@ -343,7 +319,7 @@ def _prefill(  # type: ignore[no-untyped-def]
                 _attend,
                 (
                     o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, turns.index(1), turns.index(0),
-                    starts_q, starts_k, heads, sequences, items, group, factor, o_n, o_h, 1, TURNS, EARLY, BLOCK_M,
+                    starts_q, starts_k, heads, sequences, items, group, factor, o_n, o_h, 1, TURNS, BLOCK_M,
                     BLOCK_N, V, STAGES,
                 ),
             ),
@@ -352,7 +328,7 @@ def _prefill(  # type: ignore[no-untyped-def]
                 (
                     q_desc, qr_desc, k_desc, r_desc, v_desc, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars,
                     counter, starts_q, starts_k, heads, sequences, items, group, q_h, k_h, v_h, NOPE, BLOCK_M, BLOCK_N,
-                    STAGES, BOUNDED, FAR,
+                    STAGES,
                 ),
             ),
         ],
@@ -385,22 +361,6 @@ def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(x, [x.shape[0], width], [x.stride(0), 1], [rows, columns], layout)
 
 
-def _bounded(x: Tensor, rows: int, columns: int) -> Any:
-    """Tiles of x `[M, H, C]` that end with a sequence: two more axes, whose strides cancel out modulo 2^64, let row
-    `i` of the sequence that ends before row `e` be said as (FAR, e, FAR - length + i), where the last axis ends at
-    FAR. What lies behind comes as zeros, so that no value of another sequence can get in, NaN above all."""
-    m, width = x.stride(0), (x.shape[1] - 1) * x.stride(1) + x.shape[2]
-    shape, strides, block = (
-        [2**31 - 2**16, 2**31 - 2**16, FAR, width],
-        [2**34 - m, m, m, 1],
-        [1, 1, rows, columns],
-    )
-    dtype = getattr(gl, str(x.dtype).split(".")[-1])
-    flat = gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
-    layout = gl.NVMMASharedLayout(flat.swizzle_byte_width, flat.element_bitwidth, rank=4)
-    return TensorDescriptor(x, shape, strides, block, layout)
-
-
 def fast(
     q_NHd: Tensor,
     k_MHn: Tensor,
@@ -416,8 +376,6 @@ def fast(
     block_n: int = BLOCK_N,
     stages: int = STAGES,
     turns: bool = True,
-    early: bool = False,
-    bounded: bool = False,
     programs: int | None = None,
     group: int | None = None,
 ) -> Tensor:
@@ -436,10 +394,9 @@ def fast(
     _prefill[(min(programs, items),)](
         _descriptor(q_NHd, BLOCK_M // 2, nope), _descriptor(q_NHd, BLOCK_M // 2, rope),
         _descriptor(k_MHn, block_n, nope), _descriptor(rope_Mr, block_n, rope),
-        (_bounded if bounded else _descriptor)(v_MHv, block_n, width),
+        _descriptor(v_MHv, block_n, width),
         o_NHv, counter, starts_q, starts_k, scale * LOG2_E, q_NHd.stride(1), k_MHn.stride(1), v_MHv.stride(1),
         o_NHv.stride(0), o_NHv.stride(1), H, sequences, items, min(group, H), NOPE=nope, V=width, BLOCK_M=BLOCK_M,
-        BLOCK_N=block_n, STAGES=stages, TURNS=turns, EARLY=int(early), BOUNDED=bounded, FAR=FAR,
-        num_warps=4,
+        BLOCK_N=block_n, STAGES=stages, TURNS=turns, num_warps=4,
     )  # fmt: skip
     return o_NHv

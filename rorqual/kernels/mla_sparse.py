@@ -160,7 +160,9 @@ def fast(
     if not N or not K:
         return o_NHc.zero_(), sums_NH.fill_(-math.inf) if lse else None
     if hopper is None:
-        hopper = mla_sparse_gluon.supported(q_NHC, pages_PTC, slots_NK, rank)
+        # Few heads leave most of its 64 rows empty: that pays where rows are split or FP8 has to be decoded.
+        wanted = H > 16 or N < MULTIPROCESSORS or pages_PTC.dtype == torch.uint8
+        hopper = wanted and mla_sparse_gluon.supported(q_NHC, pages_PTC, slots_NK, rank)
     quantized = pages_PTC.dtype == torch.uint8
     if hopper:
         block_h, block_k = mla_sparse_gluon.BLOCK_H, mla_sparse_gluon.BLOCK_K

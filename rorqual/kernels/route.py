@@ -345,14 +345,14 @@ def route(
     x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None, *, top_k: int, score: str, groups: int = 1,
     keep: int = 1, group_score: str = "max", normalize: bool = False, scale: float = 1.0,
     table_VK: Tensor | None = None, token_N: Tensor | None = None, logits_NE: Tensor | None = None,
-    early: bool = False, counter: Tensor | None = None,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Experts `[N, K]` int32, best first, and their weights `[N, K]` fp32, for tokens x `[N, D]`.
 
     weight `[E, D]`; bias `[E]` fp32, for choosing only. A hashed router reads the experts off `table_VK` at
     `token_N`. `logits_NE` fp32 is filled if given. `early` says that the launch right before this one does not
-    write `weight`: few tokens then read it while that launch still runs. `counter` is not used. Raises
-    ValueError for an unknown score.
+    write `weight`: few tokens then read it while that launch still runs. Raises ValueError for an unknown
+    score.
     """
     rule = Rule(top_k, score, groups, keep, group_score, normalize, scale)
     if (

@@ -1,10 +1,10 @@
 """A few rows times a weight, at the rate memory gives the weight: every dense projection of a decode step.
 
 Up to 4 rows (2 of large weights), each program keeps whole weight rows in registers and multiplies plainly; up to
-32, weights are the tall side of a tensor-core product. Bias, residual and the RMSNorm before the product can be taken along, so
-that a step needs fewer launches. Beside it the two per-head products of absorbed attention (V2 report section
-2.1, appendix C; facts 3.1): queries into latent space (W_UK) and attended latents into value space (W_UV), on
-views of the one kv_b weight, bf16 or FP8 codes with 128x128 scales.
+32, weights are the tall side of a tensor-core product. Bias, residual and the RMSNorm before the product can be
+taken along, so that a step needs fewer launches. Beside it the two per-head products of absorbed attention (V2
+report section 2.1, appendix C; facts 3.1): queries into latent space (W_UK) and attended latents into value space
+(W_UV), on views of the one kv_b weight, bf16 or FP8 codes with 128x128 scales.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -21,6 +21,9 @@ from rorqual.kernels.quant import E8M0, FP8
 
 ROWS = 32
 """Most rows the kernel is made for."""
+
+PROCESSORS = 132
+"""Multiprocessors of the GPU that the plans are made for."""
 
 FMA_ROWS = 4
 """Most rows multiplied without tensor cores."""
@@ -105,14 +108,14 @@ def rows_fma(
 def rows_dot(
     x, w, bias, residual, norm, y, rows, out_width, x_row, w_row, r_row, y_row, y_split, eps,
     D: tl.constexpr, BO: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    EXACT: tl.constexpr, WIDE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+    EXACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
     FETCH: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """The same on tensor cores: w [BO, BD] times x^T [BD, BN].
 
     Split s of SPLIT takes its share of the width and writes its part to y + s * y_split. EXACT multiplies fp32 x
-    as three bf16 parts; WIDE in fp32 (the interpreter has no bf16 products). NORM: products are of x times the norm's
-    weight, and take the row's 1 / rms at the end. FETCH: weights asked for ahead.
+    as three bf16 parts. NORM: products are of x times the norm's weight, and take the row's 1 / rms at the end.
+    FETCH: weights asked for ahead.
     """
     release(AHEAD)
     STEPS: tl.constexpr = ((D + BD - 1) // BD + SPLIT - 1) // SPLIT
@@ -136,9 +139,7 @@ def rows_dot(
             squares += tl.sum(values * values, 0)
             by = tl.load(norm + step * BD + d, mask=live, other=0.0)
             part = (values * by.to(tl.float32)[:, None]).to(part.dtype)
-        if WIDE:
-            acc = tl.dot(tile.to(tl.float32), part.to(tl.float32), acc)
-        elif EXACT:
+        if EXACT:
             high = part.to(tl.bfloat16)
             rest = part - high.to(tl.float32)
             middle = rest.to(tl.bfloat16)
@@ -213,18 +214,26 @@ def plan(rows: int, out_width: int, width: int) -> dict[str, Any]:
 
 def dot_plan(out_width: int, width: int) -> dict[str, Any]:
     """`plan` for tensor cores."""
-    if out_width < 7168:
-        how = {"BO": 16, "BD": 256, "SPLIT": 1, "STAGES": 6, "num_warps": 2, "FETCH": fetched(width)}
-    elif out_width < 65536:
-        how = {"BO": 64, "BD": 128, "SPLIT": 1, "STAGES": 6, "num_warps": 4, "FETCH": 0}
+    if out_width <= 2112:
+        how = {"BO": 16, "BD": 256, "SPLIT": 1, "STAGES": 4, "num_warps": 2, "FETCH": fetched(width)}
+    elif out_width < 7168:
+        how = {"BO": 32, "BD": 256, "SPLIT": 1, "STAGES": 4, "num_warps": 4, "FETCH": fetched(width)}
+    elif out_width < 65536:  # more stages where a multiprocessor has one program alone
+        stages = 6 if out_width <= 64 * PROCESSORS else 4
+        how = {"BO": 64, "BD": 128, "SPLIT": 1, "STAGES": stages, "num_warps": 4, "FETCH": 0}
     else:
         how = {"BO": 128, "BD": 64, "SPLIT": 1, "STAGES": 5, "num_warps": 4, "FETCH": 0}
     return {"kind": "dot", **how}
 
 
 def fetched(width: int) -> int:
-    """How many numbers of a weight row to ask for ahead: a power of two, 4 KB at most."""
-    return min(2048, 1 << width.bit_length() - 1) if width >= 64 else 0
+    """How many numbers of a weight row to ask for ahead: a power of two, 2 KB at most."""
+    return min(1024, 1 << width.bit_length() - 1) if width >= 64 else 0
+
+
+def launching(ahead: bool) -> dict[str, bool]:
+    """Launch options of a kernel that may run ahead."""
+    return {"AHEAD": True, "launch_pdl": True} if ahead else {"AHEAD": False}
 
 
 def fast(
@@ -244,7 +253,7 @@ def fast(
     how = dict(how or plan(rows, out_width, width))
     kind = how.pop("kind")
     r_row = residual_NO.stride(0) if residual_NO is not None else 0
-    launch = {"AHEAD": ahead, "launch_pdl": True} if ahead else {"AHEAD": False}
+    launch = launching(ahead and x_ND.is_cuda)
     extras = {"BIAS": bias is not None, "RESIDUAL": residual_NO is not None}
     if kind == "fma":
         rows_fma[(triton.cdiv(out_width, how["BO"]),)](
@@ -262,7 +271,7 @@ def fast(
         x_ND, weight_OD, bias, residual_NO, norm_weight_D, part, rows, out_width,
         x_ND.stride(0), weight_OD.stride(0), r_row, part.stride(-2), part.stride(0) if split > 1 else 0, eps,
         D=width, NORM=norm_weight_D is not None, BN=max(16, triton.next_power_of_2(rows)),
-        EXACT=x_ND.dtype == torch.float32, WIDE=not x_ND.is_cuda,
+        EXACT=x_ND.dtype == torch.float32,
         **(extras if split == 1 else {"BIAS": False, "RESIDUAL": False}), **how, **launch,
     )  # fmt: skip
     if split > 1:
@@ -321,7 +330,7 @@ def by_head(
     x, w, scale, y, rows, outer, x_row, x_head, w_head, w_inner, w_outer, y_row, y_head,
     head_rows, first, s_row,
     INNER: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, UP: tl.constexpr,
-    CODES: tl.constexpr, POWERS: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    CODES: tl.constexpr, POWERS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """y[n, h, m] = sum over k of x[n, h, k] w[h, k, m]. CODES: w holds E4M3, multiplied out as it is read;
     columns of scale blocks lie along m if UP (a tile is in one), else along k."""
@@ -354,10 +363,7 @@ def by_head(
                 bits = tl.where(by == 0, 0x00400000, by.to(tl.int32) << 23)
                 by = tl.where(by == 255, float("nan"), bits.to(tl.float32, bitcast=True))
             tile = (tile.to(tl.float32) * by).to(x.dtype.element_ty)
-        if WIDE:
-            acc = tl.dot(part.to(tl.float32), tile.to(tl.float32), acc)
-        else:
-            acc = tl.dot(part, tile, acc, input_precision="ieee")
+        acc = tl.dot(part, tile, acc, input_precision="ieee")
         x_at += BK
         w_at += BK * w_inner
     inside = (n < rows)[:, None] & (m < outer)[None, :]
@@ -389,8 +395,13 @@ def heads_reference(
 
 def heads_plan(rows: int, heads: int, up: bool, codes: bool) -> dict[str, int]:
     """How a product by head is cut. Depends on the shape alone."""
+    many = heads >= 64
+    if rows <= 16 and codes:
+        return {"BN": 16, "BM": 64, "BK": 128, "STAGES": 3, "num_warps": 4}
+    if rows <= 16 and (up or many):
+        return {"BN": 16, "BM": 64 if many else 32, "BK": 128, "STAGES": 3, "num_warps": 2 if many else 1}
     if rows <= 16:
-        return {"BN": 16, "BM": 64 if heads >= 64 else 32, "BK": 512, "STAGES": 1, "num_warps": 2}
+        return {"BN": 16, "BM": 32, "BK": 256, "STAGES": 3, "num_warps": 1}
     if rows <= 64:
         return {"BN": 64, "BM": 64, "BK": 128, "STAGES": 3, "num_warps": 4}
     return {"BN": 128, "BM": 128, "BK": 128, "STAGES": 3, "num_warps": 8}
@@ -419,8 +430,8 @@ def heads_fast(
         w_HRC.stride(0), w_HRC.stride(1 if up else 2), w_HRC.stride(2 if up else 1),
         out.stride(0), out.stride(1), w_HRC.stride(0) // w_HRC.stride(1), first,
         scale.stride(0) if scale is not None else 0,
-        INNER=inner, UP=up, CODES=scale is not None, POWERS=powers, WIDE=not x_NHK.is_cuda, AHEAD=ahead,
-        **({"launch_pdl": True} if ahead else {}), **how,
+        INNER=inner, UP=up, CODES=scale is not None, POWERS=powers, **how,
+        **launching(ahead and x_NHK.is_cuda),
     )  # fmt: skip
     return out
 

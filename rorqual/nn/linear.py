@@ -81,12 +81,10 @@ class Matrix(nn.Module):
 
     def matrix(self, dtype: torch.dtype, index: int | None = None) -> Tensor:
         """The weight in `dtype`, multiplied out if held as codes; only matrix `index` of a stack if given."""
-        if index is None:
-            return self._multiplied_out(self.weight, self.scale, dtype)
-        scale = self.scale[index] if self.scale is not None else None
-        return self._multiplied_out(self.weight[index], scale, dtype)
-
-    def _multiplied_out(self, weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        weight: Tensor = self.weight
+        scale: Tensor | None = self.scale
+        if index is not None:
+            weight, scale = weight[index], scale[index] if scale is not None else None
         if scale is None:
             return weight if weight.dtype == dtype else weight.to(dtype)
         if self.fp4:
@@ -149,14 +147,3 @@ class GroupedLinear(Matrix):
     def stack(self) -> Weights:
         """What `kernels.experts` takes."""
         return Weights(self.weight, self.scale, self.block)
-
-    def experts(self, dtype: torch.dtype) -> Callable[[int], Tensor]:
-        """The matrix `[out, in]` of an expert, by number.
-
-        With gradients the stack is taken apart once: indexing it for every expert would make every expert's
-        backward pass write a gradient as large as the whole stack.
-        """
-        if self.scale is not None or not torch.is_grad_enabled():
-            return lambda expert: self.matrix(dtype, expert)
-        matrices = self.weight.unbind(0)
-        return lambda expert: matrices[expert].to(dtype)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from rorqual.family import parts
-from rorqual.kernels.experts import Weights, experts
+from rorqual.kernels.experts import Shared, Weights, experts
 from rorqual.kernels.gpu import usable
-from rorqual.kernels.linear import Pack, linear, linears
+from rorqual.kernels.linear import Pack, linears
 from rorqual.kernels.mode import is_invariant
 from rorqual.nn.linear import GroupedLinear
 from rorqual.nn.mlp import SwiGLU, swiglu
@@ -31,46 +31,37 @@ class Experts(nn.Module):
         self.limit = limit
         self.pack = Pack()
 
-    def forward(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    def forward(
+        self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor, shared: Shared | None = None
+    ) -> Tensor:
         """Sum over each token's experts of weight * expert(x): `[N, D]`.
 
-        Pairs (token, expert) are sorted by expert, and each expert that has any works on its slice. The
-        gated product is weighted in fp32 before the second matrix (facts 3.9), and a token's experts are
-        summed in fp32 in the order of its choice.
+        The gated product is weighted in fp32 before the second matrix (facts 3.9), and a token's experts are
+        summed in fp32 in the order of its choice. On a GPU `shared` experts can come along.
         """
-        (tokens, chosen), experts = ids_NK.shape, self.gate.weight.shape[0]
-        plain = self.gate.scale is None and not torch.is_grad_enabled() and not is_invariant()
-        if plain and experts < tokens * chosen and tokens <= DENSE:
+        (tokens, chosen), count = ids_NK.shape, self.gate.weight.shape[0]
+        cpu = (
+            x_ND.device.type == "cpu"
+            and self.gate.scale is None
+            and shared is None
+            and not torch.is_grad_enabled()
+        )
+        if cpu and count < tokens * chosen and tokens <= DENSE and not is_invariant():
             return self._all(x_ND, ids_NK, weights_NK)
-        gate, up, down = (stack.experts(x_ND.dtype) for stack in (self.gate, self.up, self.down))
-        order = ids_NK.flatten().argsort(stable=True)
-        x_PD = x_ND[order // chosen]
-        weight_P1 = weights_NK.flatten()[order][:, None]
-        parts_PD = []
-        start = 0
-        for expert, count in enumerate(ids_NK.flatten().bincount(minlength=experts).tolist()):
-            if count:
-                mine = slice(start, start + count)
-                inner = swiglu(
-                    upcast(linear(x_PD[mine], gate(expert))),
-                    upcast(linear(x_PD[mine], up(expert))),
-                    self.limit,
-                )
-                parts_PD.append(linear((inner * weight_P1[mine]).to(x_ND.dtype), down(expert)))
-                start += count
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.numel(), device=order.device)
-        y_NKD = torch.cat(parts_PD)[back].unflatten(0, (tokens, chosen))
-        return upcast(y_NKD).sum(1).to(x_ND.dtype)
+        stacks = self.gate.stack(), self.up.stack(), self.down.stack()
+        return experts(
+            x_ND, ids_NK, weights_NK, *stacks, limit=self.limit, shared=shared, fixed=is_invariant()
+        )
 
     def _all(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """The same with every token through every expert, those not chosen at weight 0: with few tokens the
         matrices are what takes time, and nearly all of them are read anyway, now in three products."""
         experts, width, _ = self.gate.weight.shape
-        weights_NE = weights_NK.new_zeros(x_ND.shape[0], experts).scatter_(1, ids_NK, weights_NK)
+        weights_NE = weights_NK.new_zeros(x_ND.shape[0], experts).scatter_add_(1, ids_NK, weights_NK)
         stacks = self.gate.weight, self.up.weight
         gate, up = (y.unflatten(1, (experts, width)) for y in linears(x_ND, stacks, (None, None), self.pack))
         inner_NEW = swiglu(upcast(gate), upcast(up), self.limit) * weights_NE[..., None]
+        inner_NEW = inner_NEW.masked_fill(weights_NE[..., None] == 0, 0)  # what 0 times infinity would leave
         y_END = torch.bmm(inner_NEW.to(x_ND.dtype).transpose(0, 1), self.down.weight.transpose(1, 2))
         return upcast(y_END).sum(0).to(x_ND.dtype)
 
@@ -103,19 +94,11 @@ class MoE(nn.Module):
 
     def _fast(self, x_ND: Tensor, token_N: Tensor) -> Tensor:
         """The same by kernels: routing, and all experts, shared ones among them, in a few launches."""
-        e, s = self.experts, self.shared
+        s = self.shared
         ids_NK, weights_NK = self.router.fast(x_ND, token_N)
         shared = None
         if s is not None:
             gate, up, down = (Weights(m.weight, m.scale, m.block) for m in (s.gate, s.up, s.down))
             shared = (gate, up, down)
-        return experts(
-            x_ND,
-            ids_NK,
-            weights_NK,
-            e.gate.stack(),
-            e.up.stack(),
-            e.down.stack(),
-            limit=e.limit,
-            shared=shared,
-        )
+        y_ND: Tensor = self.experts(x_ND, ids_NK, weights_NK, shared)
+        return y_ND

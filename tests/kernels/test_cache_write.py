@@ -12,6 +12,7 @@ from rorqual.kernels import cache_write as cw
 from rorqual.kernels.quant import dequantize_fp8
 from rorqual.nn.norm import RMSNorm
 from rorqual.nn.rope import rotate, rotation
+from tests.interpreter import repair
 
 TYPES = [torch.float32, torch.bfloat16]
 SLOTS = [5, -1, 3 * 8 + 7, 0, 60 * 8 + 1]
@@ -21,21 +22,7 @@ before the first: nothing may be written there."""
 
 @pytest.fixture(autouse=True)
 def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter cuts off the bits that a type has no room for; hardware rounds to nearest."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    convert = interpreter._convert_float
-    kinds = {
-        "bf16": (torch.bfloat16, torch.int16, "uint16"),
-        "fp8e4nv": (torch.float8_e4m3fn, torch.uint8, "uint8"),
-    }
-
-    def nearest(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        if source.name != "fp32" or target.name not in kinds:
-            return convert(data, source, target, mode)
-        kind, bits, numpy = kinds[target.name]
-        return torch.tensor(data).to(kind).view(bits).numpy().view(numpy)
-
-    monkeypatch.setattr(interpreter, "_convert_float", nearest)
+    repair(monkeypatch)
 
 
 def turn(device: torch.device, tokens: int, rope: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from rorqual.kernels import experts_gluon, experts_gluon16
 from rorqual.kernels.experts import Plan, Shared, Tiles, Weights, fast, reference
 from rorqual.kernels.experts_triton import count_kernel, sort_kernel, spread_kernel
 from rorqual.kernels.quant import dequantize_fp8, quantize_fp8
+from tests.interpreter import repair
 
 
 @pytest.fixture(autouse=True)

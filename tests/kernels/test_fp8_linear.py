@@ -10,6 +10,13 @@ from torch import Tensor
 
 from rorqual.kernels import fp8_linear as op
 from rorqual.kernels.quant import E8M0, FP8, QuantError, dequantize_fp8, quantize_fp8
+from tests.interpreter import repair
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    repair(monkeypatch)
+
 
 HOW: dict[str, dict[str, Any]] = {
     "few": {"FEW": True, "BO": 4, "num_warps": 1},
@@ -63,7 +70,7 @@ def exact(x_codes: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor) -> tup
 def close(y: Tensor, want: tuple[Tensor, Tensor], bias: Tensor | float = 0.0) -> None:
     # FP8 tensor cores add up 128 products with some 14 bits; the interpreter in fp32.
     rtol = 2**-9 if y.dtype == torch.bfloat16 else 2**-18
-    rtol = max(rtol, 2**-12) if y.is_cuda else rtol
+    rtol = max(rtol, 2**-10) if y.is_cuda else rtol
     bias = torch.as_tensor(bias).cpu().double()
     assert y.isfinite().all()
     assert ((y.cpu().double() - want[0] - bias).abs() <= rtol * (want[1] + bias.abs())).all()
@@ -83,12 +90,7 @@ def test_rows_are_quantised_as_defined(
     want, by = op.quantize_reference(x.cpu(), pow2)
     assert codes.dtype == FP8 and codes.shape == x.shape and scale.shape == by.shape
     assert torch.equal(scale.cpu(), by)
-    ours, theirs = codes.cpu().float(), want.float()
-    if device.type == "cuda":
-        assert torch.equal(ours, theirs)
-    else:  # the interpreter cuts some codes off, and loses the carry of those that round up to a power of two
-        near = (ours - theirs).abs() <= theirs.abs() / 8 + 2**-9
-        assert (near | (ours == theirs / 2)).all() and near.float().mean() > 0.9
+    assert torch.equal(codes.cpu().float(), want.float())
     for given, defined in zip(op.quantize_rows(x, pow2), (want, by), strict=True):
         assert given.shape == defined.shape and given.dtype == defined.dtype
 

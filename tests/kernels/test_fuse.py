@@ -1,7 +1,5 @@
 """RMSNorm, the residual add and SwiGLU in one launch each, against the bricks they stand in for."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +7,7 @@ from torch import Tensor
 from rorqual.kernels import fuse
 from rorqual.nn import mlp
 from rorqual.nn.norm import RMSNorm
+from tests.interpreter import repair
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, over an overflow
 
@@ -18,16 +17,7 @@ CLOSE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
 
 @pytest.fixture(autouse=True)
 def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter cuts off the bits that bf16 has no room for; hardware rounds to nearest."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    convert = interpreter._convert_float
-
-    def nearest(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        if (source.name, target.name) != ("fp32", "bf16"):
-            return convert(data, source, target, mode)
-        return torch.tensor(data).bfloat16().view(torch.int16).numpy().view("uint16")
-
-    monkeypatch.setattr(interpreter, "_convert_float", nearest)
+    repair(monkeypatch)
 
 
 def strided(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,26 +1,19 @@
 """Grouped attention over pages: against fp64 in every form, and to the bit in the fixed one."""
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from rorqual.kernels import gqa_paged_gluon
 from rorqual.kernels.gqa_paged import Config, fast, gqa_paged, reference
+from tests.interpreter import repair
 
 
 @pytest.fixture(autouse=True)
-def loop_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter turns one-element arrays into loop bounds by int(), which NumPy 2.4 refuses."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    patch = interpreter._patch_lang_tensor
-
-    def mend(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", mend)
+def repaired(monkeypatch: pytest.MonkeyPatch) -> None:
+    repair(monkeypatch)
 
 
 def make(
@@ -99,7 +92,7 @@ def test_matches_fp64(case: tuple, form: Config | None, fixed: bool, device: tor
 
 
 @pytest.mark.parametrize("splits", [2, 5])
-@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("page_size", [4, 16, 64])
 def test_splits(splits: int, page_size: int, device: torch.device) -> None:
     given = make([90, 0, 16, 31], [2, 1, 3, 0], 6, 2, 16, device, page_size=page_size, padding=1)
     cut = Config(16, 16, 4, 2)
@@ -114,9 +107,8 @@ def test_rows_of_one_group_may_fill_several_tiles(device: torch.device) -> None:
 
 
 def test_half_precision(device: torch.device) -> None:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter multiplies no bf16
     for ends, counts in (([40, 20], [1, 1]), ([40, 20], [20, 20])):
-        given = make(ends, counts, 4, 2, 32, device, dtype=dtype)
+        given = make(ends, counts, 4, 2, 32, device, dtype=torch.bfloat16)
         close(fast(*given, max_count=max(counts), scale=0.2), exact(*given, 0.2), 2e-2)
 
 
@@ -147,7 +139,7 @@ def test_fixed_form_is_the_same_to_the_bit(device: torch.device) -> None:
 @pytest.mark.parametrize("page_size", [64, 128])
 @pytest.mark.parametrize(("heads", "groups", "size"), [(8, 2, 128), (3, 3, 64), (7, 1, 128)])
 def test_hopper_form(heads: int, groups: int, size: int, page_size: int) -> None:
-    """bf16 prefill, which `gqa_paged_gluon` takes on a Hopper GPU."""
+    """bf16 prefill, as `gqa_paged_gluon` does it on a Hopper GPU."""
     cases = [([300, 70, 0, 64], [300, 9, 0, 1]), ([1], [1]), ([129, 500], [128, 65])]
     for ends, counts in cases:
         given = make(
@@ -162,7 +154,8 @@ def test_hopper_form(heads: int, groups: int, size: int, page_size: int) -> None
             dtype=torch.bfloat16,
         )
         right = reference(*given, max_count=300, scale=0.1)
-        ours = gqa_paged(*given, max_count=300, scale=0.1)
+        assert gqa_paged_gluon.supported(*given[:3]) == (torch.cuda.get_device_capability()[0] == 9)
+        ours = fast(*given, max_count=300, scale=0.1, config=Config(128, 128, 8, 2, gluon=True))
         close(ours, right.double().cpu(), 2e-2)
         assert not ours[sum(counts) :].any()
 

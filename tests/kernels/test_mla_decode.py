@@ -1,35 +1,21 @@
 """Absorbed latent attention over pages: against fp64, in both forms, and to the bit in the fixed one."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 from rorqual.kernels import mla_decode as op
 from rorqual.kernels.mla_decode import Config, fast, mla_decode, pack_latents, reference, unpack_latents
+from tests.interpreter import repair
 
 
 @pytest.fixture(autouse=True)
-def loop_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter turns one-element arrays into loop bounds by int(), which NumPy 2.4 refuses."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    patch = interpreter._patch_lang_tensor
-
-    def mend(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", mend)
+def repaired(monkeypatch: pytest.MonkeyPatch) -> None:
+    repair(monkeypatch)
 
 
 FEW = Config(16, 32, 4, 2, 2)
 MANY = Config(64, 64, 4, 2, 1)
-
-
-def half(device: torch.device) -> torch.dtype:
-    """The interpreter multiplies bf16 as integers, so there fp16 stands for it."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float16
 
 
 def make(
@@ -115,7 +101,7 @@ def test_matches_fp64(case: tuple, splits: int | str | None, form: Config, devic
         assert end or not ours[s * width : (s + 1) * width].any()
 
 
-@pytest.mark.parametrize("page_size", [16, 32, 128])
+@pytest.mark.parametrize("page_size", [4, 16, 32, 128])
 def test_any_page_size(page_size: int, device: torch.device) -> None:
     given = make([130, 17], 2, 3, 32, 16, device, page_size=page_size)
     right = exact(*given, 2, 32, 0.3)
@@ -125,7 +111,7 @@ def test_any_page_size(page_size: int, device: torch.device) -> None:
 
 def test_half_precision_by_default_choices(device: torch.device) -> None:
     for width, heads in ((1, 16), (2, 16), (1, 40)):
-        given = make([100, 0, 31], width, heads, 64, 16, device, dtype=half(device))
+        given = make([100, 0, 31], width, heads, 64, 16, device, dtype=torch.bfloat16)
         ours = fast(*given, width=width, rank=64, scale=0.1)
         close(ours, exact(*given, width, 64, 0.1), 2e-2)
 
@@ -133,7 +119,7 @@ def test_half_precision_by_default_choices(device: torch.device) -> None:
 @pytest.mark.parametrize("rank", [64, 256])
 @pytest.mark.parametrize("form", [FEW, MANY], ids=["few", "many"])
 def test_fp8_pages(rank: int, form: Config, device: torch.device) -> None:
-    given = make([70, 0, 33], 2, 3, rank, 16, device, dtype=half(device), fp8=True)
+    given = make([70, 0, 33], 2, 3, rank, 16, device, dtype=torch.bfloat16, fp8=True)
     right = exact(*given, 2, rank, 0.1)
     close(reference(*given, width=2, rank=rank, scale=0.1), right, 2e-2)
     close(fast(*given, width=2, rank=rank, scale=0.1, splits=2, config=form), right, 2e-2)

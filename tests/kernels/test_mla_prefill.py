@@ -11,35 +11,20 @@ from torch import Tensor
 
 from rorqual.kernels import mla_prefill as kernel
 from rorqual.kernels import mla_prefill_gluon as hopper
+from tests.interpreter import repair
 
 NOPE, ROPE, WIDTH = 32, 16, 64
 
 
 @pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter makes loop bounds of one-element arrays by int(), which NumPy 2.4 refuses, and
-    cuts off the bits that bf16 has no room for, where hardware rounds to nearest."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    patch, convert = interpreter._patch_lang_tensor, interpreter._convert_float
-
-    def mend(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    def nearest(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        if (source.name, target.name) != ("fp32", "bf16"):
-            return convert(data, source, target, mode)
-        return torch.tensor(data).bfloat16().view(torch.int16).numpy().view("uint16")
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", mend)
-    monkeypatch.setattr(interpreter, "_convert_float", nearest)
+def repaired(monkeypatch: pytest.MonkeyPatch) -> None:
+    repair(monkeypatch)
 
 
-@pytest.fixture(params=["fp32", "half"])
-def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
-    """The interpreter multiplies bf16 as integers, so there fp16 stands for it."""
-    half = torch.bfloat16 if device.type == "cuda" else torch.float16
-    return torch.float32 if request.param == "fp32" else half
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    dtype: torch.dtype = request.param
+    return dtype
 
 
 def starts(numbers: list[int], device: torch.device) -> Tensor:

@@ -11,28 +11,20 @@ from torch import Tensor
 
 from rorqual.kernels import mla_sparse as kernel
 from rorqual.kernels.mla_prefill import decode_pages
+from tests.interpreter import repair
 
 RANK, ROPE, PAGE = 128, 16, 16
 
 
 @pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter makes loop bounds of one-element arrays by int(), which NumPy 2.4 refuses."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    patch = interpreter._patch_lang_tensor
-
-    def mend(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", mend)
+def repaired(monkeypatch: pytest.MonkeyPatch) -> None:
+    repair(monkeypatch)
 
 
-@pytest.fixture(params=["fp32", "half"])
-def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
-    """The interpreter multiplies bf16 as integers, so there fp16 stands for it."""
-    half = torch.bfloat16 if device.type == "cuda" else torch.float16
-    return torch.float32 if request.param == "fp32" else half
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    dtype: torch.dtype = request.param
+    return dtype
 
 
 def inputs(

@@ -7,40 +7,14 @@ from rorqual.family import parts
 from rorqual.kernels import union
 from rorqual.nn.compressed import CompressedAttention
 from rorqual.nn.step import Rows, Step
+from tests.interpreter import repair
 
 WINDOW, LENGTH, DIM = 12, 12 + 17, 24
 
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    """What Triton 3.6's interpreter lacks: loop bounds from one-element arrays (NumPy 2.4 refuses them), products
-    of bf16 (it multiplies their bits) and rounding to nearest (it cuts off)."""
-    module = pytest.importorskip("triton.runtime.interpreter")
-    patch, dot, convert = (
-        module._patch_lang_tensor,
-        module.InterpreterBuilder.create_dot,
-        module._convert_float,
-    )
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    def wide(x):
-        if x.dtype.scalar.name != "bf16":
-            return x
-        return module.TensorHandle((x.data.astype("uint32") << 16).view("float32"), module.tl.float32)
-
-    def nearest(data, source, target, mode):
-        if (source.name, target.name) != ("fp32", "bf16"):
-            return convert(data, source, target, mode)
-        return torch.tensor(data).bfloat16().view(torch.int16).numpy().view("uint16")
-
-    monkeypatch.setattr(module, "_patch_lang_tensor", patched)
-    monkeypatch.setattr(module, "_convert_float", nearest)
-    monkeypatch.setattr(
-        module.InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest)
-    )
+    repair(monkeypatch)
 
 
 class Case:
