@@ -26,6 +26,7 @@ from rorqual.model import Model
 from rorqual.nn import InputError
 from rorqual.text import Tokenizer
 from tests.engine.conftest import build
+from tests.engine.test_engine import engine_of, idle
 
 pytest.importorskip("llguidance")
 
@@ -538,3 +539,20 @@ def test_a_model_makes_one_compiler(drafter: Model) -> None:
     drafter.config = before.replace(eos=(5,))
     assert drafter.compiler is not first and 5 in drafter.compiler.ends
     drafter.config = before
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_the_engine_follows_grammars_too(drafter: Model, speculate: bool) -> None:
+    """Beside plain requests, with memory short enough that some are put off: `model.generate`'s answers."""
+    rng = random.Random(5)
+    prompts, samplings = [], []
+    for i in range(12):
+        prompts.append([rng.randrange(40) for _ in range(rng.randint(1, 20))])
+        grammar = Grammar.json_schema(schemas(rng)) if i % 3 else None
+        samplings.append(Sampling(0.0, seed=i, max_new_tokens=24, grammar=grammar))
+    plain = drafter.generate(prompts, samplings)
+    engine = engine_of(drafter, 90, speculate=speculate, step_tokens=16)
+    found = engine.generate(prompts, samplings)
+    assert [c.ids for c in found] == [c.ids for c in plain]
+    assert engine.scheduler.preemptions > 0
+    idle(engine)
