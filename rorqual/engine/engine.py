@@ -55,6 +55,10 @@ class Engine(Core):
         step = _whole("step_tokens", step_tokens, 1024 if cpu else 8192)
         if speculate and not len(model.mtp):
             raise InputError("speculate=True needs an MTP module, and this model has none")
+        if invariant and not cpu:
+            raise InputError(
+                "batch-invariant mode isn't wired to the GPU's fixed kernels yet: run it on the CPU, or leave it off"
+            )
         lanes = model.lanes(fp8_cache)[: None if speculate else len(model.layers)]
         every = math.lcm(*(lane.every for layer in lanes for lane in layer.values() if lane.keep is None))
         size = _whole("page_size", page_size, math.lcm(64, every))
@@ -91,7 +95,9 @@ class Engine(Core):
 
     def submit(self, prompt: Any, sampling: Sampling | None = None, *, priority: int = 0) -> Handle:
         """Queue one prompt (text, ids or a 1-D tensor). Higher `priority` is served first. Raises what
-        `model.generate` would for a bad prompt or sampling, and `EngineFull` when too many wait."""
+        `model.generate` would for a bad prompt or sampling, and `EngineFull` when too many wait. Dropping the
+        handle does not stop the answer: `cancel` does."""
+        _check_priority(priority)
         (answer,) = answers_of(self.model, [prompt], sampling)
         return self.submit_answer(answer, priority)
 
@@ -99,6 +105,7 @@ class Engine(Core):
         self, prompts: Any, sampling: Sampling | Sequence[Sampling] | None = None, *, priority: int = 0
     ) -> Any:
         """`model.generate`, run by the engine: the same shapes, the same answers."""
+        _check_priority(priority)
         many = is_batch(prompts)
         answers = answers_of(self.model, list(prompts) if many else [prompts], sampling)
         handles = []
@@ -131,6 +138,11 @@ def _whole(name: str, value: int | None, default: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"{name} must be a positive whole number, got {value!r}")
     return value
+
+
+def _check_priority(priority: int) -> None:
+    if not isinstance(priority, int) or isinstance(priority, bool):
+        raise InputError(f"priority must be a whole number, got {priority!r}")
 
 
 def _free_bytes(device: torch.device) -> int:

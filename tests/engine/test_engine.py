@@ -234,6 +234,8 @@ def test_refusals_at_submit() -> None:
         engine.submit([1] * 30, Sampling(max_new_tokens=11))
     with pytest.raises(SamplingError):
         engine.submit([1], Sampling(temperature=-1.0))
+    with pytest.raises(InputError, match="priority"):
+        engine.submit([1], priority="high")  # type: ignore[arg-type]
     for _ in range(2):
         engine.submit([1], Sampling(max_new_tokens=2))
     with pytest.raises(EngineFull):
