@@ -134,6 +134,16 @@ def apply_bitmask(logits_RV: Tensor, bits_RW: Tensor) -> Tensor:
     return logits_RV.masked_fill(banned, -torch.inf)
 
 
+def judge(p_RV: Tensor, q_RV: Tensor, drafts_R: Tensor, u_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Which drafts stand, bool [R], and what a refused one gives way to, `[R, V]`: a draft d drawn from q stands
+    with probability min(1, p(d) / q(d)), else the token comes from what p has over q (from p, if rounding leaves
+    nothing of that). The token then has distribution p (Leviathan et al., 2023)."""
+    at = drafts_R[:, None]
+    stands_R = u_R * q_RV.gather(1, at)[:, 0] < p_RV.gather(1, at)[:, 0]
+    rest_RV = (p_RV - q_RV).clamp(min=0)
+    return stands_R, torch.where(rest_RV.sum(-1, keepdim=True) > 1e-9, rest_RV, p_RV)
+
+
 def logprobs_of(logits_RV: Tensor, ids_R: Tensor, top: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Natural log-probability fp32 [R] of `ids_R` under softmax(`logits_RV`), and the `top` likeliest tokens
     of each row: ids and log-probabilities [R, top]. Give only the rows that ask."""

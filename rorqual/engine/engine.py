@@ -14,7 +14,7 @@ from rorqual.engine.loop import Completion, Delta
 from rorqual.engine.prompts import answers_of, is_batch
 from rorqual.engine.request import Handle
 from rorqual.engine.sampling import Sampling
-from rorqual.nn import InputError
+from rorqual.nn import InputError, Transformer
 from rorqual.nn.paged import page_bytes, ring_bytes
 
 
@@ -50,6 +50,8 @@ class Engine(Core):
         invariant: bool = False,
         fp8_cache: bool = False,
     ) -> None:
+        if not isinstance(model, Transformer):
+            raise InputError(f"Engine takes a model, as rorqual.load(path) gives one, not {model!r:.80}")
         cpu = model.device.type == "cpu"
         slots = _whole("max_requests", max_requests, 32 if cpu else 256)
         step = _whole("step_tokens", step_tokens, 1024 if cpu else 8192)
@@ -77,8 +79,9 @@ class Engine(Core):
         pages = min(room // page, most) if page else most
         if pages < 1:
             raise InputError(
-                f"{memory if memory is not None else 'the free'} bytes hold no page: a page of {size} tokens takes "
-                f"{page:,} bytes, and {slots} requests' windows {rings:,}; lower max_requests or give more memory"
+                f"{f'{memory:,}' if memory is not None else 'the free'} bytes hold no page: one of {size} tokens takes "
+                f"{page:,} bytes{f', and the windows of {slots} requests {rings:,}' if rings else ''}; lower "
+                "max_requests or give more memory"
             )
         super().__init__(
             model,

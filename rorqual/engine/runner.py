@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from rorqual.engine.batch import Batch, Staging, lay_out
-from rorqual.engine.draws import ACCEPT, DRAFT, RESIDUAL, logprobs_of
+from rorqual.engine.draws import ACCEPT, DRAFT, RESIDUAL, judge, logprobs_of
 from rorqual.engine.grammar import fill_masks
 from rorqual.engine.graphs import Graphs
 from rorqual.engine.request import Request
-from rorqual.engine.sampling import Sampler
+from rorqual.engine.sampling import UNSOUND, Sampler
 from rorqual.engine.scheduler import Plan
 from rorqual.kernels.mode import invariant as batch_invariant
 from rorqual.nn import Transformer
@@ -95,12 +95,6 @@ class Flight:
                     best = list(zip(top_ids, top_values, strict=True))
                     out[r].top.append(best[: _alternatives(self.passed.requests[r])])
         return out
-
-
-UNSOUND = (
-    "the model gave NaN or infinite logits: the weights are damaged or overflow in this dtype; "
-    "try dtype=torch.float32 or bfloat16"
-)
 
 
 def _alternatives(request: Request) -> int:
@@ -263,14 +257,8 @@ class Runner:
             stands = first == drafts
         else:
             assert self._q is not None
-            p, q, row = (
-                sampler.distribution(first_DV, slots, mask_D),
-                self._q[self._index(slots)],
-                at.new_tensor(range(len(at))),
-            )
-            stands = sampler.uniforms(slots, ACCEPT) * q[row, drafts] < p[row, drafts]
-            rest = (p - q).clamp(min=0)
-            rest = torch.where(rest.sum(-1, keepdim=True) > 1e-9, rest, p)
+            p, q = sampler.distribution(first_DV, slots, mask_D), self._q[self._index(slots)]
+            stands, rest = judge(p, q, drafts, sampler.uniforms(slots, ACCEPT))
             first = torch.where(stands, drafts, sampler.draw_from(rest, slots, RESIDUAL))
         sampler.saw(slots, first)
         bonus = sampler.draw(passed.logits[rows:], slots, self._masks_after_drafts(passed, drafted))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rorqual.engine.draws import ACCEPT, DRAFT, RESIDUAL
+from rorqual.engine.draws import ACCEPT, DRAFT, RESIDUAL, judge
 from rorqual.engine.loop import Answer, Delta, last_states, masks_of, note_logprobs, prefill, room, seat
 from rorqual.kernels.linear import packing
 from rorqual.nn import InputError, Rows, Transformer
@@ -101,11 +101,8 @@ class _Run:
         logits = self.model.logits(self.model.finish(state))
         sampler, slots = self.sampler, self.active
         p_BV = sampler.distribution(logits[:, 0], slots, self.mask)
-        row, drafts = torch.arange(batch, device=device), ids[:, 1]
-        stands_B = sampler.uniforms(slots, ACCEPT) * self.q_BV[row, drafts] < p_BV[row, drafts]
-        # A refused draft gives way to a token from what p has over q; if rounding leaves nothing, from p.
-        rest = (p_BV - self.q_BV).clamp(min=0)
-        rest = torch.where(rest.sum(-1, keepdim=True) > 1e-9, rest, p_BV)
+        drafts = ids[:, 1]
+        stands_B, rest = judge(p_BV, self.q_BV, drafts, sampler.uniforms(slots, ACCEPT))
         first_B = torch.where(stands_B, drafts, sampler.draw_from(rest, slots, RESIDUAL))
         sampler.saw(slots, first_B)
         bonus_B = sampler.draw(logits[:, 1], slots, self._masks_after_drafts())

@@ -23,6 +23,9 @@ from tests.parity.zoo import stir_ours
 
 WIDTH = 32
 
+MEMBERS = [("gqa", False), *((kind, drafts) for kind in ("v3", "v32", "v4") for drafts in (False, True))]
+"""Kinds of `build`, plain and with speculation where there is an MTP module."""
+
 
 def config(kind: str, vocab: int = 60) -> ModelConfig:
     """A two- or three-layer member: "gqa", "v3" (with MTP), "v32" (with MTP) or "v4" (with MTP)."""

@@ -17,7 +17,7 @@ from rorqual.engine.sampling import Sampling, SamplingError
 from rorqual.model import Model
 from rorqual.nn import InputError
 from rorqual.nn.paged import page_bytes, ring_bytes
-from tests.engine.conftest import build
+from tests.engine.conftest import MEMBERS, build
 
 
 def engine_of(model: Model, tokens: int, slots: int = 4, **options: Any) -> Engine:
@@ -48,12 +48,9 @@ def idle(engine: Engine) -> None:
     assert sorted(engine.scheduler.slots) == list(range(engine.slots))
 
 
-@pytest.mark.parametrize("speculate", [False, True])
-@pytest.mark.parametrize("kind", ["gqa", "v3", "v32", "v4"])
+@pytest.mark.parametrize(("kind", "speculate"), MEMBERS)
 def test_equals_generate_under_arrivals_cancels_and_preemption(kind: str, speculate: bool) -> None:
     model = build(kind)
-    if speculate and not len(model.mtp):
-        pytest.skip("this member has no MTP module")
     engine = engine_of(model, 90, step_tokens=24, speculate=speculate)
     jobs: list[tuple[list[int], Sampling, Handle]] = []
     for i, prompt in enumerate(prompts_of(model.config.vocab, 40)):
@@ -254,6 +251,11 @@ def test_options_that_cannot_work(options: dict[str, Any]) -> None:
         Engine(build("gqa"), **options)
 
 
+def test_an_engine_takes_a_model_not_a_name() -> None:
+    with pytest.raises(InputError, match=r"rorqual\.load"):
+        Engine("smollm2")
+
+
 def test_priorities_go_first() -> None:
     model = build("gqa")
     engine = engine_of(model, 400, slots=1)
@@ -327,13 +329,10 @@ def test_logprobs_are_those_of_generate() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("speculate", [False, True])
-@pytest.mark.parametrize("kind", ["gqa", "v3", "v32", "v4"])
+@pytest.mark.parametrize(("kind", "speculate"), MEMBERS)
 def test_on_the_gpu(kind: str, speculate: bool) -> None:
     """By kernels and graphs, in fp32: the CPU's greedy answers."""
     model = build(kind)
-    if speculate and not len(model.mtp):
-        pytest.skip("this member has no MTP module")
     prompts = prompts_of(model.config.vocab, 12)
     sampling = Sampling(0.0, max_new_tokens=16, ignore_eos=True)
     plain = [c.ids for c in model.generate(prompts, sampling)]

@@ -11,7 +11,7 @@ import rorqual
 from rorqual.engine.draws import logprobs_of
 from rorqual.engine.sampling import Sampling
 from rorqual.model import Model
-from tests.engine.conftest import build
+from tests.engine.conftest import MEMBERS, build
 from tests.engine.test_engine import engine_of, idle, prompts_of
 
 
@@ -22,13 +22,10 @@ def alone(model: Model, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("speculate", [False, True])
-@pytest.mark.parametrize("kind", ["gqa", "v3", "v32", "v4"])
+@pytest.mark.parametrize(("kind", "speculate"), MEMBERS)
 def test_bits_do_not_depend_on_company(kind: str, speculate: bool, dtype: torch.dtype) -> None:
     """Batches, chunks, prefix hits, preemption and speculation against the plain forward pass."""
     model = build(kind).to(dtype)
-    if speculate and not len(model.mtp):
-        pytest.skip("this member has no MTP module")
     engine = engine_of(model, 240, step_tokens=7, speculate=speculate, invariant=True)
     prompts = [[*range(4, 24), *prompt] for prompt in prompts_of(model.config.vocab, 5)]
     prompts += [[*prompt, 7, 8, 9] for prompt in prompts]
