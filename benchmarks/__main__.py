@@ -14,6 +14,7 @@ CPU = {"smollm2": smollm2, "latent": latent, "loading": loading, "tiny": tiny.ma
 GPU = {
     "lite": lite.main,
     "lite-profile": partial(lite.main, True),
+    "lite-prefill": lite.prefill,
     "load": serving.load,
     "start": serving.start,
     "context-v32": partial(serving.context, "deepseek-v3.2", [4 * K, 16 * K, 64 * K, 128 * K]),

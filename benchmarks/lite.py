@@ -158,5 +158,82 @@ def profile(engine: Engine, batch: int, context: int) -> None:
         engine.step()
 
 
+def prefill() -> None:
+    """Reading 8 prompts of 4,096 tokens, and which kernels take the time, in bf16 and with FP8 weights."""
+    model = Transformer(lite(), device="cuda", seed=0)
+    for kind in ("bf16", "fp8"):
+        if kind == "fp8":
+            quantise(model)
+        for budget in (8192, 16384):
+            engine = Engine(model, prefix_cache=False, step_tokens=budget, memory=24 * 2**30)
+            _read(engine, 8, 4096)
+            rates = [8 * 4096 / _read(engine, 8, 4096) for _ in range(3)]
+            print(
+                f"{kind} prefill 8 x 4096 in steps of {budget}:",
+                *(f"{r:,.0f}" for r in rates),
+                "tok/s",
+                flush=True,
+            )
+            if budget == 8192:
+                _profile_reading(engine, 8, 4096)
+            del engine
+            torch.cuda.empty_cache()
+
+
+def _read(engine: Engine, batch: int, context: int) -> float:
+    """Seconds from sending prompts to the last one's first token."""
+    vocab = engine.model.config.vocab
+    sampling = Sampling(temperature=0.0, max_new_tokens=40, ignore_eos=True)
+    prompts = torch.randint(0, vocab, (batch, context)).tolist()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    handles = [engine.submit_answer(Answer(p, sampling, frozenset(), None)) for p in prompts]
+    while min(len(h.completion.ids) for h in handles) < 1:
+        _sound(handles)
+        engine.step()
+    torch.cuda.synchronize()
+    took = time.perf_counter() - begun
+    for handle in handles:
+        handle.cancel()
+    while engine.busy:
+        engine.step()
+    torch.cuda.synchronize()
+    return took
+
+
+def _profile_reading(engine: Engine, batch: int, context: int) -> None:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CUDA]) as prof:
+        took = _read(engine, batch, context)
+    spans = sorted(
+        (e.time_range.start, e.time_range.end, e.name)
+        for e in prof.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA
+    )
+    busy, idle, end, gaps = 0.0, 0.0, spans[0][0], []
+    for start, stop, name in spans:
+        if start > end:
+            idle += start - end
+            gaps.append((start - end, name))
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    passes = batch * context / 8192
+    print(
+        f"-- {took * 1e3:.1f} ms under the profiler; device busy {busy / 1e3:.1f} ms, idle {idle / 1e3:.1f} ms in "
+        f"{len(gaps)} gaps of {len(spans)} launches; longest before:",
+        *(f"{name[:30]} {gap:.0f} us;" for gap, name in sorted(gaps, reverse=True)[:4]),
+    )
+    events = sorted(prof.key_averages(), key=lambda e: -e.device_time_total)
+    for e in events[:32]:
+        each, total = e.device_time_total / max(1, e.count), e.device_time_total / 1e3 / passes
+        share = e.device_time_total / busy
+        print(
+            f"{total:7.3f} ms {share:5.1%} {e.count / passes:6.1f} x {each:7.1f} us  {e.key[:110]}",
+            flush=True,
+        )
+
+
 if __name__ == "__main__":
     main()

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from rorqual.kernels import experts as op
-from rorqual.kernels import experts_gluon, experts_gluon16, experts_triton
+from rorqual.kernels import experts_gluon, experts_triton
 from rorqual.kernels.experts import Plan, Shared, Tiles, Weights, fast, plan, reference
 from rorqual.kernels.quant import FP8
 
@@ -311,9 +311,9 @@ def grouped(
         count = places // t.rows + experts
         order = torch.empty(places, device="cuda", dtype=torch.int32)
         table = torch.empty(3, count, device="cuda", dtype=torch.int32)
-        experts_triton.sort_kernel[(experts, 1)](
-            ids, ids, order, table, codes, codes, scales, places, places, experts, 0, count, 0,
-            ROWS=t.rows, CHUNK=4096, BINS=0, GROUPS=64, PDL=False, num_warps=8,
+        experts_triton.sort_kernel[(experts,)](
+            ids, order, table, codes, codes, scales, places, places, experts, 0, count, 0,
+            ROWS=t.rows, CHUNK=4096, GROUPS=64, PDL=False, num_warps=8,
         )  # fmt: skip
 
         def run(
@@ -371,14 +371,16 @@ def grouped(
 
 def in_gluon() -> None:
     """In a process of its own: a barrier that is waited for in vain can then be ended from outside."""
-    tile = Tiles(experts_gluon16.ROWS, 128, 64, 4, 3, False)
-    how = Plan(tile, tile, gluon=True)
     layer = Layer(LITE, False)
-    for tokens, options in ((700, {"limit": 1.0}), (3000, {})):
-        guarded("gluon16", lambda: check(layer, tokens, how=how, **options))  # noqa: B023
-    show(layer, (1024, 2048, 8192, 32768), "gluon16", how=how)
-    op.PDL = False
-    guarded("breakdown", lambda: breakdown(layer, 8192, how=how))
+    for rows, stages in ((192, 3), (128, 4)):
+        tile = Tiles(rows, 128, 64, 4, stages, False)
+        how = Plan(tile, tile, gluon=True)
+        for tokens, options in ((700, {"limit": 1.0}), (3000, {})):
+            guarded("gluon16", lambda: check(layer, tokens, how=how, **options))  # noqa: B023
+        show(layer, (1024, 2048, 8192, 16384), f"gluon16 {rows}", how=how)
+        op.PDL = False
+        guarded("breakdown", lambda: breakdown(layer, 8192, how=how))  # noqa: B023
+        op.PDL = True
 
 
 def bounded(target: Callable[[], None], seconds: float) -> None:

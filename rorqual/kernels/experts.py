@@ -194,7 +194,7 @@ EXACT = Plan(Tiles(16, 32, 32, 4, 2, True), Tiles(16, 32, 32, 4, 2, True))
 """For fp32 matrices, which are multiplied without tensor cores."""
 
 ONE_CHUNK = 4096
-"""Up to so many pairs every expert's program of the sort looks at all of them itself."""
+"""Up to so many pairs are sorted in one launch, in which every expert's program looks at all of them."""
 
 FEW, FEW_FP8 = 4, 2
 """Batches up to these sizes go through `experts_few`."""
@@ -386,30 +386,26 @@ def _few(b: Batch, how: Plan) -> Tensor:
 
 def _sorted(b: Batch, how: Plan) -> Tensor:
     rows = how.up.rows
-    places = b.pairs + b.extra * b.tokens
     tiles = b.pairs // rows + b.count + b.extra * triton.cdiv(b.tokens, rows)
-    order = b.ids.new_empty(places, dtype=torch.int32)
+    order = b.ids.new_empty(b.pairs + b.extra * b.tokens, dtype=torch.int32)
     table = b.ids.new_empty(3, tiles, dtype=torch.int32)
     groups = b.x.numel() // 128 if b.fp8 and not how.gluon else 0
     codes = b.x.new_empty(b.x.shape, dtype=FP8) if groups else b.x
     scales = b.x.new_empty(groups, dtype=torch.float32)
-    chunk = min(ONE_CHUNK, max(16, triton.next_power_of_2(b.pairs)))
-    counts, bins, parts_of = order, 0, 1
-    if b.pairs > ONE_CHUNK:
-        chunk, bins, parts_of = 1024, triton.next_power_of_2(b.count + 1), 8
-        counts = b.ids.new_empty(triton.cdiv(b.pairs, chunk), bins, dtype=torch.int32)
-        experts_triton.count_kernel[(counts.shape[0],)](
-            b.ids, counts, b.pairs, b.count, CHUNK=chunk, BINS=bins, num_warps=4, **b.launch
-        )
-    experts_triton.sort_kernel[(b.count + b.extra + triton.cdiv(groups, 64), parts_of)](
-        b.ids, counts, order, table, b.x, codes, scales, b.pairs, b.tokens, b.count, b.extra, tiles, groups,
-        ROWS=rows, CHUNK=chunk, BINS=bins, GROUPS=64, num_warps=8, **b.launch,
-    )  # fmt: skip
-    inner = b.x.new_empty(places, b.width, dtype=FP8 if how.codes else b.x.dtype)
-    inner_scales = b.x.new_empty((places, b.width // 128) if how.codes else (1,), dtype=torch.float32)
-    parts = b.x.new_empty(places, b.hidden)
+    places = order
+    if b.pairs > ONE_CHUNK or how.gluon:
+        places = _place(b, rows, order, table, codes, scales)
+    else:
+        chunk = max(16, triton.next_power_of_2(b.pairs))
+        experts_triton.sort_kernel[(b.count + b.extra + triton.cdiv(groups, 64),)](
+            b.ids, order, table, b.x, codes, scales, b.pairs, b.tokens, b.count, b.extra, tiles, groups,
+            ROWS=rows, CHUNK=chunk, GROUPS=64, num_warps=8, **b.launch,
+        )  # fmt: skip
+    inner = b.x.new_empty(len(order), b.width, dtype=FP8 if how.codes else b.x.dtype)
+    inner_scales = b.x.new_empty((len(order), b.width // 128) if how.codes else (1,), dtype=torch.float32)
+    parts = b.x.new_empty(len(order), b.hidden)
     if how.gluon:
-        _gluon_products(b, how, order, table, inner, inner_scales, parts)
+        _gluon_products(b, how, order, places, table, inner, inner_scales, parts)
     else:
         _products(b, how, order, table, codes, scales, inner, inner_scales, parts)
     y_ND = torch.empty_like(b.x)
@@ -419,6 +415,29 @@ def _sorted(b: Batch, how: Plan) -> Tensor:
         SHARED=b.extra, ADD=b.add is not None, BLOCK=block, num_warps=4, **b.launch,
     )  # fmt: skip
     return y_ND
+
+
+def _place(b: Batch, rows: int, order: Tensor, table: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Write order and table, and codes and scales if there is room for them; the place of every pair."""
+    bins = triton.next_power_of_2(b.count + 1)
+    chunk = max(16, min(256, 2**15 // bins))
+    chunks, groups = triton.cdiv(b.pairs, chunk), scales.numel()
+    counts = b.ids.new_empty(chunks + 1, bins, dtype=torch.int32)
+    places = b.ids.new_empty(b.pairs, dtype=torch.int32)
+    experts_triton.count_kernel[(chunks + triton.cdiv(groups, 64),)](
+        b.ids, counts, b.x, codes, scales, b.pairs, b.count, chunks, groups, CHUNK=chunk, BINS=bins, GROUPS=64,
+        num_warps=4, **b.launch,
+    )  # fmt: skip
+    wide = min(bins, 16)
+    experts_triton.scan_kernel[(bins // wide,)](
+        counts, chunks, BINS=bins, WIDE=wide, HIGH=256, num_warps=4, **b.launch
+    )
+    tiles = table.shape[1]
+    experts_triton.place_kernel[(max(chunks, triton.cdiv(tiles, 16)),)](
+        b.ids, counts, order, places, table, b.pairs, b.tokens, b.count, b.extra, tiles, chunks, ROWS=rows,
+        CHUNK=chunk, BINS=bins, TILES=16, num_warps=8, **b.launch,
+    )  # fmt: skip
+    return places
 
 
 def _products(
@@ -453,17 +472,23 @@ def _products(
 
 
 def _gluon_products(
-    b: Batch, how: Plan, order: Tensor, table: Tensor, inner: Tensor, inner_scales: Tensor, parts: Tensor
+    b: Batch,
+    how: Plan,
+    order: Tensor,
+    places: Tensor,
+    table: Tensor,
+    inner: Tensor,
+    inner_scales: Tensor,
+    parts: Tensor,
 ) -> None:
-    """The same in Gluon, whose copies read rows that lie side by side: x is spread into the experts' order. The
-    shared experts all read the last N rows."""
-    read = b.pairs + (b.tokens if b.extra else 0)
+    """The same in Gluon, whose copies read rows that lie side by side: x is spread into the experts' order, and for
+    shared experts, with FP8, coded once more by token."""
+    read = b.pairs + (b.tokens if b.fp8 else 0)
     x = b.x.new_empty(read, b.hidden, dtype=inner.dtype)
     scales = b.x.new_empty((read, b.hidden // 128) if b.fp8 else (1,), dtype=torch.float32)
-    experts_triton.spread_kernel[(triton.cdiv(read, 4), triton.cdiv(b.hidden, 2048))](
-        b.x, order, x, scales, b.pairs, b.tokens, read, b.hidden, K=b.chosen, PLACES=4, GROUPS=16, FP8=b.fp8,
-        num_warps=4, **b.launch,
-    )  # fmt: skip
+    experts_triton.spread_kernel[(b.tokens, triton.cdiv(b.hidden, 2048))](
+        b.x, places, x, scales, b.pairs, b.hidden, K=b.chosen, GROUPS=16, FP8=b.fp8, num_warps=4, **b.launch
+    )
     routed = [(w.codes, _scale(w)) for w in b.routed]
     shared = [(w.codes.flatten(0, -2), _scale(w)) for w in b.shared]
     first, second = how.up.stages, how.down.stages
@@ -475,15 +500,7 @@ def _gluon_products(
         experts_gluon.down(inner, inner_scales, order, table, routed[2], shared[2], parts, second)
     else:
         experts_gluon16.gate_up(
-            x,
-            b.weights,
-            order,
-            table,
-            (routed[0], routed[1]),
-            (shared[0], shared[1]),
-            inner,
-            b.limit,
-            b.tokens,
-            first,
-        )
-        experts_gluon16.down(inner, order, table, routed[2], shared[2], parts, second)
+            x, b.x, b.weights, order, table, (routed[0], routed[1]), (shared[0], shared[1]), inner, b.limit,
+            how.up.rows // 64, first,
+        )  # fmt: skip
+        experts_gluon16.down(inner, order, table, routed[2], shared[2], parts, how.up.rows // 64, second)

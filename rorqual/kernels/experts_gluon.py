@@ -46,13 +46,57 @@ __all__ = [
     "gate_up",
     "gl",
     "gluon",
+    "hand_out",
     "processors",
     "reciprocal",
     "supported",
+    "table_room",
+    "take",
 ]
 
 ROWS = 128
 """Pairs of a tile."""
+
+
+@gluon.jit
+def table_room(GROUPS: gl.constexpr):
+    """Room for two turns of four numbers, which the fetching warp hands to the groups, and its barriers."""
+    numbers = gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=GROUPS)
+    return numbers, full, free
+
+
+@gluon.jit
+def hand_out(turns, turn, column, expert, begin, end):
+    """By the fetching warp: what turn number `turn` is about. An expert below 0 says that none follows."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    numbers, full, free = turns
+    mbarrier.wait(free.index(turn % 2), ((turn // 2) & 1) ^ 1)
+    at = turn % 2 * 4
+    numbers.index(at).store(gl.full([1], 0, gl.int32, ONE) + column)
+    numbers.index(at + 1).store(gl.full([1], 0, gl.int32, ONE) + expert)
+    numbers.index(at + 2).store(gl.full([1], 0, gl.int32, ONE) + begin)
+    numbers.index(at + 3).store(gl.full([1], 0, gl.int32, ONE) + end)
+    mbarrier.arrive(full.index(turn % 2))
+
+
+@gluon.jit
+def take(turns, turn):
+    """By a group of four warps: the numbers handed out."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    numbers, full, free = turns
+    mbarrier.wait(full.index(turn % 2), (turn // 2) & 1)
+    at = turn % 2 * 4
+    column = gl.max(numbers.index(at).load(ONE), 0)
+    expert = gl.max(numbers.index(at + 1).load(ONE), 0)
+    begin = gl.max(numbers.index(at + 2).load(ONE), 0)
+    end = gl.max(numbers.index(at + 3).load(ONE), 0)
+    mbarrier.arrive(free.index(turn % 2))
+    return column, expert, begin, end
 
 
 @gluon.jit
