@@ -238,6 +238,7 @@ def precompile() -> None:
         for _, fp8, sizes, start, ups, downs in families()
         for how in variants(start, ups, downs)
     ]
+    jobs += [(fp8, [700], gluon_plan(fp8, rows, stages), True) for fp8, rows, stages in CUTS]
     sizes = (1, 3, 4, 8, 64, 256, 512, 8192)
     jobs += [
         (fp8, [n], plan(n, 6, 64, fp8, f, True), True)
@@ -246,6 +247,10 @@ def precompile() -> None:
         for n in sizes
     ]
     jobs += [(fp8, [n], plan(n, 6, 64, fp8, False), False) for fp8 in (False, True) for n in (1, 8)]
+    in_parallel(jobs)
+
+
+def in_parallel(jobs: list[tuple[bool, list[int], Plan, bool]]) -> None:
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=compile_some, args=(jobs[i::14],)) for i in range(14)]
     for worker in workers:
@@ -321,7 +326,15 @@ def grouped(
         ) -> None:
             if gluon:
                 experts_gluon.down(
-                    codes, scales, order, table, (w.codes, w.scale), (w.codes[0], w.scale[0]), y, t.stages
+                    codes,
+                    scales,
+                    order,
+                    table,
+                    (w.codes, w.scale),
+                    (w.codes[0], w.scale[0]),
+                    y,
+                    t.rows // 64,
+                    t.stages,
                 )
                 return
             experts_triton.down_kernel[(count * (out // t.out),)](
@@ -369,18 +382,28 @@ def grouped(
     )
 
 
+CUTS = [(False, 128, 4), (False, 192, 3), (True, 128, 4), (True, 128, 6), (True, 192, 4)]
+
+
+def gluon_plan(fp8: bool, rows: int, stages: int) -> Plan:
+    tile = Tiles(rows, 128, 64, 4, stages, False)
+    return Plan(tile, tile, codes=fp8, gluon=True)
+
+
 def in_gluon() -> None:
     """In a process of its own: a barrier that is waited for in vain can then be ended from outside."""
-    layer = Layer(LITE, False)
-    for rows, stages in ((192, 3), (128, 4)):
-        tile = Tiles(rows, 128, 64, 4, stages, False)
-        how = Plan(tile, tile, gluon=True)
-        for tokens, options in ((700, {"limit": 1.0}), (3000, {})):
-            guarded("gluon16", lambda: check(layer, tokens, how=how, **options))  # noqa: B023
-        show(layer, (1024, 2048, 8192, 16384), f"gluon16 {rows}", how=how)
+    for fp8, rows, stages in CUTS:
+        layer = Layer(LITE, fp8)
+        how = gluon_plan(fp8, rows, stages)
+        for tokens in (701, 3000):
+            guarded("gluon", lambda: check(layer, tokens, how=how))  # noqa: B023
+        show(layer, (1024, 2048, 8192, 16384), f"gluon {rows}/{stages}", how=how)
         op.PDL = False
         guarded("breakdown", lambda: breakdown(layer, 8192, how=how))  # noqa: B023
         op.PDL = True
+        if fp8:
+            for sizes in GROUPED:
+                guarded("grouped", lambda: grouped(*sizes, [how.down], gluon=True))  # noqa: B023
 
 
 def bounded(target: Callable[[], None], seconds: float) -> None:

@@ -420,7 +420,7 @@ def _sorted(b: Batch, how: Plan) -> Tensor:
 def _place(b: Batch, rows: int, order: Tensor, table: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """Write order and table, and codes and scales if there is room for them; the place of every pair."""
     bins = triton.next_power_of_2(b.count + 1)
-    chunk = max(16, min(256, 2**15 // bins))
+    chunk = min(256, max(64, 2**14 // bins))
     chunks, groups = triton.cdiv(b.pairs, chunk), scales.numel()
     counts = b.ids.new_empty(chunks + 1, bins, dtype=torch.int32)
     places = b.ids.new_empty(b.pairs, dtype=torch.int32)
@@ -491,16 +491,16 @@ def _gluon_products(
     )
     routed = [(w.codes, _scale(w)) for w in b.routed]
     shared = [(w.codes.flatten(0, -2), _scale(w)) for w in b.shared]
-    first, second = how.up.stages, how.down.stages
+    groups, first, second = how.up.rows // 64, how.up.stages, how.down.stages
     if b.fp8:
         experts_gluon.gate_up(
             x, scales, b.weights, order, table, (routed[0], routed[1]), (shared[0], shared[1]), inner, inner_scales,
-            b.limit, b.tokens, first,
+            b.limit, b.tokens, groups, first,
         )  # fmt: skip
-        experts_gluon.down(inner, inner_scales, order, table, routed[2], shared[2], parts, second)
+        experts_gluon.down(inner, inner_scales, order, table, routed[2], shared[2], parts, groups, second)
     else:
         experts_gluon16.gate_up(
             x, b.x, b.weights, order, table, (routed[0], routed[1]), (shared[0], shared[1]), inner, b.limit,
-            how.up.rows // 64, first,
+            groups, first,
         )  # fmt: skip
-        experts_gluon16.down(inner, order, table, routed[2], shared[2], parts, how.up.rows // 64, second)
+        experts_gluon16.down(inner, order, table, routed[2], shared[2], parts, groups, second)

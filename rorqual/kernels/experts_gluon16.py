@@ -10,16 +10,20 @@ nothing: of an expert's last tile that is often half.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from rorqual.kernels.experts_gluon import (
     AVAILABLE,
+    COUNTS,
     Held,
+    counter,
     descriptor,
+    expect,
     gl,
     gluon,
     hand_out,
+    let_by,
+    make_room,
     processors,
     reciprocal,
     table_room,
@@ -74,16 +78,6 @@ def _multiply(room, count, steps, GROUP: gl.constexpr, GROUPS: gl.constexpr, STA
 
 
 @gluon.jit
-def _pass(room, count, steps, STAGES: gl.constexpr):
-    """Let `steps` tiles go by."""
-    _, _, full, free = room
-    for step in range(steps):
-        stage = (count + step) % STAGES
-        mbarrier.wait(full.index(stage), ((count + step) // STAGES) & 1)
-        mbarrier.arrive(free.index(stage))
-
-
-@gluon.jit
 def _fetch(
     descriptors, room, turns, table, sizes, UP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr
 ):
@@ -132,10 +126,7 @@ def _fetch(
                 mbarrier.wait(free.index(stage), ((count // STAGES) & 1) ^ 1)
                 bar = full.index(stage)
                 start = step * DEPTH
-                mbarrier.expect(bar, W_BYTES + X_BYTES, pred=busy == 1)
-                mbarrier.expect(bar, W_BYTES + 2 * X_BYTES, pred=busy == 2)
-                if GROUPS == 3:
-                    mbarrier.expect(bar, W_BYTES + 3 * X_BYTES, pred=busy == 3)
+                expect(bar, busy, X_BYTES, W_BYTES, GROUPS)
                 for g in gl.static_range(GROUPS):
                     rows = x_tiles.index(GROUPS * stage + g)
                     there = busy > g
@@ -193,7 +184,7 @@ def _up_group(
             to = inner_ptr + (at.to(gl.int64) * width)[:, None] + channel[None, :]
             gl.store(to, gl.convert_layout(inner.to(inner_ptr.dtype.element_ty), STORE), (at < end)[:, None])
         else:
-            _pass(room, count, steps, STAGES)
+            let_by(room[2], room[3], count, steps, STAGES)
         count += steps
         column, expert, begin, end = take(turns, turn)
 
@@ -226,30 +217,23 @@ def _down_group(
             gl.store(to, gl.convert_layout(first.to(kind), STORE), there)
             gl.store(to + 128, gl.convert_layout(second.to(kind), STORE), there)
         else:
-            _pass(room, count, steps, STAGES)
+            let_by(room[2], room[3], count, steps, STAGES)
         count += steps
         column, expert, begin, end = take(turns, turn)
 
 
 @gluon.jit
 def _room(x_desc, w_desc, GROUPS: gl.constexpr, STAGES: gl.constexpr):
-    """Room for STAGES steps' tiles, and barriers that say when a stage is full and when it is free again. The
-    matrices' tiles twice: by 128 rows, as they are fetched, and by 256, as they are multiplied."""
-    DEPTH: gl.constexpr = x_desc.block_type.shape[1]
-    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [GROUPS * STAGES, 64, DEPTH], x_desc.layout)
-    w_tiles = gl.allocate_shared_memory(w_desc.dtype, [2 * STAGES, 128, DEPTH], w_desc.layout)
+    """Room for the tiles as they are fetched, and as they are multiplied."""
+    x_tiles, w_tiles, full, free = make_room(x_desc, w_desc, 2, GROUPS, STAGES)
     multiplied = w_tiles
     if GROUPS == 2:
+        DEPTH: gl.constexpr = x_desc.block_type.shape[1]
         multiplied = w_tiles._reinterpret(w_desc.dtype, [STAGES, 256, DEPTH], w_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(free.index(i), count=GROUPS)
     return (x_tiles, w_tiles, full, free), (x_tiles, multiplied, full, free)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=COUNTS)
 def gate_up_kernel(
     x_desc, shared_x_desc, gate_desc, up_desc, shared_gate_desc, shared_up_desc, weights_ptr, order_ptr, tiles_ptr,
     inner_ptr, counter, limit, tiles, items, across, pairs, tokens, experts, width, hidden,
@@ -286,7 +270,7 @@ def gate_up_kernel(
         )
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=COUNTS)
 def down_kernel(
     x_desc, w_desc, shared_desc, order_ptr, tiles_ptr, y_ptr, counter, tiles, items, across, experts, width, hidden,
     GROUPS: gl.constexpr, STAGES: gl.constexpr,
@@ -345,11 +329,6 @@ def gate_up(
         order, table, inner, counter(x), limit or 0.0, tiles, tiles * across, across, weights.numel(),
         shared_x.shape[0], count, width, hidden, LIMIT=limit is not None, GROUPS=groups, STAGES=stages, num_warps=4,
     )  # fmt: skip
-
-
-def counter(x: Tensor) -> Tensor:
-    """How many items were taken beyond the first of each program."""
-    return torch.zeros(1, dtype=torch.int32, device=x.device)
 
 
 def down(

@@ -149,10 +149,10 @@ def place_kernel(
     if pid < chunks:
         pair = pid * CHUNK + tl.arange(0, CHUNK)
         ids = tl.load(ids_ptr + pair, pair < pairs, other=-1).to(tl.int32)
-        mine = ids[:, None] == bins[None, :]
-        rank = tl.cumsum(mine.to(tl.int32), 0) - 1
+        mine = bins[:, None] == ids[None, :]
+        rank = tl.cumsum(mine.to(tl.int32), 1) - 1
         first = before + tl.load(counts_ptr + pid * BINS + bins)
-        place = tl.sum(tl.where(mine, first[None, :] + rank, 0), 1)
+        place = tl.sum(tl.where(mine, first[:, None] + rank, 0), 0)
         real = (ids >= 0) & (ids < experts)
         tl.store(order_ptr + place, pair, real)
         tl.store(places_ptr + pair, tl.where(real, place, -1), pair < pairs)

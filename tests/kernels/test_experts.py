@@ -196,7 +196,9 @@ def test_fp8(device: torch.device, form: str) -> None:
 
 
 @pytest.mark.parametrize("limit, shared", [(None, 2), (0.5, 0)])
-@pytest.mark.parametrize("codes, rows, stages", [(False, 128, 4), (False, 192, 3), (True, 128, 4)])
+@pytest.mark.parametrize(
+    "codes, rows, stages", [(False, 128, 4), (False, 192, 3), (True, 128, 4), (True, 192, 4)]
+)
 def test_gluon(
     device: torch.device, codes: bool, rows: int, stages: int, limit: float | None, shared: int
 ) -> None:
