@@ -158,9 +158,9 @@ def profile(engine: Engine, batch: int, context: int) -> None:
         engine.step()
 
 
-def prefill() -> None:
+def prefill(layers: int = 27) -> None:
     """Reading 8 prompts of 4,096 tokens, and which kernels take the time, in bf16 and with FP8 weights."""
-    model = Transformer(lite(), device="cuda", seed=0)
+    model = Transformer(lite(layers), device="cuda", seed=0)
     for kind in ("bf16", "fp8"):
         if kind == "fp8":
             quantise(model)
