@@ -321,21 +321,21 @@ def grouped(
             ROWS=t.rows, CHUNK=4096, GROUPS=64, PDL=False, num_warps=8,
         )  # fmt: skip
 
+        taken = torch.zeros(1, device="cuda", dtype=torch.int32)
+
         def run(
-            t: Tiles = t, order: Tensor = order, table: Tensor = table, count: int = count, y: Tensor = y
+            t: Tiles = t,
+            order: Tensor = order,
+            table: Tensor = table,
+            count: int = count,
+            y: Tensor = y,
+            taken: Tensor = taken,
         ) -> None:
             if gluon:
                 experts_gluon.down(
-                    codes,
-                    scales,
-                    order,
-                    table,
-                    (w.codes, w.scale),
-                    (w.codes[0], w.scale[0]),
-                    y,
-                    t.rows // 64,
-                    t.stages,
-                )
+                    codes, scales, order, table, (w.codes, w.scale), (w.codes[0], w.scale[0]), y, taken.zero_(), 0, 0,
+                    t.rows // 64, t.stages,
+                )  # fmt: skip
                 return
             experts_triton.down_kernel[(count * (out // t.out),)](
                 codes, scales, order, table, w.codes, w.scale, w.codes, w.scale, y, experts, count, depth, depth, out,

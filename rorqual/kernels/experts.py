@@ -392,9 +392,10 @@ def _sorted(b: Batch, how: Plan) -> Tensor:
     groups = b.x.numel() // 128 if b.fp8 and not how.gluon else 0
     codes = b.x.new_empty(b.x.shape, dtype=FP8) if groups else b.x
     scales = b.x.new_empty(groups, dtype=torch.float32)
-    places = order
+    places = taken = order
     if b.pairs > ONE_CHUNK or how.gluon:
-        places = _place(b, rows, order, table, codes, scales)
+        taken = b.ids.new_empty(2, dtype=torch.int32)
+        places = _place(b, rows, order, table, codes, scales, taken)
     else:
         chunk = max(16, triton.next_power_of_2(b.pairs))
         experts_triton.sort_kernel[(b.count + b.extra + triton.cdiv(groups, 64),)](
@@ -403,22 +404,26 @@ def _sorted(b: Batch, how: Plan) -> Tensor:
         )  # fmt: skip
     inner = b.x.new_empty(len(order), b.width, dtype=FP8 if how.codes else b.x.dtype)
     inner_scales = b.x.new_empty((len(order), b.width // 128) if how.codes else (1,), dtype=torch.float32)
-    parts = b.x.new_empty(len(order), b.hidden)
+    extra = min(b.extra, 1) if how.gluon else b.extra  # there the products add the shared experts up
+    parts = b.x.new_empty(b.pairs + extra * b.tokens, b.hidden)
     if how.gluon:
-        _gluon_products(b, how, order, places, table, inner, inner_scales, parts)
+        _gluon_products(b, how, order, places, table, taken, inner, inner_scales, parts)
     else:
         _products(b, how, order, table, codes, scales, inner, inner_scales, parts)
     y_ND = torch.empty_like(b.x)
     block = min(2048, triton.next_power_of_2(b.hidden))
     experts_triton.sum_kernel[(b.tokens, triton.cdiv(b.hidden, block))](
         parts, b.ids, y_ND if b.add is None else b.add, y_ND, b.tokens, b.count, b.hidden, K=b.chosen,
-        SHARED=b.extra, ADD=b.add is not None, BLOCK=block, num_warps=4, **b.launch,
+        SHARED=extra, ADD=b.add is not None, BLOCK=block, num_warps=4, **b.launch,
     )  # fmt: skip
     return y_ND
 
 
-def _place(b: Batch, rows: int, order: Tensor, table: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Write order and table, and codes and scales if there is room for them; the place of every pair."""
+def _place(
+    b: Batch, rows: int, order: Tensor, table: Tensor, codes: Tensor, scales: Tensor, taken: Tensor
+) -> Tensor:
+    """Write order and table, zero `taken`, and write codes and scales if there is room for them; the place of every
+    pair."""
     bins = triton.next_power_of_2(b.count + 1)
     chunk = min(256, max(64, 2**14 // bins))
     chunks, groups = triton.cdiv(b.pairs, chunk), scales.numel()
@@ -430,7 +435,7 @@ def _place(b: Batch, rows: int, order: Tensor, table: Tensor, codes: Tensor, sca
     )  # fmt: skip
     wide = min(bins, 16)
     experts_triton.scan_kernel[(bins // wide,)](
-        counts, chunks, BINS=bins, WIDE=wide, HIGH=256, num_warps=4, **b.launch
+        counts, taken, chunks, BINS=bins, WIDE=wide, HIGH=256, num_warps=4, **b.launch
     )
     tiles = table.shape[1]
     experts_triton.place_kernel[(max(chunks, triton.cdiv(tiles, 16)),)](
@@ -477,6 +482,7 @@ def _gluon_products(
     order: Tensor,
     places: Tensor,
     table: Tensor,
+    taken: Tensor,
     inner: Tensor,
     inner_scales: Tensor,
     parts: Tensor,
@@ -495,12 +501,17 @@ def _gluon_products(
     if b.fp8:
         experts_gluon.gate_up(
             x, scales, b.weights, order, table, (routed[0], routed[1]), (shared[0], shared[1]), inner, inner_scales,
-            b.limit, b.tokens, groups, first,
+            taken, b.limit, b.tokens, groups, first,
         )  # fmt: skip
-        experts_gluon.down(inner, inner_scales, order, table, routed[2], shared[2], parts, groups, second)
+        experts_gluon.down(
+            inner, inner_scales, order, table, routed[2], shared[2], parts, taken[1:], b.tokens, b.extra, groups,
+            second,
+        )  # fmt: skip
     else:
         experts_gluon16.gate_up(
-            x, b.x, b.weights, order, table, (routed[0], routed[1]), (shared[0], shared[1]), inner, b.limit,
-            groups, first,
+            x, b.x, b.weights, order, table, (routed[0], routed[1]), (shared[0], shared[1]), inner, taken, b.limit,
+            b.extra, groups, first,
         )  # fmt: skip
-        experts_gluon16.down(inner, order, table, routed[2], shared[2], parts, groups, second)
+        experts_gluon16.down(
+            inner, order, table, routed[2], shared[2], parts, taken[1:], b.tokens, b.extra, groups, second
+        )

@@ -41,7 +41,6 @@ __all__ = [
     "AVAILABLE",
     "COUNTS",
     "Held",
-    "counter",
     "descriptor",
     "down",
     "expect",
@@ -58,7 +57,7 @@ __all__ = [
     "take",
 ]
 
-COUNTS = ("tiles", "items", "across", "pairs", "tokens", "experts")
+COUNTS = ("tiles", "items", "across", "pairs", "tokens", "experts", "shared")
 """Arguments whose values make no variant of a kernel: batches of every size run the same code."""
 
 
@@ -122,27 +121,31 @@ def let_by(full, free, count, steps, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _add(room, count, steps, x_scale_ptrs, w_scale_ptr, acc, GROUP: gl.constexpr, GROUPS: gl.constexpr,
-         STAGES: gl.constexpr):  # fmt: skip
-    """acc plus the product of `steps` tiles from tile number `count` on."""
+def _add(
+    room, count, many, x_scale_ptrs, w_scale_ptr, steps, jump, acc,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """acc plus the product of `many` tiles from tile number `count` on. After every `steps` of them x's scales go on
+    `jump` further."""
     x_tiles, w_tiles, full, free = room
     zero = gl.zeros_like(acc)
     # The scales of two steps ahead arrive while products are under way.
     x_scale = gl.load(x_scale_ptrs)
     w_scale = gl.load(w_scale_ptr)
-    next_x = gl.load(x_scale_ptrs + gl.minimum(1, steps - 1))
-    next_w = gl.load(w_scale_ptr + gl.minimum(1, steps - 1))
-    for step in range(steps):
+    ahead = gl.minimum(1, many - 1)
+    next_x = gl.load(x_scale_ptrs + ahead + ahead // steps * jump)
+    next_w = gl.load(w_scale_ptr + ahead)
+    for step in range(many):
         stage = (count + step) % STAGES
         mbarrier.wait(full.index(stage), ((count + step) // STAGES) & 1)
         x = x_tiles.index(GROUPS * stage + GROUP)
         w = w_tiles.index(stage).permute((1, 0))
         part = warpgroup_mma(x, w, zero, use_acc=False, is_async=True)
         scale = x_scale * w_scale
-        ahead = gl.minimum(step + 2, steps - 1)
+        ahead = gl.minimum(step + 2, many - 1)
         x_scale = next_x
         w_scale = next_w
-        next_x = gl.load(x_scale_ptrs + ahead)
+        next_x = gl.load(x_scale_ptrs + ahead + ahead // steps * jump)
         next_w = gl.load(w_scale_ptr + ahead)
         part = warpgroup_mma_wait(0, deps=[part])
         mbarrier.arrive(free.index(stage))
@@ -158,8 +161,9 @@ def _fetch_down(
     x_desc, w_desc, shared_desc = descriptors
     x_tiles, w_tiles, full, free = room
     tiles_ptr, counter, tiles, items, across = table
-    experts, width, hidden = sizes
+    tokens, experts, shared, width, hidden = sizes
     DEPTH: gl.constexpr = x_desc.block_type.shape[1]
+    steps = width // DEPTH
     count = 0
     turn = 0
     item = gl.program_id(0)
@@ -169,25 +173,32 @@ def _fetch_down(
         begin = gl.load(tiles_ptr + tiles + tile)
         end = gl.load(tiles_ptr + 2 * tiles + tile)
         following = gl.atomic_add(counter, 1) + gl.num_programs(0)
-        if expert >= 0:
+        if (expert >= 0) & (expert <= experts):
             hand_out(turns, turn, item % across, expert, begin, end)
             turn += 1
             busy = (end - begin + 63) // 64
-            row = item % across * OUT
-            for start in range(0, width, DEPTH):
+            out = item % across * OUT
+            many = steps
+            if expert < experts:
+                out += expert * hidden
+            else:
+                # All shared ones at once: their matrices lie side by side, their rows of inner behind one another.
+                many = steps * shared
+            for step in range(many):
                 stage = count % STAGES
                 mbarrier.wait(free.index(stage), ((count // STAGES) & 1) ^ 1)
                 bar = full.index(stage)
                 expect(bar, busy, x_desc.block_type.nbytes, w_desc.block_type.nbytes, GROUPS)
+                row = begin + step // steps * tokens
+                start = step % steps * DEPTH
                 for g in gl.static_range(GROUPS):
                     rows = x_tiles.index(GROUPS * stage + g)
-                    tma.async_copy_global_to_shared(x_desc, [begin + 64 * g, start], bar, rows, pred=busy > g)
+                    tma.async_copy_global_to_shared(x_desc, [row + 64 * g, start], bar, rows, pred=busy > g)
                 w = w_tiles.index(stage)
                 if expert < experts:
-                    tma.async_copy_global_to_shared(w_desc, [expert * hidden + row, start], bar, w)
+                    tma.async_copy_global_to_shared(w_desc, [out, step * DEPTH], bar, w)
                 else:
-                    column = (expert - experts) * width + start
-                    tma.async_copy_global_to_shared(shared_desc, [row, column], bar, w)
+                    tma.async_copy_global_to_shared(shared_desc, [out, step * DEPTH], bar, w)
                 count += 1
         item = following
     hand_out(turns, turn, 0, -1, 0, 0)
@@ -200,7 +211,7 @@ def _multiply_down(
 ):  # fmt: skip
     """A group of four warps: 64 pairs of every item."""
     x_scale_ptr, w_scale_ptr, shared_scale_ptr, order_ptr, y_ptr = pointers
-    experts, width, shared_width, hidden = sizes
+    tokens, experts, shared, width, hidden = sizes
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OUT, 32])
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     steps = width // room[0].shape[2]
@@ -211,27 +222,25 @@ def _multiply_down(
     while expert >= 0:
         turn += 1
         begin += GROUP * 64
+        many = gl.where(expert < experts, steps, steps * shared)
         if begin < end:
             row = column * OUT
             place = begin + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
             at = begin + gl.arange(0, 64, gl.SliceLayout(1, STORE))
             pair = gl.load(order_ptr + at, at < end, other=0).to(gl.int64)
-            if expert < experts:
-                w_scale_at = w_scale_ptr + (expert * (hidden // 128) + row // 128) * scales
-            else:
-                w_scale_at = (
-                    shared_scale_ptr + row // 128 * (shared_width // 128) + (expert - experts) * scales
-                )
+            w_scale_at = w_scale_ptr + (expert * (hidden // 128) + row // 128) * scales
+            if expert >= experts:
+                w_scale_at = shared_scale_ptr + row // 128 * (scales * shared)
             acc = _add(
-                room, count, steps, x_scale_ptr + gl.minimum(place, end - 1) * scales, w_scale_at,
-                gl.zeros([64, OUT], gl.float32, LAYOUT), GROUP, GROUPS, STAGES,
+                room, count, many, x_scale_ptr + gl.minimum(place, end - 1) * scales, w_scale_at, steps,
+                tokens * scales - steps, gl.zeros([64, OUT], gl.float32, LAYOUT), GROUP, GROUPS, STAGES,
             )  # fmt: skip
             y = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), STORE)
             channel = row + gl.arange(0, OUT, gl.SliceLayout(0, STORE))
             gl.store(y_ptr + (pair * hidden)[:, None] + channel[None, :], y, (at < end)[:, None])
         else:
-            let_by(room[2], room[3], count, steps, STAGES)
-        count += steps
+            let_by(room[2], room[3], count, many, STAGES)
+        count += many
         column, expert, begin, end = take(turns, turn)
 
 
@@ -254,17 +263,18 @@ def make_room(x_desc, w_desc, MATRICES: gl.constexpr, GROUPS: gl.constexpr, STAG
 @gluon.jit(do_not_specialize=COUNTS)
 def down_kernel(
     x_desc, w_desc, shared_desc, x_scale_ptr, w_scale_ptr, shared_scale_ptr, order_ptr, tiles_ptr, y_ptr, counter,
-    tiles, items, across, experts, width, shared_width, hidden, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    tiles, items, across, tokens, experts, shared, width, hidden, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """y `[pairs, D]`, by pair number: inner `[P, W]` times the expert's down matrix."""
+    """y `[.., D]`, by pair number: inner `[P, W]` times the expert's down matrix. The shared experts' sum is the first
+    one's."""
     OUT: gl.constexpr = w_desc.block_type.shape[0]
     room = make_room(x_desc, w_desc, 1, GROUPS, STAGES)
     turns = table_room(GROUPS)
     pointers = (x_scale_ptr, w_scale_ptr, shared_scale_ptr, order_ptr, y_ptr)
-    sizes = (experts, width, shared_width, hidden)
+    sizes = (tokens, experts, shared, width, hidden)
     table = (tiles_ptr, counter, tiles, items, across)
     descriptors = (x_desc, w_desc, shared_desc)
-    shape = (experts, width, hidden)
+    shape = (tokens, experts, shared, width, hidden)
     if GROUPS == 2:
         gl.warp_specialize(
             [
@@ -530,11 +540,6 @@ def supported(x: Tensor, width: int, hidden: int) -> bool:
     )
 
 
-def counter(x: Tensor) -> Tensor:
-    """How many items have been taken beyond the first of each program."""
-    return torch.zeros(1, dtype=torch.int32, device=x.device)
-
-
 def descriptor(x: Tensor, rows: int) -> Any:
     """Tiles of `rows` rows and 128 bytes of x `[M, C]`."""
     kind = (
@@ -555,13 +560,15 @@ def gate_up(
     shared: tuple[Held, Held],
     inner: Tensor,
     inner_scales: Tensor,
+    taken: Tensor,
     limit: float | None,
     tokens: int,
     groups: int,
     stages: int,
 ) -> None:
     """inner[p] = weight * swiglu(gate x, up x), by place, as x's rows lie; `routed` `[E, W, D]` and `shared`: gate
-    and up. Shapes of the rest: `experts_triton.gate_up_kernel`."""
+    and up. Tiles of 64 * `groups` pairs; `taken` is an int32 zero. Shapes of the rest:
+    `experts_triton.gate_up_kernel`."""
     (gate, gate_scale), (up, up_scale) = routed
     (shared_gate, shared_gate_scale), (shared_up, shared_up_scale) = shared
     count, width, hidden = gate.shape
@@ -569,7 +576,7 @@ def gate_up(
     gate_up_kernel[(min(processors(x), tiles * across),)](
         descriptor(x, 64), descriptor(gate.flatten(0, 1), 64), descriptor(up.flatten(0, 1), 64),
         descriptor(shared_gate, 64), descriptor(shared_up, 64), scales, gate_scale, up_scale,
-        shared_gate_scale, shared_up_scale, weights, order, table, inner, inner_scales, counter(x), limit or 0.0,
+        shared_gate_scale, shared_up_scale, weights, order, table, inner, inner_scales, taken, limit or 0.0,
         tiles, tiles * across, across, weights.numel(), tokens, count, width, hidden, LIMIT=limit is not None,
         GROUPS=groups, STAGES=stages, num_warps=4,
     )  # fmt: skip
@@ -583,15 +590,19 @@ def down(
     routed: Held,
     shared: Held,
     parts: Tensor,
+    taken: Tensor,
+    tokens: int,
+    extra: int,
     groups: int,
     stages: int,
 ) -> None:
-    """parts[order[p]] = inner[p] times the matrix `[D, W]` of p's expert."""
+    """parts[order[p]] = inner[p] times the matrix `[D, W]` of p's expert; the sum over all `extra` shared experts for
+    a token is in the first one's row. `taken` is an int32 zero."""
     (weight, scale), (shared_weight, shared_scale) = routed, shared
     count, hidden, width = weight.shape
     tiles, across = table.shape[1], hidden // 128
     down_kernel[(min(processors(inner), tiles * across),)](
         descriptor(inner, 64), descriptor(weight.flatten(0, 1), 128), descriptor(shared_weight, 128),
-        inner_scales, scale, shared_scale, order, table, parts, counter(inner), tiles, tiles * across, across, count,
-        width, shared_weight.shape[1], hidden, GROUPS=groups, STAGES=stages, num_warps=4,
+        inner_scales, scale, shared_scale, order, table, parts, taken, tiles, tiles * across, across, tokens, count,
+        extra, width, hidden, GROUPS=groups, STAGES=stages, num_warps=4,
     )  # fmt: skip

@@ -16,7 +16,6 @@ from rorqual.kernels.experts_gluon import (
     AVAILABLE,
     COUNTS,
     Held,
-    counter,
     descriptor,
     expect,
     gl,
@@ -86,7 +85,7 @@ def _fetch(
     x_desc, shared_x_desc, one_desc, two_desc, shared_one_desc, shared_two_desc = descriptors
     x_tiles, w_tiles, full, free = room
     tiles_ptr, counter, tiles, items, across = table
-    pairs, tokens, experts, width, hidden = sizes
+    pairs, tokens, experts, shared, width, hidden = sizes
     DEPTH: gl.constexpr = x_desc.block_type.shape[1]
     X_BYTES: gl.constexpr = x_desc.block_type.nbytes
     W_BYTES: gl.constexpr = 2 * one_desc.block_type.nbytes
@@ -100,43 +99,49 @@ def _fetch(
         begin = gl.load(tiles_ptr + tiles + tile)
         end = gl.load(tiles_ptr + 2 * tiles + tile)
         following = gl.atomic_add(counter, 1) + gl.num_programs(0)
-        if expert >= 0:
+        if (expert >= 0) & (expert <= experts + (shared if UP else 0)):
             hand_out(turns, turn, item % across, expert, begin, end)
             turn += 1
             busy = (end - begin + 63) // 64
-            extra = gl.maximum(expert - experts, 0)
-            column = 0
+            many = steps
             if UP:
                 one = item % across * 128
                 if expert < experts:
                     one += expert * width
                 else:
                     # All shared experts read x as it is.
-                    begin -= pairs + extra * tokens
-                    one += extra * width
+                    begin -= pairs + (expert - experts) * tokens
+                    one += (expert - experts) * width
                 two = one
             else:
                 one = item % across * 256
                 if expert < experts:
                     one += expert * hidden
-                column = extra * width
+                else:
+                    # All of them at once: their matrices lie side by side, their rows of inner behind one another.
+                    many = steps * shared
                 two = one + 128
-            for step in range(steps):
+            for step in range(many):
                 stage = count % STAGES
                 mbarrier.wait(free.index(stage), ((count // STAGES) & 1) ^ 1)
                 bar = full.index(stage)
-                start = step * DEPTH
                 expect(bar, busy, X_BYTES, W_BYTES, GROUPS)
+                row = begin
+                start = step * DEPTH
+                if not UP:
+                    row += step // steps * tokens
+                    start = step % steps * DEPTH
                 for g in gl.static_range(GROUPS):
                     rows = x_tiles.index(GROUPS * stage + g)
                     there = busy > g
-                    routed = there & (expert < experts)
-                    tma.async_copy_global_to_shared(x_desc, [begin + 64 * g, start], bar, rows, pred=routed)
-                    shared = there & (expert >= experts)
-                    tma.async_copy_global_to_shared(
-                        shared_x_desc, [begin + 64 * g, start], bar, rows, pred=shared
-                    )
-                start += column
+                    if UP:
+                        by_token = there & (expert >= experts)
+                        there = there & (expert < experts)
+                        tma.async_copy_global_to_shared(
+                            shared_x_desc, [row + 64 * g, start], bar, rows, pred=by_token
+                        )
+                    tma.async_copy_global_to_shared(x_desc, [row + 64 * g, start], bar, rows, pred=there)
+                start = step * DEPTH
                 upper = w_tiles.index(2 * stage)
                 lower = w_tiles.index(2 * stage + 1)
                 if expert < experts:
@@ -195,7 +200,7 @@ def _down_group(
 ):
     """Four warps: 64 pairs of every item."""
     order_ptr, y_ptr = pointers
-    hidden, steps = sizes
+    experts, shared, hidden, steps = sizes
     STORE: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64]],
         [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 128],
@@ -207,18 +212,19 @@ def _down_group(
     while expert >= 0:
         turn += 1
         begin += GROUP * 64
+        many = gl.where(expert < experts, steps, steps * shared)
         if begin < end:
             at = begin + gl.arange(0, 64, gl.SliceLayout(1, STORE))
             pair = gl.load(order_ptr + at, at < end, other=0).to(gl.int64)
-            first, second = _multiply(room, count, steps, GROUP, GROUPS, STAGES)
+            first, second = _multiply(room, count, many, GROUP, GROUPS, STAGES)
             channel = column * 256 + gl.arange(0, 128, gl.SliceLayout(0, STORE))
             to = y_ptr + (pair * hidden)[:, None] + channel[None, :]
             there = (at < end)[:, None]
             gl.store(to, gl.convert_layout(first.to(kind), STORE), there)
             gl.store(to + 128, gl.convert_layout(second.to(kind), STORE), there)
         else:
-            let_by(room[2], room[3], count, steps, STAGES)
-        count += steps
+            let_by(room[2], room[3], count, many, STAGES)
+        count += many
         column, expert, begin, end = take(turns, turn)
 
 
@@ -236,7 +242,7 @@ def _room(x_desc, w_desc, GROUPS: gl.constexpr, STAGES: gl.constexpr):
 @gluon.jit(do_not_specialize=COUNTS)
 def gate_up_kernel(
     x_desc, shared_x_desc, gate_desc, up_desc, shared_gate_desc, shared_up_desc, weights_ptr, order_ptr, tiles_ptr,
-    inner_ptr, counter, limit, tiles, items, across, pairs, tokens, experts, width, hidden,
+    inner_ptr, counter, limit, tiles, items, across, pairs, tokens, experts, shared, width, hidden,
     LIMIT: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """inner `[P, W]`: weight * swiglu of rows of x that lie by place already, for shared experts by token."""
@@ -246,7 +252,7 @@ def gate_up_kernel(
     sizes = (limit, pairs, width, hidden // x_desc.block_type.shape[1])
     descriptors = (x_desc, shared_x_desc, gate_desc, up_desc, shared_gate_desc, shared_up_desc)
     table = (tiles_ptr, counter, tiles, items, across)
-    shape = (pairs, tokens, experts, width, hidden)
+    shape = (pairs, tokens, experts, shared, width, hidden)
     if GROUPS == 2:
         gl.warp_specialize(
             [
@@ -272,17 +278,18 @@ def gate_up_kernel(
 
 @gluon.jit(do_not_specialize=COUNTS)
 def down_kernel(
-    x_desc, w_desc, shared_desc, order_ptr, tiles_ptr, y_ptr, counter, tiles, items, across, experts, width, hidden,
-    GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    x_desc, w_desc, shared_desc, order_ptr, tiles_ptr, y_ptr, counter, tiles, items, across, tokens, experts, shared,
+    width, hidden, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """y `[pairs, D]`, by pair number: inner `[P, W]` times the expert's down matrix."""
+    """y `[.., D]`, by pair number: inner `[P, W]` times the expert's down matrix. The shared experts' sum is the first
+    one's."""
     fetched, room = _room(x_desc, w_desc, GROUPS, STAGES)
     turns = table_room(GROUPS)
     pointers = (order_ptr, y_ptr)
-    sizes = (hidden, width // x_desc.block_type.shape[1])
+    sizes = (experts, shared, hidden, width // x_desc.block_type.shape[1])
     descriptors = (x_desc, x_desc, w_desc, w_desc, shared_desc, shared_desc)
     table = (tiles_ptr, counter, tiles, items, across)
-    shape = (0, 0, experts, width, hidden)
+    shape = (0, tokens, experts, shared, width, hidden)
     if GROUPS == 2:
         gl.warp_specialize(
             [
@@ -315,19 +322,22 @@ def gate_up(
     routed: tuple[Held, Held],
     shared: tuple[Held, Held],
     inner: Tensor,
+    taken: Tensor,
     limit: float | None,
+    extra: int,
     groups: int,
     stages: int,
 ) -> None:
-    """See `experts_gluon.gate_up`; tiles of 64 * `groups` pairs."""
+    """See `experts_gluon.gate_up`; the shared experts read `shared_x` `[N, D]`."""
     gate, up = routed[0][0], routed[1][0]
     count, width, hidden = gate.shape
     tiles, across = table.shape[1], width // 128
     gate_up_kernel[(min(processors(x), tiles * across),)](
         descriptor(x, 64), descriptor(shared_x, 64), descriptor(gate.flatten(0, 1), 128),
         descriptor(up.flatten(0, 1), 128), descriptor(shared[0][0], 128), descriptor(shared[1][0], 128), weights,
-        order, table, inner, counter(x), limit or 0.0, tiles, tiles * across, across, weights.numel(),
-        shared_x.shape[0], count, width, hidden, LIMIT=limit is not None, GROUPS=groups, STAGES=stages, num_warps=4,
+        order, table, inner, taken, limit or 0.0, tiles, tiles * across, across, weights.numel(),
+        shared_x.shape[0], count, extra, width, hidden, LIMIT=limit is not None, GROUPS=groups, STAGES=stages,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -338,6 +348,9 @@ def down(
     routed: Held,
     shared: Held,
     parts: Tensor,
+    taken: Tensor,
+    tokens: int,
+    extra: int,
     groups: int,
     stages: int,
 ) -> None:
@@ -347,6 +360,6 @@ def down(
     tiles, across = table.shape[1], hidden // 256
     down_kernel[(min(processors(inner), tiles * across),)](
         descriptor(inner, 64), descriptor(weight.flatten(0, 1), 128), descriptor(shared[0], 128), order, table,
-        parts, counter(inner), tiles, tiles * across, across, count, width, hidden, GROUPS=groups, STAGES=stages,
-        num_warps=4,
+        parts, taken, tiles, tiles * across, across, tokens, count, extra, width, hidden, GROUPS=groups,
+        STAGES=stages, num_warps=4,
     )  # fmt: skip

@@ -117,11 +117,14 @@ def count_kernel(
 
 @triton.jit(do_not_specialize=["chunks"])
 def scan_kernel(
-    counts_ptr, chunks, BINS: tl.constexpr, WIDE: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr
-):
-    """counts `[chunks + 1, BINS]`, `WIDE` bins a program: how many there were before each chunk, and in all."""
+    counts_ptr, taken_ptr, chunks, BINS: tl.constexpr, WIDE: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """counts `[chunks + 1, BINS]`, `WIDE` bins a program: how many there were before each chunk, and in all. taken
+    `[2]` int32 is zeroed for the products."""
     if PDL:
         follow()
+    if tl.program_id(0) == 0:
+        tl.store(taken_ptr + tl.arange(0, 2), tl.zeros((2,), tl.int32))
     bins = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
     total = tl.zeros((WIDE,), tl.int32)
     for start in range(0, chunks, HIGH):

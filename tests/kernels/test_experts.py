@@ -237,7 +237,9 @@ def test_sort(device: torch.device, tokens: int, shared: int, rows: int, chunks:
         count_kernel[(many,)](
             ids, counts, x, codes, x, pairs, count, many, 0, CHUNK=16, BINS=8, GROUPS=64, PDL=False
         )
-        scan_kernel[(2,)](counts, many, BINS=8, WIDE=4, HIGH=4, PDL=False)
+        taken = torch.full((2,), -7, dtype=torch.int32, device=device)
+        scan_kernel[(2,)](counts, taken, many, BINS=8, WIDE=4, HIGH=4, PDL=False)
+        assert taken.tolist() == [0, 0]
         place_kernel[(max(many, -(-tiles // 4)),)](
             ids, counts, order, places, table, pairs, tokens, count, shared, tiles, many,
             ROWS=rows, CHUNK=16, BINS=8, TILES=4, PDL=False,
