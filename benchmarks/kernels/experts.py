@@ -197,9 +197,32 @@ def families() -> Iterable[tuple[str, bool, list[int], Plan, list[Tiles], list[T
     ups = few((2, 16, 128, 2, 4), (4, 16, 128, 4, 3))
     downs = few((4, 16, 128, 4, 6), (8, 16, 128, 8, 4), (4, 16, 128, 4, 7))
     yield "few", False, [1, 4], plan(1, 6, 64, False, False), ups, downs
-    ups = [Tiles(32, *t, True) for t in ((64, 128, 4, 3), (64, 64, 4, 4), (32, 128, 4, 4))]
-    downs = [Tiles(32, *t, True) for t in ((128, 128, 4, 3), (128, 64, 4, 4), (64, 128, 4, 4))]
-    yield "thin32", False, [256], Plan(ups[0], downs[0]), ups, downs
+    ups = [
+        Tiles(32, *t, True)
+        for t in (
+            (64, 128, 4, 4),
+            (128, 128, 8, 3),
+            (128, 128, 8, 4),
+            (128, 128, 4, 3),
+            (64, 128, 4, 5),
+            (64, 128, 4, 3),
+        )
+    ]
+    downs = [
+        Tiles(32, *t, True)
+        for t in (
+            (128, 128, 4, 3),
+            (128, 128, 4, 4),
+            (128, 128, 8, 4),
+            (64, 128, 4, 5),
+            (128, 128, 4, 5),
+            (128, 128, 8, 5),
+        )
+    ]
+    yield "thin32", True, [256], Plan(ups[0], downs[0], codes=True), ups, downs
+    ups = [Tiles(64, up.out, 128, up.warps, up.stages, True) for up in ups[:4]]
+    downs = [Tiles(64, down.out, 128, down.warps, down.stages, True) for down in downs[:4]]
+    yield "thin64", True, [512], Plan(ups[0], downs[0], codes=True), ups, downs
 
 
 def variants(start: Plan, ups: list[Tiles], downs: list[Tiles]) -> list[Plan]:

@@ -460,7 +460,7 @@ def _products(
     gate, up, down = b.routed
     shared_gate, shared_up, shared_down = b.shared
     tiles, rows, tile = table.shape[1], how.up.rows, how.up
-    experts_triton.gate_up_kernel[(tiles * triton.cdiv(b.width, tile.out * (1 + how.codes)),)](
+    experts_triton.gate_up_kernel[(tiles * triton.cdiv(b.width, 128 if how.codes else tile.out),)](
         x, scales, b.weights, order, table, gate.codes, up.codes, _scale(gate), _scale(up), shared_gate.codes,
         shared_up.codes, _scale(shared_gate), _scale(shared_up), inner, inner_scales, b.limit or 0.0, b.pairs,
         b.tokens, b.count, tiles, b.width, b.hidden, K=b.chosen, ROWS=rows, OUT=tile.out, DEPTH=tile.depth,

@@ -304,7 +304,7 @@ def gate_up_kernel(
     """
     if PDL:
         follow()
-    SPAN: tl.constexpr = 2 * OUT if CODES else OUT
+    SPAN: tl.constexpr = 128 if CODES else OUT
     across = tl.cdiv(width, SPAN)
     tile = tl.program_id(0) // across
     column = tl.program_id(0) % across * SPAN
@@ -340,7 +340,12 @@ def gate_up_kernel(
     inner = inner * weight_R[:, None]
     place = place_R.to(tl.int64)[:, None] * width
     channel = column + tl.arange(0, OUT)[None, :]
-    if CODES:
+    if CODES and OUT == 128:
+        scale_R = tl.maximum(tl.max(tl.abs(inner), 1), 1e-4) / 448.0
+        inner = inner / scale_R[:, None]
+        tl.store(inner_ptr + place + channel, inner.to(inner_ptr.dtype.element_ty), there_R[:, None])
+        tl.store(inner_scale_ptr + place_R * tl.cdiv(width, 128) + column // 128, scale_R, there_R)
+    elif CODES:
         second = _gate_up(
             x_ptr, x_scale_ptr, token_R, there_R, gate, up, gate_scale, up_scale, column + OUT, width, hidden,
             scales, limit, ROWS, OUT, DEPTH, THIN, FP8, EVEN, LIMIT,

@@ -180,6 +180,7 @@ def test_bf16(device: torch.device, form: str) -> None:
 
 FP8_PLANS = {"thin": Plan(Tiles(16, 64, 128, 4, 2, True), Tiles(16, 128, 128, 4, 2, True)),
              "wide": Plan(Tiles(16, 64, 128, 4, 2, False), Tiles(16, 128, 128, 4, 2, False), codes=True),
+             "thin codes": Plan(Tiles(16, 128, 128, 4, 2, True), Tiles(16, 128, 128, 4, 2, True), codes=True),
              "few": Plan(Tiles(2, 32, 128, 4, 2, True), Tiles(2, 64, 128, 4, 2, True), few=True)}  # fmt: skip
 
 
@@ -360,5 +361,5 @@ def test_every_batch_has_a_plan() -> None:
         plan = op.plan(tokens, 6, 64, fp8, fixed)
         assert plan.few or plan.up.rows == plan.down.rows
         assert not fp8 or plan.gluon or plan.up.depth == plan.down.depth == 128
-        assert not plan.codes or plan.up.out == 64 or plan.gluon
+        assert not plan.codes or plan.up.out in (64, 128)
         assert not fixed or plan == op.plan(1, 6, 64, fp8, True)
