@@ -8,9 +8,9 @@ fp32 in the order of its choice, then the shared experts' and what `add_ND` hold
 `0 .. E - 1` names no expert and adds nothing. `reference` is the definition and the CPU's and training's form.
 
 `fast` runs without a device-to-host sync. A few tokens go through `experts_few` (two launches), more through
-`experts_triton`: sort pairs by expert on the device, two grouped products, sum; on Hopper `experts_gluon` has the
-products of large batches. FP8 matrices are multiplied as codes; except for a few tokens the activations are
-quantised 1x128 on the way (where `reference` multiplies the matrices out).
+`experts_triton`: sort pairs by expert on the device, two grouped products, sum; on Hopper `experts_gluon` (FP8) and
+`experts_gluon16` have the products of large batches. FP8 matrices are multiplied as codes; except for a few tokens
+the activations are quantised 1x128 on the way (where `reference` multiplies the matrices out).
 """
 
 from __future__ import annotations
@@ -196,6 +196,11 @@ EXACT = Plan(Tiles(16, 32, 32, 4, 2, True), Tiles(16, 32, 32, 4, 2, True))
 ONE_CHUNK = 4096
 """Up to so many pairs are sorted in one launch, in which every expert's program looks at all of them."""
 
+PLACE: tuple[int, int] | None = None
+
+LARGE = 512
+"""Pairs of an expert, on average, from which on the tiles of Gluon's products are the larger ones."""
+
 FEW, FEW_FP8 = 4, 2
 """Batches up to these sizes go through `experts_few`."""
 
@@ -224,9 +229,11 @@ def plan(tokens: int, chosen: int, count: int, fp8: bool, fixed: bool, gluon: bo
         return Plan(Tiles(32, 32, 128, 4, 4, True), Tiles(32, 64, 128, 4, 4, True))
     if full <= 64:
         return Plan(Tiles(64, 64, 64, 4, 4, True), Tiles(64, 128, 64, 4, 4, True))
-    if fp8 and gluon:
-        tile = Tiles(128, 128, 128, 4, 4, False)
-        return Plan(tile, tile, codes=True, gluon=True)
+    if gluon:
+        # Tiles of 192 pairs ask the cache for less, but more of an expert's last one is empty.
+        rows, stages = (192, 4 if fp8 else 3) if mean >= LARGE else (128, 6 if fp8 else 4)
+        tile = Tiles(rows, 128, 128 if fp8 else 64, 4, stages, False)
+        return Plan(tile, tile, codes=fp8, gluon=True)
     if fp8:
         return Plan(Tiles(64, 64, 128, 4, 4, False), Tiles(64, 128, 128, 4, 4, False), codes=True)
     return Plan(Tiles(128, 128, 64, 8, 4, False), Tiles(128, 256, 64, 8, 4, False))
@@ -425,7 +432,7 @@ def _place(
     """Write order and table, zero `taken`, and write codes and scales if there is room for them; the place of every
     pair."""
     bins = triton.next_power_of_2(b.count + 1)
-    chunk = min(256, max(64, 2**14 // bins))
+    chunk, warps = PLACE or (min(256, max(64, 2**14 // bins)), 8)
     chunks, groups = triton.cdiv(b.pairs, chunk), scales.numel()
     counts = b.ids.new_empty(chunks + 1, bins, dtype=torch.int32)
     places = b.ids.new_empty(b.pairs, dtype=torch.int32)
@@ -440,7 +447,7 @@ def _place(
     tiles = table.shape[1]
     experts_triton.place_kernel[(max(chunks, triton.cdiv(tiles, 16)),)](
         b.ids, counts, order, places, table, b.pairs, b.tokens, b.count, b.extra, tiles, chunks, ROWS=rows,
-        CHUNK=chunk, BINS=bins, TILES=16, num_warps=8, **b.launch,
+        CHUNK=chunk, BINS=bins, TILES=16, num_warps=warps, **b.launch,
     )  # fmt: skip
     return places
 

@@ -248,7 +248,7 @@ def plan(rows: int, out_width: int, width: int) -> dict[str, Any]:
         and groups >= split * (8 if 2 * tiles * split <= PROCESSORS else 32)
     ):
         split *= 2
-    how |= {"SPLIT": split, "BN": BN, "BO": 64, "FETCH": 512 if rows <= 64 and width >= 512 else 0}
+    how |= {"SPLIT": split, "BN": BN, "BO": 64, "FETCH": 512 if rows <= 32 and width >= 512 else 0}
     if rows <= 32:
         return how | {"STAGES": 4, "UNROLL": 2}
     return how | {"STAGES": 8 if tiles * split <= PROCESSORS else 6}  # one program a multiprocessor, or two
