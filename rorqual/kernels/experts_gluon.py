@@ -41,6 +41,7 @@ __all__ = [
     "AVAILABLE",
     "COUNTS",
     "Held",
+    "dense",
     "descriptor",
     "down",
     "expect",
@@ -57,7 +58,7 @@ __all__ = [
     "take",
 ]
 
-COUNTS = ("tiles", "items", "across", "pairs", "tokens", "experts", "shared")
+COUNTS = ("tiles", "items", "across", "pairs", "tokens", "experts", "shared", "x_row", "x_step")
 """Arguments whose values make no variant of a kernel: batches of every size run the same code."""
 
 
@@ -122,18 +123,18 @@ def let_by(full, free, count, steps, STAGES: gl.constexpr):
 
 @gluon.jit
 def _add(
-    room, count, many, x_scale_ptrs, w_scale_ptr, steps, jump, acc,
+    room, count, many, x_scale_ptrs, w_scale_ptr, x_step, steps, jump, acc,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """acc plus the product of `many` tiles from tile number `count` on. After every `steps` of them x's scales go on
-    `jump` further."""
+    """acc plus the product of `many` tiles from tile number `count` on. x's scales lie `x_step` apart, and
+    after every `steps` of them go on `jump` further."""
     x_tiles, w_tiles, full, free = room
     zero = gl.zeros_like(acc)
     # The scales of two steps ahead arrive while products are under way.
     x_scale = gl.load(x_scale_ptrs)
     w_scale = gl.load(w_scale_ptr)
     ahead = gl.minimum(1, many - 1)
-    next_x = gl.load(x_scale_ptrs + ahead + ahead // steps * jump)
+    next_x = gl.load(x_scale_ptrs + ahead * x_step + ahead // steps * jump)
     next_w = gl.load(w_scale_ptr + ahead)
     for step in range(many):
         stage = (count + step) % STAGES
@@ -145,7 +146,7 @@ def _add(
         ahead = gl.minimum(step + 2, many - 1)
         x_scale = next_x
         w_scale = next_w
-        next_x = gl.load(x_scale_ptrs + ahead + ahead // steps * jump)
+        next_x = gl.load(x_scale_ptrs + ahead * x_step + ahead // steps * jump)
         next_w = gl.load(w_scale_ptr + ahead)
         part = warpgroup_mma_wait(0, deps=[part])
         mbarrier.arrive(free.index(stage))
@@ -155,8 +156,9 @@ def _add(
 
 @gluon.jit
 def _fetch_down(
-    descriptors, room, turns, table, sizes, OUT: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr
-):
+    descriptors, room, turns, table, sizes,
+    OUT: gl.constexpr, DENSE: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """The fetching warp: 64 rows of inner for each group that has pairs and `OUT` rows of the expert's matrix."""
     x_desc, w_desc, shared_desc = descriptors
     x_tiles, w_tiles, full, free = room
@@ -169,10 +171,16 @@ def _fetch_down(
     item = gl.program_id(0)
     while item < items:
         tile = item // across
-        expert = gl.load(tiles_ptr + tile)
-        begin = gl.load(tiles_ptr + tiles + tile)
-        end = gl.load(tiles_ptr + 2 * tiles + tile)
-        following = gl.atomic_add(counter, 1) + gl.num_programs(0)
+        if DENSE:
+            expert = item * 0
+            begin = tile * (64 * GROUPS)
+            end = gl.minimum(begin + 64 * GROUPS, tokens)
+            following = item + gl.num_programs(0)
+        else:
+            expert = gl.load(tiles_ptr + tile)
+            begin = gl.load(tiles_ptr + tiles + tile)
+            end = gl.load(tiles_ptr + 2 * tiles + tile)
+            following = gl.atomic_add(counter, 1) + gl.num_programs(0)
         if (expert >= 0) & (expert <= experts):
             hand_out(turns, turn, item % across, expert, begin, end)
             turn += 1
@@ -207,11 +215,11 @@ def _fetch_down(
 @gluon.jit
 def _multiply_down(
     room, turns, pointers, sizes,
-    OUT: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    OUT: gl.constexpr, DENSE: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps: 64 pairs of every item."""
     x_scale_ptr, w_scale_ptr, shared_scale_ptr, order_ptr, y_ptr = pointers
-    tokens, experts, shared, width, hidden = sizes
+    tokens, experts, shared, width, hidden, x_row, x_step = sizes
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OUT, 32])
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     steps = width // room[0].shape[2]
@@ -227,17 +235,23 @@ def _multiply_down(
             row = column * OUT
             place = begin + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
             at = begin + gl.arange(0, 64, gl.SliceLayout(1, STORE))
-            pair = gl.load(order_ptr + at, at < end, other=0).to(gl.int64)
+            if DENSE:
+                pair = at.to(gl.int64)
+            else:
+                pair = gl.load(order_ptr + at, at < end, other=0).to(gl.int64)
             w_scale_at = w_scale_ptr + (expert * (hidden // 128) + row // 128) * scales
             if expert >= experts:
                 w_scale_at = shared_scale_ptr + row // 128 * (scales * shared)
             acc = _add(
-                room, count, many, x_scale_ptr + gl.minimum(place, end - 1) * scales, w_scale_at, steps,
-                tokens * scales - steps, gl.zeros([64, OUT], gl.float32, LAYOUT), GROUP, GROUPS, STAGES,
+                room, count, many, x_scale_ptr + gl.minimum(place, end - 1) * x_row, w_scale_at, x_step, steps,
+                tokens * x_row - steps * x_step, gl.zeros([64, OUT], gl.float32, LAYOUT), GROUP, GROUPS, STAGES,
             )  # fmt: skip
             y = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), STORE)
             channel = row + gl.arange(0, OUT, gl.SliceLayout(0, STORE))
-            gl.store(y_ptr + (pair * hidden)[:, None] + channel[None, :], y, (at < end)[:, None])
+            there = (at < end)[:, None]
+            if DENSE:
+                there = there & (channel < hidden)[None, :]
+            gl.store(y_ptr + (pair * hidden)[:, None] + channel[None, :], y, there)
         else:
             let_by(room[2], room[3], count, many, STAGES)
         count += many
@@ -263,24 +277,25 @@ def make_room(x_desc, w_desc, MATRICES: gl.constexpr, GROUPS: gl.constexpr, STAG
 @gluon.jit(do_not_specialize=COUNTS)
 def down_kernel(
     x_desc, w_desc, shared_desc, x_scale_ptr, w_scale_ptr, shared_scale_ptr, order_ptr, tiles_ptr, y_ptr, counter,
-    tiles, items, across, tokens, experts, shared, width, hidden, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    tiles, items, across, tokens, experts, shared, width, hidden, x_row, x_step,
+    DENSE: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """y `[.., D]`, by pair number: inner `[P, W]` times the expert's down matrix. The shared experts' sum is the first
-    one's."""
+    one's. `DENSE`: of one matrix, rows as they are."""
     OUT: gl.constexpr = w_desc.block_type.shape[0]
     room = make_room(x_desc, w_desc, 1, GROUPS, STAGES)
     turns = table_room(GROUPS)
     pointers = (x_scale_ptr, w_scale_ptr, shared_scale_ptr, order_ptr, y_ptr)
-    sizes = (tokens, experts, shared, width, hidden)
+    sizes = (tokens, experts, shared, width, hidden, x_row, x_step)
     table = (tiles_ptr, counter, tiles, items, across)
     descriptors = (x_desc, w_desc, shared_desc)
     shape = (tokens, experts, shared, width, hidden)
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_multiply_down, (room, turns, pointers, sizes, OUT, 0, GROUPS, STAGES)),
-                (_multiply_down, (room, turns, pointers, sizes, OUT, 1, GROUPS, STAGES)),
-                (_fetch_down, (descriptors, room, turns, table, shape, OUT, GROUPS, STAGES)),
+                (_multiply_down, (room, turns, pointers, sizes, OUT, DENSE, 0, GROUPS, STAGES)),
+                (_multiply_down, (room, turns, pointers, sizes, OUT, DENSE, 1, GROUPS, STAGES)),
+                (_fetch_down, (descriptors, room, turns, table, shape, OUT, DENSE, GROUPS, STAGES)),
             ],
             [4, 1],
             [232, 40],
@@ -288,10 +303,10 @@ def down_kernel(
     else:
         gl.warp_specialize(
             [
-                (_multiply_down, (room, turns, pointers, sizes, OUT, 0, GROUPS, STAGES)),
-                (_multiply_down, (room, turns, pointers, sizes, OUT, 1, GROUPS, STAGES)),
-                (_multiply_down, (room, turns, pointers, sizes, OUT, 2, GROUPS, STAGES)),
-                (_fetch_down, (descriptors, room, turns, table, shape, OUT, GROUPS, STAGES)),
+                (_multiply_down, (room, turns, pointers, sizes, OUT, DENSE, 0, GROUPS, STAGES)),
+                (_multiply_down, (room, turns, pointers, sizes, OUT, DENSE, 1, GROUPS, STAGES)),
+                (_multiply_down, (room, turns, pointers, sizes, OUT, DENSE, 2, GROUPS, STAGES)),
+                (_fetch_down, (descriptors, room, turns, table, shape, OUT, DENSE, GROUPS, STAGES)),
             ],
             [4, 4, 1],
             [160, 160, 24],
@@ -604,5 +619,18 @@ def down(
     down_kernel[(min(processors(inner), tiles * across),)](
         descriptor(inner, 64), descriptor(weight.flatten(0, 1), 128), descriptor(shared_weight, 128),
         inner_scales, scale, shared_scale, order, table, parts, taken, tiles, tiles * across, across, tokens, count,
-        extra, width, hidden, GROUPS=groups, STAGES=stages, num_warps=4,
+        extra, width, hidden, width // 128, 1, DENSE=False, GROUPS=groups, STAGES=stages, num_warps=4,
+    )  # fmt: skip
+
+
+def dense(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, y: Tensor, groups: int, stages: int
+) -> None:
+    """y `[N, O]` = codes x `[N, D]` with scales `[N, D / 128]` times a matrix `[O, D]`, scales by blocks of 128x128."""
+    (rows, width), out = x.shape, weight.shape[0]
+    tiles, across = -(-rows // (64 * groups)), -(-out // 128)
+    down_kernel[(min(processors(x), tiles * across),)](
+        descriptor(x, 64), descriptor(weight, 128), descriptor(weight, 128), x_scale, scale, scale, y, y, y, y, tiles,
+        tiles * across, across, rows, 1, 0, width, out, x_scale.stride(0), x_scale.stride(1), DENSE=True,
+        GROUPS=groups, STAGES=stages, num_warps=4,
     )  # fmt: skip
