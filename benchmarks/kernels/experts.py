@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from rorqual.kernels import experts as op
-from rorqual.kernels import experts_gluon, experts_triton
+from rorqual.kernels import experts_triton, fp8_gluon
 from rorqual.kernels.experts import Plan, Shared, Tiles, Weights, fast, plan, reference
 from rorqual.kernels.quant import FP8
 
@@ -355,7 +355,7 @@ def grouped(
             taken: Tensor = taken,
         ) -> None:
             if gluon:
-                experts_gluon.down(
+                fp8_gluon.down(
                     codes, scales, order, table, (w.codes, w.scale), (w.codes[0], w.scale[0]), y, taken.zero_(), 0, 0,
                     t.rows // 64, t.stages,
                 )  # fmt: skip

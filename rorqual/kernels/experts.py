@@ -22,7 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rorqual.kernels import experts_few, experts_gluon, experts_gluon16, experts_triton
+from rorqual.kernels import (
+    experts_few,
+    experts_gluon,
+    experts_gluon16,
+    experts_triton,
+    fp8_gluon,
+    gluon_rings,
+)
 from rorqual.kernels.gpu import triton, usable
 from rorqual.kernels.linear import linear
 from rorqual.kernels.quant import FP8, dequantize_fp4, dequantize_fp8
@@ -301,7 +308,7 @@ def fast(
     if how is None:
         exact = gate.codes.dtype == torch.float32
         count, width, hidden = gate.codes.shape
-        gluon = experts_gluon.supported(x_ND, width, hidden)
+        gluon = gluon_rings.supported(x_ND, width, hidden)
         how = EXACT if exact else plan(x_ND.shape[0], ids_NK.shape[1], count, fp8, fixed, gluon)
     return _few(batch, how) if how.few else _sorted(batch, how)
 
@@ -510,7 +517,7 @@ def _gluon_products(
             x, scales, b.weights, order, table, (routed[0], routed[1]), (shared[0], shared[1]), inner, inner_scales,
             taken, b.limit, b.tokens, groups, first,
         )  # fmt: skip
-        experts_gluon.down(
+        fp8_gluon.down(
             inner, inner_scales, order, table, routed[2], shared[2], parts, taken[1:], b.tokens, b.extra, groups,
             second,
         )  # fmt: skip

@@ -1,9 +1,7 @@
 """The grouped bf16 products of `experts` for large batches on Hopper, in Gluon.
 
-As in `experts_gluon` one warp fetches tiles by the bulk copy engine and groups of four warps multiply, each 64 of a
-tile's pairs with 256 output channels: gate and up of the same 128, or 256 of down. What the cache delivers bounds
-these products, so tiles are as large as registers allow. A group none of whose pairs is there fetches and multiplies
-nothing: of an expert's last tile that is often half.
+`gluon_rings` says how. Each group multiplies 64 of a tile's pairs with 256 output channels: gate and up of the same
+128, or 256 of down. What the cache delivers bounds these products, so tiles are as large as registers allow.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,8 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rorqual.kernels.experts_gluon import (
-    AVAILABLE,
+from rorqual.kernels.gluon_rings import (
     COUNTS,
     Held,
     descriptor,
@@ -23,19 +20,15 @@ from rorqual.kernels.experts_gluon import (
     hand_out,
     let_by,
     make_room,
+    mbarrier,
     processors,
     reciprocal,
     table_room,
     take,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
 )
-
-if AVAILABLE:
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
 
 
 @gluon.jit

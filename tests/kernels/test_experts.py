@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rorqual.kernels import experts as op
-from rorqual.kernels import experts_gluon
+from rorqual.kernels import gluon_rings
 from rorqual.kernels.experts import Plan, Shared, Tiles, Weights, fast, reference
 from rorqual.kernels.experts_triton import count_kernel, place_kernel, scan_kernel, sort_kernel, spread_kernel
 from rorqual.kernels.quant import dequantize_fp8, quantize_fp8
@@ -206,7 +206,7 @@ def test_gluon(
     """Several tiles of an expert, one of few pairs, one of none."""
     *args, common = case(device, 300, 2, 4, 512, 256, shared, dtype=torch.bfloat16, codes=codes)
     x, ids = args[:2]
-    if not experts_gluon.supported(x, 256, 512):
+    if not gluon_rings.supported(x, 256, 512):
         pytest.skip("made for Hopper")
     ids[ids == 2] = 1
     ids[5] = -1
