@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from rorqual.kernels import experts as op
-from rorqual.kernels import experts_triton, fp8_gluon
+from rorqual.kernels import experts_run, experts_triton, fp8_gluon
 from rorqual.kernels.experts import Plan, Shared, Tiles, Weights, fast, plan, reference
 from rorqual.kernels.quant import FP8
 
@@ -242,7 +241,7 @@ def variants(start: Plan, ups: list[Tiles], downs: list[Tiles]) -> list[Plan]:
 def compile_some(jobs: list[tuple[bool, list[int], Plan, bool]]) -> None:
     """In a process of its own: fill Triton's cache. Small matrices compile to the same kernels."""
     layers = {fp8: Layer(Shape(2, 2048, 1408, 2, 2), fp8) for fp8 in (False, True)}
-    for fp8, sizes, how, op.PDL in jobs:
+    for fp8, sizes, how, experts_run.PDL in jobs:
         for tokens in sizes if how.few else sizes[:1]:
             layer = layers[fp8]
             x, _, _ = layer.batch(tokens)
@@ -421,9 +420,9 @@ def in_gluon() -> None:
         for tokens in (701, 3000):
             guarded("gluon", lambda: check(layer, tokens, how=how))  # noqa: B023
         show(layer, (1024, 2048, 8192, 16384), f"gluon {rows}/{stages}", how=how)
-        op.PDL = False
+        experts_run.PDL = False
         guarded("breakdown", lambda: breakdown(layer, 8192, how=how))  # noqa: B023
-        op.PDL = True
+        experts_run.PDL = True
         if fp8:
             for sizes in GROUPED:
                 guarded("grouped", lambda: grouped(*sizes, [how.down], gluon=True))  # noqa: B023
@@ -495,18 +494,20 @@ def main() -> None:
             guarded(f"check {tokens}", lambda: check(layer, tokens, **options))  # noqa: B023
         guarded("fixed", lambda: check_fixed(layer))  # noqa: B023
     if sweeping:
-        for op.PDL in (False, True):
+        for experts_run.PDL in (False, True):
             times = [timed(layers[fp8], n)[0] * 1e6 for fp8 in (False, True) for n in (1, 8)]
-            print(f"pdl {op.PDL}: bf16, fp8 N1, 8 us", " ".join(f"{t:.1f}" for t in times), flush=True)
+            print(
+                f"pdl {experts_run.PDL}: bf16, fp8 N1, 8 us", " ".join(f"{t:.1f}" for t in times), flush=True
+            )
         sweep(layers, began + 40)
         show(layers[True], (1, 2, 4), "sorted", how=plan(8, 6, 64, True, False))
         print(f"swept in {time.monotonic() - began:.0f} s", flush=True)
     for layer in layers.values():
         show(layer, (1, 2, 4, 8, 32, 64, 256, 512, 1024, 2048, 8192, 32768))
         show(layer, (8, 64, 8192), "fixed", fixed=True)
-    op.PDL = False  # a kernel that waits for the one before would count its time too
+    experts_run.PDL = False  # a kernel that waits for the one before would count its time too
     guarded("breakdown", lambda: breakdown(layers[True], 8192))
-    op.PDL = True
+    experts_run.PDL = True
     print(f"{time.monotonic() - began:.0f} s", flush=True)
     layers.clear()
     bounded(in_gluon, 25)

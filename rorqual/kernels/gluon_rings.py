@@ -10,6 +10,7 @@ one are written. A group none of whose rows is there fetches and multiplies noth
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -151,8 +152,14 @@ Held = tuple[Tensor, Tensor]
 """Matrices, and their scales (any tensor if they have none)."""
 
 
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def processors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
+    """Multiprocessors of x's device."""
+    return _processors(x.device)
 
 
 def supported(x: Tensor, width: int, hidden: int) -> bool:
@@ -169,9 +176,12 @@ def supported(x: Tensor, width: int, hidden: int) -> bool:
 
 def descriptor(x: Tensor, rows: int) -> Any:
     """Tiles of `rows` rows and 128 bytes of x `[M, C]`."""
-    kind = (
-        gl.float8e4nv if x.element_size() == 1 else gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    )
-    block = [rows, 128 // x.element_size()]
-    layout = gl.NVMMASharedLayout.get_default_for(block, kind)
+    block, layout = _tile(rows, x.dtype)
     return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], block, layout)
+
+
+@functools.cache
+def _tile(rows: int, dtype: torch.dtype) -> tuple[list[int], Any]:
+    kind = {torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
+    block = [rows, 128 // dtype.itemsize]
+    return block, gl.NVMMASharedLayout.get_default_for(block, kind)

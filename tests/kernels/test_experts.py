@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rorqual.kernels import experts as op
-from rorqual.kernels import gluon_rings
+from rorqual.kernels import experts_run, gluon_rings
 from rorqual.kernels.experts import Plan, Shared, Tiles, Weights, fast, reference
 from rorqual.kernels.experts_triton import count_kernel, place_kernel, scan_kernel, sort_kernel, spread_kernel
 from rorqual.kernels.quant import dequantize_fp8, quantize_fp8
@@ -292,7 +292,7 @@ def test_spread(device: torch.device, fp8: bool) -> None:
 @pytest.mark.parametrize("codes", [False, True])
 def test_many_pairs(device: torch.device, monkeypatch: pytest.MonkeyPatch, codes: bool) -> None:
     """More pairs than one launch sorts."""
-    monkeypatch.setattr(op, "ONE_CHUNK", 4)
+    monkeypatch.setattr(experts_run, "ONE_CHUNK", 4)
     *args, common = case(device, 3, 2, 3, 128, 128, 1, codes=codes)
     plan = FP8_PLANS["wide"] if codes else SMALL["wide"]
     close(fast(*args, shared=common, how=plan), exact(*args, common, quantized=codes), 2e-3)
