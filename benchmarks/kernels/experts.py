@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from rorqual.kernels import experts_run, experts_triton, fp8_gluon
+from rorqual.kernels import experts_gluon_down, experts_run, experts_triton
 from rorqual.kernels.experts import Plan, Shared, Tiles, Weights, fast, plan, reference
 from rorqual.kernels.quant import FP8
 
@@ -354,7 +354,7 @@ def grouped(
             taken: Tensor = taken,
         ) -> None:
             if gluon:
-                fp8_gluon.down(
+                experts_gluon_down.down(
                     codes, scales, order, table, (w.codes, w.scale), (w.codes[0], w.scale[0]), y, taken.zero_(), 0, 0,
                     t.rows // 64, t.stages,
                 )  # fmt: skip

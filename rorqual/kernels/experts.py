@@ -213,9 +213,10 @@ def plan(tokens: int, chosen: int, count: int, fp8: bool, fixed: bool, gluon: bo
         return Plan(Tiles(16, 64, 128, 8, 3, True), Tiles(16, 64, 128, 4, 4, True), codes=True)
     if fp8 and full <= 16:
         return Plan(Tiles(16, 64, 128, 4, 4, True), Tiles(16, 128, 128, 8, 4, True), codes=True)
+    if fp8 and full <= 32:
+        return Plan(Tiles(32, 64, 128, 4, 5, True), Tiles(32, 128, 128, 4, 3, True), codes=True)
     if fp8 and full <= 64:
-        rows = 32 if full <= 32 else 64
-        return Plan(Tiles(rows, 64, 128, 4, 4, True), Tiles(rows, 128, 128, 4, 3, True), codes=True)
+        return Plan(Tiles(64, 128, 128, 8, 4, True), Tiles(64, 128, 128, 4, 3, True), codes=True)
     if full <= 16:
         return Plan(Tiles(16, 64, 128, 4, 3, True), Tiles(16, 128, 128, 4, 3, True))
     if full <= 32:

@@ -1,5 +1,9 @@
-"""The gate and up products of FP8 experts for large batches on Hopper, in Gluon (`gluon_rings` says how; `fp8_gluon`
-has the down products, `experts_gluon16` all of bf16)."""
+"""The gate and up products of FP8 experts for large batches on Hopper, in Gluon.
+
+`gluon_rings` says how, `experts_gluon_down` has the other product, `experts_gluon16` both of bf16. The product of
+every 128 channels' codes is added up in fp32 times its scales (DeepSeek-V3 section 3.3); while one group of warps
+does that, the others' products are under way.
+"""
 
 # mypy: disable-error-code="no-untyped-def"
 

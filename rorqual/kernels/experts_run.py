@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rorqual.kernels import experts_few, experts_gluon, experts_gluon16, experts_triton, fp8_gluon
+from rorqual.kernels import experts_few, experts_gluon, experts_gluon16, experts_gluon_down, experts_triton
 from rorqual.kernels.gpu import triton
 from rorqual.kernels.quant import FP8
 
@@ -22,7 +22,8 @@ PDL = True
 ONE_CHUNK = 4096
 """Up to so many pairs are sorted in one launch, in which every expert's program looks at all of them."""
 
-PLACE: tuple[int, int] | None = None
+PLACED = 64
+"""Pairs whose places one program finds, by comparing each with each."""
 
 
 def _scale(weight: Weights) -> Tensor:
@@ -142,10 +143,11 @@ def run_sorted(b: Batch, how: Plan) -> Tensor:
     else:
         _products(b, how, order, table, codes, scales, inner, inner_scales, parts)
     y_ND = torch.empty_like(b.x)
-    block = min(2048, triton.next_power_of_2(b.hidden))
+    # Of few tokens shorter pieces, so that every multiprocessor has some.
+    block, warps = (512, 2) if b.tokens <= 512 else (min(2048, triton.next_power_of_2(b.hidden)), 4)
     experts_triton.sum_kernel[(b.tokens, triton.cdiv(b.hidden, block))](
         parts, b.ids, y_ND if b.add is None else b.add, y_ND, b.tokens, b.count, b.hidden, K=b.chosen,
-        SHARED=extra, ADD=b.add is not None, BLOCK=block, num_warps=4, **b.launch,
+        SHARED=extra, ADD=b.add is not None, BLOCK=block, num_warps=warps, **b.launch,
     )  # fmt: skip
     return y_ND
 
@@ -156,12 +158,11 @@ def _place(
     """Write order and table, zero `taken`, and write codes and scales if there is room for them; the place of every
     pair."""
     bins = triton.next_power_of_2(b.count + 1)
-    chunk, warps = PLACE or (min(256, max(64, 2**14 // bins)), 8)
-    chunks, groups = triton.cdiv(b.pairs, chunk), scales.numel()
+    chunks, groups = triton.cdiv(b.pairs, PLACED), scales.numel()
     counts = b.ids.new_empty(chunks + 1, bins, dtype=torch.int32)
     places = b.ids.new_empty(b.pairs, dtype=torch.int32)
     experts_triton.count_kernel[(chunks + triton.cdiv(groups, 64),)](
-        b.ids, counts, b.x, codes, scales, b.pairs, b.count, chunks, groups, CHUNK=chunk, BINS=bins, GROUPS=64,
+        b.ids, counts, b.x, codes, scales, b.pairs, b.count, chunks, groups, CHUNK=PLACED, BINS=bins, GROUPS=64,
         num_warps=4, **b.launch,
     )  # fmt: skip
     wide = min(bins, 16)
@@ -171,7 +172,7 @@ def _place(
     tiles = table.shape[1]
     experts_triton.place_kernel[(max(chunks, triton.cdiv(tiles, 16)),)](
         b.ids, counts, order, places, table, b.pairs, b.tokens, b.count, b.extra, tiles, chunks, ROWS=rows,
-        CHUNK=chunk, BINS=bins, TILES=16, num_warps=warps, **b.launch,
+        CHUNK=PLACED, BINS=bins, TILES=16, num_warps=4, **b.launch,
     )  # fmt: skip
     return places
 
@@ -234,7 +235,7 @@ def _gluon_products(
             x, scales, b.weights, order, table, (routed[0], routed[1]), (shared[0], shared[1]), inner, inner_scales,
             taken, b.limit, b.tokens, groups, first,
         )  # fmt: skip
-        fp8_gluon.down(
+        experts_gluon_down.down(
             inner, inner_scales, order, table, routed[2], shared[2], parts, taken[1:], b.tokens, b.extra, groups,
             second,
         )  # fmt: skip

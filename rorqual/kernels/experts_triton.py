@@ -150,12 +150,15 @@ def place_kernel(
     total = tl.where(bins < experts, tl.load(counts_ptr + chunks * BINS + bins), 0)
     before = tl.cumsum(total) - total
     if pid < chunks:
-        pair = pid * CHUNK + tl.arange(0, CHUNK)
+        own = tl.arange(0, CHUNK)
+        pair = pid * CHUNK + own
         ids = tl.load(ids_ptr + pair, pair < pairs, other=-1).to(tl.int32)
-        mine = bins[:, None] == ids[None, :]
-        rank = tl.cumsum(mine.to(tl.int32), 1) - 1
+        other = tl.load(ids_ptr + pair, pair < pairs, other=-1).to(tl.int32)
+        earlier = (ids[:, None] == other[None, :]) & (own[None, :] < own[:, None])
         first = before + tl.load(counts_ptr + pid * BINS + bins)
-        place = tl.sum(tl.where(mine, first[:, None] + rank, 0), 0)
+        place = tl.sum(tl.where(ids[:, None] == bins[None, :], first[None, :], 0), 1) + tl.sum(
+            earlier.to(tl.int32), 1
+        )
         real = (ids >= 0) & (ids < experts)
         tl.store(order_ptr + place, pair, real)
         tl.store(places_ptr + pair, tl.where(real, place, -1), pair < pairs)

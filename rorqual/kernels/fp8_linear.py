@@ -98,16 +98,6 @@ def quantize_rows(x_ND: Tensor, pow2: bool = False, ahead: bool = False) -> tupl
 
 
 @triton.jit
-def weight_scale(at, POWERS: tl.constexpr):
-    """Scales read as fp32; bytes of float8_e8m0fnu become their powers of two."""
-    by = tl.load(at)
-    if POWERS:
-        bits = tl.where(by == 0, 0x00400000, by.to(tl.int32) << 23)
-        by = tl.where(by == 255, float("nan"), bits.to(tl.float32, bitcast=True))
-    return by
-
-
-@triton.jit
 def factor(at, POWERS: tl.constexpr):
     """Scales of a weight as fp32; bytes of float8_e8m0fnu are exponents."""
     by = tl.load(at)

@@ -60,7 +60,7 @@ __all__ = [
     "warpgroup_mma_wait",
 ]
 
-COUNTS = ("tiles", "items", "across", "pairs", "tokens", "experts", "shared", "x_row", "x_step")
+COUNTS = ("tiles", "items", "across", "pairs", "tokens", "experts", "shared")
 """Arguments whose values make no variant of a kernel: batches of every size run the same code."""
 
 
