@@ -79,29 +79,64 @@ def _item(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def _hand_out(plan, bars, turn, row, head, before, left, whole, tiles):  # type: ignore[no-untyped-def]
+    """By the fetching warp: what the groups need to know of an item. No tiles: there is none any more."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    plan_full, plan_free = bars[5], bars[6]
+    mbarrier.wait(plan_free.index(turn % 2), ((turn // 2) & 1) ^ 1)
+    at = turn % 2 * 6
+    none = gl.full([1], 0, gl.int32, ONE)
+    plan.index(at).store(none + row)
+    plan.index(at + 1).store(none + head)
+    plan.index(at + 2).store(none + before)
+    plan.index(at + 3).store(none + left)
+    plan.index(at + 4).store(none + whole)
+    plan.index(at + 5).store(none + tiles)
+    mbarrier.arrive(plan_full.index(turn % 2))
+
+
+@gluon.jit
+def _take(plan, bars, turn):  # type: ignore[no-untyped-def]
+    """By a group: what was handed out."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    plan_full, plan_free = bars[5], bars[6]
+    mbarrier.wait(plan_full.index(turn % 2), (turn // 2) & 1)
+    at = turn % 2 * 6
+    row = gl.max(plan.index(at).load(ONE), 0)
+    head = gl.max(plan.index(at + 1).load(ONE), 0)
+    before = gl.max(plan.index(at + 2).load(ONE), 0)
+    left = gl.max(plan.index(at + 3).load(ONE), 0)
+    whole = gl.max(plan.index(at + 4).load(ONE), 0)
+    tiles = gl.max(plan.index(at + 5).load(ONE), 0)
+    mbarrier.arrive(plan_free.index(turn % 2))
+    return row, head, before, left, whole, tiles
+
+
+@gluon.jit
 def _fetch(  # type: ignore[no-untyped-def]
     q_desc, qr_desc, k_desc, r_desc, v_desc, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, counter,
     starts_q, starts_k, heads, sequences, items, group, q_h, k_h, v_h,
     NOPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The fetching warp: picks items, fetches the queries of each, then its tiles. A tile's values may follow
-    the keys of the next tile, which are wanted first."""
-    q_full, q_free, k_full, v_full, free, plan_full, plan_free = bars
-    done = 0
-    tile = 0
+    """The fetching warp: picks items, hands them out, fetches the queries of each, then its tiles. A tile's values
+    may follow the keys of the next tile, which are wanted first."""
+    q_full, q_free, k_full, v_full, free, _plan_full, _plan_free = bars
     turn = 0
+    tile = 0
     item = gl.program_id(0)
     while item < items:
-        row, head, k0, _before, _left, _whole, tiles = _item(
+        following = gl.atomic_add(counter, 1) + gl.num_programs(0)
+        row, head, k0, before, left, whole, tiles = _item(
             item, starts_q, starts_k, heads, sequences, group, BLOCK_M, BLOCK_N
         )
         if tiles > 0:
+            _hand_out(plan, bars, turn, row, head, before, left, whole, tiles)
             # Free since the wait for the values before.
             full = k_full.index(tile % STAGES)
             mbarrier.expect(full, k_desc.block_type.nbytes + r_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(k_desc, [k0, head * k_h], full, k_tiles.index(tile % STAGES))
             tma.async_copy_global_to_shared(r_desc, [k0, 0], full, r_tiles.index(tile % STAGES))
-            mbarrier.wait(q_free, (done & 1) ^ 1)
+            mbarrier.wait(q_free, (turn & 1) ^ 1)
             mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes + 2 * qr_desc.block_type.nbytes)
             for half in gl.static_range(2):
                 top = row + half * (BLOCK_M // 2)
@@ -109,8 +144,7 @@ def _fetch(  # type: ignore[no-untyped-def]
                 tma.async_copy_global_to_shared(
                     qr_desc, [top, head * q_h + NOPE], q_full, qr_tile.index(half)
                 )
-            done += 1
-        following = gl.atomic_add(counter, 1) + gl.num_programs(0)
+            turn += 1
         for j in range(tiles):
             # Tile `tile - 1` is done with: its keys, and the values of the one before.
             mbarrier.wait(free.index((tile + STAGES - 1) % STAGES), (((tile + STAGES - 1) // STAGES) & 1) ^ 1)
@@ -127,12 +161,8 @@ def _fetch(  # type: ignore[no-untyped-def]
                 k_desc, [key, head * k_h], full, k_tiles.index(tile % STAGES), pred=more
             )
             tma.async_copy_global_to_shared(r_desc, [key, 0], full, r_tiles.index(tile % STAGES), pred=more)
-        mbarrier.wait(plan_free.index(turn % 2), ((turn // 2) & 1) ^ 1)
-        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-        plan.index(turn % 2).store(gl.full([1], 0, gl.int32, ONE) + following)
-        mbarrier.arrive(plan_full.index(turn % 2))
-        turn += 1
         item = following
+    _hand_out(plan, bars, turn, 0, 0, 0, 0, 0, 0)
 
 
 @gluon.jit
@@ -195,8 +225,7 @@ def _step(  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _attend(  # type: ignore[no-untyped-def]
-    o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, mine, others, starts_q, starts_k, heads,
-    sequences, items, group, factor, o_n, o_h,
+    o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, mine, others, factor, o_n, o_h,
     GROUP: gl.constexpr, TURNS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -204,69 +233,58 @@ def _attend(  # type: ignore[no-untyped-def]
     HALF: gl.constexpr = BLOCK_M // 2
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
-    q_full, q_free, k_full, v_full, free, plan_full, plan_free = bars
+    q_full, q_free, k_full, v_full, free, _plan_full, _plan_free = bars
     q = q_tile.index(GROUP)
     qr = qr_tile.index(GROUP)
     rows = gl.arange(0, HALF, gl.SliceLayout(1, S_LAYOUT)) + GROUP * HALF
-    done = 0
     tile = 0
     turn = 0
     rounds = 1 - GROUP  # the first group goes first: its first wait is for the phase before any
-    item = gl.program_id(0)
-    while item < items:
-        row, head, _k0, before, left, whole, tiles = _item(
-            item, starts_q, starts_k, heads, sequences, group, BLOCK_M, BLOCK_N
-        )
-        if tiles > 0:
-            place = before + rows
-            stage = tile % STAGES
-            mbarrier.wait(q_full, done & 1)
-            mbarrier.wait(k_full.index(stage), (tile // STAGES) & 1)
-            score = gl.zeros([HALF, BLOCK_N], gl.float32, S_LAYOUT)
-            score = warpgroup_mma(
-                q, k_tiles.index(stage).permute((1, 0)), score, use_acc=False, is_async=True
-            )
-            score = warpgroup_mma(qr, r_tiles.index(stage).permute((1, 0)), score, is_async=True)
-            score = warpgroup_mma_wait(0, deps=[score])
-            mbarrier.arrive(free.index(stage))
-            # Lowest finite number, not -inf: a fade of exp2(-inf + inf) would be NaN.
-            top = gl.full([HALF], -1e30, gl.float32, gl.SliceLayout(1, S_LAYOUT))
-            total = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, S_LAYOUT))
-            new, _fade, top, total = _soften(score, top, total, factor, place, 0, True, S_LAYOUT)
-            acc = gl.zeros([HALF, V], gl.float32, O_LAYOUT)
-            weight = gl.convert_layout(new.to(v_tiles.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+    row, head, before, left, whole, tiles = _take(plan, bars, turn)
+    while tiles > 0:
+        place = before + rows
+        stage = tile % STAGES
+        mbarrier.wait(q_full, turn & 1)
+        mbarrier.wait(k_full.index(stage), (tile // STAGES) & 1)
+        score = gl.zeros([HALF, BLOCK_N], gl.float32, S_LAYOUT)
+        score = warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), score, use_acc=False, is_async=True)
+        score = warpgroup_mma(qr, r_tiles.index(stage).permute((1, 0)), score, is_async=True)
+        score = warpgroup_mma_wait(0, deps=[score])
+        mbarrier.arrive(free.index(stage))
+        # Lowest finite number, not -inf: a fade of exp2(-inf + inf) would be NaN.
+        top = gl.full([HALF], -1e30, gl.float32, gl.SliceLayout(1, S_LAYOUT))
+        total = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, S_LAYOUT))
+        new, _fade, top, total = _soften(score, top, total, factor, place, 0, True, S_LAYOUT)
+        acc = gl.zeros([HALF, V], gl.float32, O_LAYOUT)
+        weight = gl.convert_layout(new.to(v_tiles.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+        tile += 1
+        for j in range(1, gl.minimum(whole, tiles)):
+            acc, weight, top, total = _step(
+                q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place,
+                j, tile, rounds, False, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
+            )  # fmt: skip
             tile += 1
-            for j in range(1, gl.minimum(whole, tiles)):
-                acc, weight, top, total = _step(
-                    q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place,
-                    j, tile, rounds, False, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
-                )  # fmt: skip
-                tile += 1
-                rounds += 1
-            for j in range(gl.maximum(whole, 1), tiles):
-                acc, weight, top, total = _step(
-                    q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place,
-                    j, tile, rounds, True, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
-                )  # fmt: skip
-                tile += 1
-                rounds += 1
-            mbarrier.arrive(q_free)
-            done += 1
-            # The next item's first arrival at `free` says that these values are done with.
-            last = (tile - 1) % STAGES
-            mbarrier.wait(v_full.index(last), ((tile - 1) // STAGES) & 1)
-            acc = warpgroup_mma(weight, v_tiles.index(last), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            acc = acc / gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT))[:, None]
-            m = gl.arange(0, HALF, gl.SliceLayout(1, O_LAYOUT)) + GROUP * HALF
-            n = gl.arange(0, V, gl.SliceLayout(0, O_LAYOUT))
-            to = o + row.to(gl.int64) * o_n + head * o_h + m[:, None] * o_n + n[None, :]
-            gl.store(to, acc.to(o.dtype.element_ty), mask=(m < left)[:, None])
-        mbarrier.wait(plan_full.index(turn % 2), (turn // 2) & 1)
-        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        item = gl.max(plan.index(turn % 2).load(ONE), 0)
-        mbarrier.arrive(plan_free.index(turn % 2))
+            rounds += 1
+        for j in range(gl.maximum(whole, 1), tiles):
+            acc, weight, top, total = _step(
+                q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place,
+                j, tile, rounds, True, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
+            )  # fmt: skip
+            tile += 1
+            rounds += 1
+        mbarrier.arrive(q_free)
+        # The next item's first arrival at `free` says that these values are done with.
+        last = (tile - 1) % STAGES
+        mbarrier.wait(v_full.index(last), ((tile - 1) // STAGES) & 1)
+        acc = warpgroup_mma(weight, v_tiles.index(last), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        acc = acc / gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        m = gl.arange(0, HALF, gl.SliceLayout(1, O_LAYOUT)) + GROUP * HALF
+        n = gl.arange(0, V, gl.SliceLayout(0, O_LAYOUT))
+        to = o + row.to(gl.int64) * o_n + head * o_h + m[:, None] * o_n + n[None, :]
+        gl.store(to, acc.to(o.dtype.element_ty), mask=(m < left)[:, None])
         turn += 1
+        row, head, before, left, whole, tiles = _take(plan, bars, turn)
 
 
 @gluon.jit(do_not_specialize=("sequences", "items", "group"))
@@ -285,7 +303,7 @@ def _prefill(  # type: ignore[no-untyped-def]
     r_tiles = gl.allocate_shared_memory(dtype, [STAGES] + r_desc.block_type.shape, r_desc.layout)  # noqa: RUF005
     V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, V], dtype)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, V], V_LAYOUT)
-    plan = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    plan = gl.allocate_shared_memory(gl.int32, [12, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
     q_free = gl.allocate_shared_memory(gl.int64, [1], BAR)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
@@ -311,16 +329,14 @@ def _prefill(  # type: ignore[no-untyped-def]
                 _attend,
                 (
                     o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, turns.index(0), turns.index(1),
-                    starts_q, starts_k, heads, sequences, items, group, factor, o_n, o_h, 0, TURNS, BLOCK_M,
-                    BLOCK_N, V, STAGES,
+                    factor, o_n, o_h, 0, TURNS, BLOCK_M, BLOCK_N, V, STAGES,
                 ),
             ),
             (
                 _attend,
                 (
                     o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, turns.index(1), turns.index(0),
-                    starts_q, starts_k, heads, sequences, items, group, factor, o_n, o_h, 1, TURNS, BLOCK_M,
-                    BLOCK_N, V, STAGES,
+                    factor, o_n, o_h, 1, TURNS, BLOCK_M, BLOCK_N, V, STAGES,
                 ),
             ),
             (
