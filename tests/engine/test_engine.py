@@ -85,6 +85,28 @@ def test_equals_generate_under_arrivals_cancels_and_preemption(kind: str, specul
     assert not speculate or drafted > 0
 
 
+def test_answers_do_not_cut_prompts_short() -> None:
+    """A pass has `step_tokens` of prompts, and the running answers' tokens beside them."""
+    model = build("gqa")
+    engine = engine_of(model, 80, slots=2, step_tokens=8)
+    passes: list[tuple[int, list[int]]] = []
+    plain = engine.runner.forward
+
+    def forward(plan: Any) -> Any:
+        passes.append((len(plan.decodes), [count for _, count in plan.chunks]))
+        return plain(plan)
+
+    engine.runner.forward = forward  # type: ignore[method-assign]
+    sampling = Sampling(0.0, max_new_tokens=12, ignore_eos=True)
+    engine.submit([1, 2, 3], sampling)
+    for _ in range(3):
+        engine.step()
+    engine.submit(list(range(5, 21)), sampling)
+    while engine.busy:
+        engine.step()
+    assert passes.count((1, [8])) == 2
+
+
 @pytest.mark.parametrize("kind", ["gqa", "v3", "v4"])
 def test_books_balance_after_thousands_of_operations(kind: str) -> None:
     """Submits, steps, cancels, failing steps, weight changes: no page, ring or slot is ever lost."""

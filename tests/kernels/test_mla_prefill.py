@@ -129,6 +129,15 @@ def test_same_bits_however_the_prompt_is_cut(dtype: torch.dtype, device: torch.d
             assert torch.equal(part(form, first, end), whole[first:end]), (form.__module__, first, end)
 
 
+def test_written_where_it_belongs(dtype: torch.dtype, device: torch.device) -> None:
+    x = inputs([(9, 20), (17, 17)], 2, dtype, device)
+    for form in [kernel.mla_prefill, kernel.reference, *forms(x)]:
+        whole = torch.full((5 + 26 + 3, 2, WIDTH), 7.0, device=device, dtype=dtype)
+        y = form(**x, out=whole[5:31])
+        assert torch.equal(whole[5:31], form(**x)) and y.data_ptr() == whole[5].data_ptr()
+        assert (whole[:5] == 7).all() and (whole[31:] == 7).all()
+
+
 def test_nothing_to_do(device: torch.device) -> None:
     x = inputs([(0, 0)], 2, torch.float32, device)
     assert kernel.fast(**x).shape == (0, 2, WIDTH)
