@@ -25,6 +25,7 @@ from torch import Tensor
 from rorqual.kernels import experts_few, experts_gluon, experts_gluon16, experts_triton
 from rorqual.kernels.gpu import triton, usable
 from rorqual.kernels.linear import linear
+from rorqual.kernels.mode import by_fixed_kernels
 from rorqual.kernels.quant import FP8, dequantize_fp4, dequantize_fp8
 
 BLOCK = (128, 128)
@@ -150,7 +151,12 @@ def reference(
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
     y_NKD = torch.cat(parts_PD)[back].unflatten(0, (tokens, chosen))
-    y_ND = _wide(y_NKD).sum(1)
+    if by_fixed_kernels(x_ND):  # `sum` takes an order that depends on how many tokens there are
+        y_ND = _wide(y_NKD[:, 0])
+        for k in range(1, chosen):
+            y_ND = y_ND + y_NKD[:, k]
+    else:
+        y_ND = _wide(y_NKD).sum(1)
     if shared is not None:
         y_ND = y_ND + _through(x_ND, shared, limit)
     if add_ND is not None:
@@ -202,12 +208,9 @@ FEW, FEW_FP8 = 4, 2
 
 def plan(tokens: int, chosen: int, count: int, fp8: bool, fixed: bool, gluon: bool = False) -> Plan:
     """The tiles for a batch, by its shape alone. Measured on an H200 (64 experts, D 2048, W 1408)."""
-    if fixed:
-        depth, stages = (128, 3) if fp8 else (64, 4)
-        return Plan(Tiles(64, 64, depth, 4, stages, True), Tiles(64, 128, depth, 4, stages, True), codes=fp8)
-    if fp8 and tokens <= FEW_FP8:
+    if fp8 and not fixed and tokens <= FEW_FP8:
         return Plan(Tiles(2, 32, 128, 4, 4, True), Tiles(4, 32, 128, 4, 3, True), few=True)
-    if not fp8 and tokens <= FEW:
+    if not fp8 and not fixed and tokens <= FEW:
         return Plan(Tiles(2, 16, 128, 2, 4, True), Tiles(4, 16, 128, 4, 6, True), few=True)
     mean = tokens * chosen / count
     full = mean + 1.5 * mean**0.5  # few experts have more pairs than that
@@ -224,6 +227,11 @@ def plan(tokens: int, chosen: int, count: int, fp8: bool, fixed: bool, gluon: bo
         return Plan(Tiles(32, 32, 128, 4, 4, True), Tiles(32, 64, 128, 4, 4, True))
     if full <= 64:
         return Plan(Tiles(64, 64, 64, 4, 4, True), Tiles(64, 128, 64, 4, 4, True))
+    if (
+        fixed
+    ):  # all of them with the matrix on the rows: where the sum of a pair stands in a tile changes nothing
+        depth, stages = (128, 3) if fp8 else (64, 4)
+        return Plan(Tiles(64, 64, depth, 4, stages, True), Tiles(64, 128, depth, 4, stages, True), codes=fp8)
     if fp8 and gluon:
         tile = Tiles(128, 128, 128, 4, 4, False)
         return Plan(tile, tile, codes=True, gluon=True)
