@@ -25,7 +25,10 @@ def main(with_profile: bool = False, layers: int = 27) -> None:
         for name, on in (("plain", False), ("invariant", True)):
             engine = Engine(model, prefix_cache=False, step_tokens=16384, memory=10 * 2**30, invariant=on)
             rates[name], read = decode(engine, BATCH, context)
-            print(f"{name:9} context {context}: decode {rates[name]:,.0f}, prefill {read:,.0f} tok/s", flush=True)
+            print(
+                f"{name:9} context {context}: decode {rates[name]:,.0f}, prefill {read:,.0f} tok/s",
+                flush=True,
+            )
             if with_profile and context == 1024:
                 profile(engine, BATCH, context)
             del engine

@@ -94,12 +94,12 @@ class MixHead(Pinned):
 
     def _read(self, x_BTnD: Tensor) -> Tensor:
         """The same by the kernel of `Mix.read`, whose order of sums is fixed: what a layer reads is folded alike."""
-        n = self.part.streams
-        fn, base = (
-            F.pad(t.flatten(1) if t.dim() > 1 else t, (0,) * (2 * t.dim() - 1) + (n + n * n,))
-            for t in (self.fn, self.base)
+        n, e = self.part.streams, self.part.eps
+        more = n + n * n  # what a layer's mix makes beside: of no account here
+        fn, base, scale = (
+            F.pad(self.fn, (0, 0, 0, more)),
+            F.pad(self.base, (0, more)),
+            F.pad(self.scale, (0, 2)),
         )
-        inner, _, _ = mix_read(
-            x_BTnD.flatten(0, 1).contiguous(), fn, base, F.pad(self.scale, (0, 2)), self.eps, self.part.eps, 1
-        )
+        inner, _, _ = mix_read(x_BTnD.flatten(0, 1).contiguous(), fn, base, scale, self.eps, e, 1)
         return inner.unflatten(0, x_BTnD.shape[:2])

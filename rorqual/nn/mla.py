@@ -124,7 +124,8 @@ class MLA(nn.Module):
         norm, slots_N = self.kv_a_norm, step.slots()
         absorbed = None
         # In batch-invariant mode every token is a decoding row of its own: there is one order of sums for all.
-        groups = [step.by_token(g) for g in step.groups] if is_invariant() else step.groups
+        alone = is_invariant() and self.index is None
+        groups = [step.by_token(g) for g in step.groups] if alone else step.groups
         if self.index is not None or all(group.decoding for group in groups):
             absorbed = q_NHd.new_empty(*q_NHd.shape[:2], p.kv_rank + p.rope_dim)
         mla_write(

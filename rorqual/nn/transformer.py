@@ -15,6 +15,7 @@ from rorqual.family import parts
 from rorqual.family.parts import ModelConfig
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.linear import Pack, adjoin, linear, linear_in_fp32
+from rorqual.kernels.mix import STREAMS
 from rorqual.kernels.mode import is_invariant
 from rorqual.nn.block import Block
 from rorqual.nn.cache import Cache
@@ -121,9 +122,12 @@ class Transformer(nn.Module):
 
     @property
     def fixed_rows(self) -> bool:
-        """Whether kernels give a token's numbers the same bits in any pass (batch-invariant mode): else each token
-        has to be a pass of its own there."""
-        return usable(self.embed.weight) and self.dtype != torch.float64
+        """Whether kernels give a token's numbers the same bits in any pass of batch-invariant mode: else each token has
+        to be a pass of its own there."""
+        streams = self.config.residual.streams if self.config.residual is not None else 1
+        layers: Any = self.layers
+        by_kernels = not any(getattr(layer.attention, "simulate", False) for layer in layers)
+        return usable(self.embed.weight) and self.dtype != torch.float64 and streams in STREAMS and by_kernels
 
     @torch.no_grad()
     def _logits_by_row(self, packed: _Packed) -> Tensor:
