@@ -180,3 +180,14 @@ def test_rows_of_a_forward_pass(large: Model) -> None:
         together = large(ids, mask)
         for b, row in enumerate(rows):
             assert torch.equal(together[b, : len(row)], large(torch.tensor([row], device="cuda"))[0])
+
+
+@pytest.mark.gpu
+def test_without_it_bits_do_change(large: Model) -> None:
+    """The tests above would see a difference: plain passes differ in the last bits where products are in bf16."""
+    if large.dtype != torch.bfloat16:
+        pytest.skip("only of bf16 is it sure")
+    engine = Engine(large, memory=2**30, max_requests=80)
+    handles = serve(engine, [words(random.randint(20, 60)) for _ in range(40)], 6)
+    with pytest.raises(AssertionError):
+        check(large, handles)
