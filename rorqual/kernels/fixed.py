@@ -38,7 +38,7 @@ BAND = 8
 """Tiles of rows that go through the weight together, so that both stay in L2."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def tiles(
     x, w, bias, y, rows, out_width, x_row, w_row, y_row,
     D: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr,

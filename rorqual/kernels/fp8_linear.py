@@ -152,7 +152,7 @@ def few(
     tl.store(at, values.to(y.dtype.element_ty), mask=inside[:, None] & (which < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def product(
     x, x_scale, w, w_scale, bias, y, rows, out_width, x_row, s_row, s_group, w_row, b_row, y_row, y_split,
     D: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,

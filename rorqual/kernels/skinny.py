@@ -105,7 +105,7 @@ def rows_fma(
     tl.store(y + which[None, :] * y_row + o[:, None], values.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rows_dot(
     x, w, bias, residual, norm, y, rows, out_width, x_row, w_row, r_row, y_row, y_split, eps,
     D: tl.constexpr, BO: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
@@ -326,7 +326,7 @@ def _fits(x_ND: Tensor, weight_OD: Tensor, norm_weight_D: Tensor | None) -> bool
 # ------------------------------------------------------------------------------------ products by head
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def by_head(
     x, w, scale, y, rows, outer, x_row, x_head, w_head, w_inner, w_outer, y_row, y_head,
     head_rows, first, s_row,

@@ -22,7 +22,7 @@ from rorqual.kernels.skinny import heads_down, heads_up
 from rorqual.nn.norm import unit_rms
 
 pytestmark = pytest.mark.gpu
-SIZES = (1, 2, 3, 5, 16, 17, 31, 32, 33, 64, 65, 70, 128, 129, 300, 1000)
+SIZES = (1, 3, 16, 17, 33, 65, 70, 129, 600)
 MOST = max(SIZES)
 Operation = Callable[[Tensor], tuple[Tensor, ...]]
 
