@@ -27,7 +27,9 @@ from rorqual.family import (
     Router,
     SwiGLU,
 )
+from rorqual.kernels.quant import quantize_fp8
 from rorqual.model import Model
+from rorqual.nn.linear import Matrix
 from tests.engine.test_engine import engine_of, idle
 from tests.engine.test_paged_kernels import interpreted, member
 from tests.parity.zoo import stir_ours
@@ -98,17 +100,27 @@ def config(kind: str) -> ModelConfig:
     return ModelConfig(f"deepseek_{kind}", VOCAB, 512, layers, 4096, mtp=(layer,), **common)
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    found: torch.dtype = getattr(torch, request.param)
-    return found
-
-
-@pytest.fixture(scope="module", params=["gqa", "v3", "v32", "v4"])
-def large(request: pytest.FixtureRequest, dtype: torch.dtype) -> Model:
-    model = Model(config(request.param))
+def made(config: ModelConfig, dtype: torch.dtype) -> Model:
+    model = Model(config)
     stir_ours(model)
     return model.to("cuda", dtype)
+
+
+KINDS = [f"{kind}-{dtype}" for dtype in ("bfloat16", "float32") for kind in ("gqa", "v3", "v32", "v4")]
+
+
+@pytest.fixture(scope="module", params=[*KINDS, "v3-codes"])
+def large(request: pytest.FixtureRequest) -> Model:
+    kind, dtype = request.param.split("-")
+    if dtype != "codes":
+        return made(config(kind), getattr(torch, dtype))
+    model = made(config(kind), torch.bfloat16)
+    for module in model.layers.modules():
+        if isinstance(module, Matrix):
+            codes, scale = quantize_fp8(module.weight.detach())
+            module.hold_codes(torch.float8_e4m3fn, torch.float32, (128, 128))
+            module.weight.data, module.scale.data = codes, scale  # type: ignore[union-attr]
+    return model
 
 
 def words(count: int) -> list[int]:
@@ -180,6 +192,10 @@ def test_rows_of_a_forward_pass(large: Model) -> None:
         together = large(ids, mask)
         for b, row in enumerate(rows):
             assert torch.equal(together[b, : len(row)], large(torch.tensor([row], device="cuda"))[0])
+        if all(
+            m.scale is None for m in large.modules() if isinstance(m, Matrix)
+        ):  # matrices where they first lay
+            assert torch.equal(made(large.config, large.dtype)(ids, mask), together)
 
 
 @pytest.mark.gpu
