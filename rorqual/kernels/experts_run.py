@@ -172,7 +172,7 @@ def _place(
     tiles = table.shape[1]
     experts_triton.place_kernel[(max(chunks, triton.cdiv(tiles, 16)),)](
         b.ids, counts, order, places, table, b.pairs, b.tokens, b.count, b.extra, tiles, chunks, ROWS=rows,
-        CHUNK=PLACED, BINS=bins, TILES=16, num_warps=4, **b.launch,
+        CHUNK=PLACED, BINS=bins, WIDE=min(bins, 128), TILES=16, num_warps=4, **b.launch,
     )  # fmt: skip
     return places
 

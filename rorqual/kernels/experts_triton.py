@@ -3,7 +3,8 @@
 Pairs (token, choice) are numbered `token * K + choice`; a shared expert `s` adds the pairs
 `N * K + s * N + token`. `sort_kernel` lists them by expert and cuts each expert's list into tiles of `ROWS`
 pairs. Tile numbers need no communication: expert `e`, whose list starts at `b`, owns the numbers from
-`b // ROWS + e` to the next expert's first. That leaves holes, marked -1, which programs skip.
+`b // ROWS + e` to the next expert's first. That leaves holes, marked -1, which programs skip. Many pairs are listed in
+three launches instead: `count_kernel`, `scan_kernel`, `place_kernel`.
 
 Both products take a tile of pairs times a tile of one expert's matrix. With `THIN` the matrix stands on the
 rows of the tensor core's tile, which has at least 64 of them, and the few pairs on its columns.
@@ -139,32 +140,39 @@ def scan_kernel(
 @triton.jit(do_not_specialize=[*COUNTS, "chunks"])
 def place_kernel(
     ids_ptr, counts_ptr, order_ptr, places_ptr, tiles_ptr, pairs, tokens, experts, shared, tiles, chunks,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, WIDE: tl.constexpr, TILES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """`sort_kernel`'s order and tiles (no holes among them here), a chunk of the ids a program, after `scan_kernel`;
     places `[pairs]` int32: where in `order` each pair is (-1: nowhere)."""
     if PDL:
         follow()
     pid = tl.program_id(0)
-    bins = tl.arange(0, BINS)
-    total = tl.where(bins < experts, tl.load(counts_ptr + chunks * BINS + bins), 0)
-    before = tl.cumsum(total) - total
     if pid < chunks:
         own = tl.arange(0, CHUNK)
         pair = pid * CHUNK + own
         ids = tl.load(ids_ptr + pair, pair < pairs, other=-1).to(tl.int32)
         other = tl.load(ids_ptr + pair, pair < pairs, other=-1).to(tl.int32)
         earlier = (ids[:, None] == other[None, :]) & (own[None, :] < own[:, None])
-        first = before + tl.load(counts_ptr + pid * BINS + bins)
-        place = tl.sum(tl.where(ids[:, None] == bins[None, :], first[None, :], 0), 1) + tl.sum(
-            earlier.to(tl.int32), 1
-        )
+        place = tl.sum(earlier.to(tl.int32), 1)
+        passed = 0
+        for start in tl.static_range(0, BINS, WIDE):
+            some = start + tl.arange(0, WIDE)
+            many = tl.where(some < experts, tl.load(counts_ptr + chunks * BINS + some), 0)
+            first = passed + tl.cumsum(many) - many + tl.load(counts_ptr + pid * BINS + some)
+            place += tl.sum(tl.where(ids[:, None] == some[None, :], first[None, :], 0), 1)
+            passed += tl.sum(many)
         real = (ids >= 0) & (ids < experts)
         tl.store(order_ptr + place, pair, real)
         tl.store(places_ptr + pair, tl.where(real, place, -1), pair < pairs)
     for start in range(pid * CHUNK, shared * tokens, tl.num_programs(0) * CHUNK):
         extra = start + tl.arange(0, CHUNK)
         tl.store(order_ptr + pairs + extra, pairs + extra, extra < shared * tokens)
+    if pid * TILES >= tiles:
+        return
+    bins = tl.arange(0, BINS)
+    total = tl.where(bins < experts, tl.load(counts_ptr + chunks * BINS + bins), 0)
+    before = tl.cumsum(total) - total
     tile = pid * TILES + tl.arange(0, TILES)
     many = (total + ROWS - 1) // ROWS
     after = tl.cumsum(many)

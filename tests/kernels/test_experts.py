@@ -243,7 +243,7 @@ def test_sort(device: torch.device, tokens: int, shared: int, rows: int, chunks:
         assert taken.tolist() == [0, 0]
         place_kernel[(max(many, -(-tiles // 4)),)](
             ids, counts, order, places, table, pairs, tokens, count, shared, tiles, many,
-            ROWS=rows, CHUNK=16, BINS=8, TILES=4, PDL=False,
+            ROWS=rows, CHUNK=16, BINS=8, WIDE=4, TILES=4, PDL=False,
         )  # fmt: skip
         for pair, expert in enumerate(flat):
             place = int(places[pair])
