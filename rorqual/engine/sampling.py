@@ -6,7 +6,7 @@ import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -165,6 +165,8 @@ class Sampler:
         self._key_S = torch.zeros(slots, dtype=torch.int64, device=device)
         self._drawn_S = torch.zeros(slots, dtype=torch.int64, device=device)
         self._unsound_S = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.newest_S = torch.zeros(slots, dtype=torch.int64, device=device)
+        """The last token that `take` drew for each slot, for passes that start before the host has seen it."""
         self._seen = Seen(slots, vocab, device)
         self._bias = Bias(slots, device)
         self._plans: dict[tuple[int, ...], _Plan] = {}
@@ -207,10 +209,9 @@ class Sampler:
         """One token of each row, int64 [R] on the device. `mask`: bool [R, V], true where allowed, or a bitmask
         as of `draws.apply_bitmask`. A row with NaN or infinite logits gets some token; see `failed`."""
         plan = self._plan(slots_R)
+        if fused.supported(logits_RV):
+            return self._fused(logits_RV, plan, mask)[0]
         logits_RV = self._shaped(logits_RV, plan, mask)
-        if not plan.all_greedy and fused.supported(logits_RV):
-            tables = self._knobs_SK, self._key_S, self._drawn_S, self._unsound_S
-            return fused.draw(logits_RV, plan.slots_R, *tables, filters=plan.filtered is not None)
         best_R, ids_R = self._best(logits_RV, plan)
         if plan.all_greedy:
             return ids_R
@@ -218,6 +219,36 @@ class Sampler:
         if not plan.any_greedy:
             return drawn_R
         return torch.where(self._knobs_SK[plan.slots_R, _GREEDY] > 0, ids_R, drawn_R)
+
+    @torch.inference_mode()
+    def take(
+        self, logits_RV: Tensor, slots_R: Slots, mask: Tensor | None = None, where_R: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`draw`, and `saw` of what it gave: tokens int64 [R], and what is above 0 where the slot has `failed`.
+        With `where_R` (bool) only the rows where it is true have drawn. Slots must differ."""
+        if fused.supported(logits_RV):
+            plan = self._plan(slots_R)
+            return self._fused(logits_RV, plan, mask, saw=True, told_R=where_R).unbind()
+        ids_R = self.draw(logits_RV, slots_R, mask)
+        self.saw(slots_R, ids_R, where_R)
+        at = self._plan(slots_R).slots_R
+        self.newest_S[at] = ids_R if where_R is None else torch.where(where_R, ids_R, self.newest_S[at])
+        return ids_R, self._unsound_S[at]
+
+    def _fused(self, logits_RV: Tensor, plan: _Plan, mask: Tensor | None, **options: Any) -> Tensor:
+        """Tokens and failures, int64 [2, R], by the kernels."""
+        penalised = plan.penalised is not None
+        if plan.biased is not None or (mask is not None and mask.dtype == torch.bool):
+            logits_RV, mask = self._shaped(logits_RV, plan, mask), None
+            options["counts"] = penalised
+            penalised = False
+        tables = fused.Tables(
+            self._knobs_SK, self._key_S, self._drawn_S, self._unsound_S, self.newest_S, *self._seen.tables
+        )
+        return fused.draw(
+            logits_RV, plan.slots_R, tables, random=not plan.all_greedy, filters=plan.filtered is not None,
+            bits_RW=mask, penalties=penalised, **options,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def distribution(self, logits_RV: Tensor, slots_R: Slots, mask: Tensor | None = None) -> Tensor:
