@@ -93,7 +93,7 @@ def _peaks(  # type: ignore[no-untyped-def]
     here = row * tl.num_programs(1) + part
     tl.store(peak + here, best)
     tl.store(place + here, tl.where(bad, -1, first))
-    if SUB > 1:
+    if SUB:
         tl.store(peaks + here * SUB + tl.arange(0, SUB), tl.max(tl.reshape(x, [SUB, PART // SUB]), 1))
 
 
@@ -389,7 +389,7 @@ def draw(
         logits_RV = logits_RV.contiguous()
     part = part or _part(rows)
     parts = triton.cdiv(vocab, part)
-    sub = max(1, part // 256) if filters and random else 1
+    sub = max(1, part // 256) if filters and random else 0
 
     def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logits_RV.device)
