@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -77,7 +78,15 @@ def speed(name: str, rows: int, vocab: int, configs: list[tuple[int, int, int]],
         try:
             us = graphed(
                 lambda p=part, b=block, w=warps: fused.draw(
-                    logits, at, tables(ours), random=not s.greedy, filters=s.filtered, part=p, block=b, warps=w, saw=True
+                    logits,
+                    at,
+                    tables(ours),
+                    random=not s.greedy,
+                    filters=s.filtered,
+                    part=p,
+                    block=b,
+                    warps=w,
+                    saw=True,
                 )
             )
             found.append((us, part, block, warps))
@@ -91,6 +100,36 @@ def speed(name: str, rows: int, vocab: int, configs: list[tuple[int, int, int]],
 SUPPORTED = fused.supported
 
 
+def configs_of(name: str, sweep: bool) -> list[tuple[int, int, int]]:
+    """Parts, blocks and warps to try; zeros are the built-in choice."""
+    configs = [(0, 4096, 0)]
+    if sweep and name in ("greedy", "plain"):
+        configs += [(part, 4096, 0) for part in (1024, 2048, 4096, 8192)]
+    elif sweep and name in ("top_p .95", "top_k 50"):
+        blocks = ((2048, 8), (4096, 8), (4096, 16), (8192, 16))
+        configs += [(part, block, warps) for part in (2048, 4096) for block, warps in blocks]
+    return configs
+
+
+def warm(job: tuple[str, int, tuple[int, int, int]]) -> None:
+    name, rows, (part, block, warps) = job
+    s, _ = KINDS[name]
+    try:
+        ours = Sampler(129280, torch.device("cuda"), rows)
+        logits = torch.zeros(rows, 129280, device="cuda", dtype=torch.bfloat16)
+        at = torch.arange(rows, device="cuda")
+        options = {
+            "random": not s.greedy,
+            "filters": s.filtered,
+            "part": part,
+            "block": block,
+            "warps": warps,
+        }
+        fused.draw(logits, at, tables(ours), **options, saw=True)
+    except Exception as error:
+        print("compile", job, repr(error)[:200])
+
+
 def main() -> None:
     sweep = os.environ.get("SWEEP") == "1"
     for name, rows in itertools.product(KINDS, (1, 64)):
@@ -98,13 +137,12 @@ def main() -> None:
             check(name, rows, 129280)
         except Exception:
             print(f"check {name}", traceback.format_exc()[-900:])
+    if sweep:
+        with ThreadPoolExecutor(8) as pool:  # compile
+            jobs = itertools.product(KINDS, (1, 32, 128))
+            list(pool.map(warm, [(n, r, c) for n, r in jobs for c in configs_of(n, sweep)]))
     for name, rows in itertools.product(KINDS, (1, 32, 128)):
-        s, _ = KINDS[name]
-        configs = [(0, 4096, 0)]
-        if sweep:
-            warps = (4, 8, 16) if s.filtered else (2, 4, 8)
-            blocks = (2048, 4096) if s.filtered else (4096,)
-            configs += list(itertools.product((1024, 2048, 4096, 8192), blocks, warps))
+        configs = configs_of(name, sweep)
         try:
             speed(name, rows, 129280, configs, plainly=not sweep)
         except Exception:

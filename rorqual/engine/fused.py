@@ -415,7 +415,9 @@ def draw(
     shape = {"PARTS": parts, "WIDE": triton.next_power_of_2(parts)}
     filters = filters and random
     if random:
-        _weigh[rows, parts](*head, peaks, sums, found, rough, **like, **shape, SUB=sub, FILTER=filters, **spread)
+        _weigh[rows, parts](
+            *head, peaks, sums, found, rough, **like, **shape, SUB=sub, FILTER=filters, **spread
+        )
     if filters:
         _list[rows, parts](found, rough, list_e, list_id, vocab=vocab, PART=part, **shape, **spread)
     _settle[rows,](

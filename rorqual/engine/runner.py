@@ -8,13 +8,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from rorqual.engine.batch import Batch, Staging, lay_out
+from rorqual.engine.batch import Batch, lay_out
 from rorqual.engine.draws import ACCEPT, DRAFT, RESIDUAL, judge, logprobs_of
 from rorqual.engine.grammar import fill_masks
-from rorqual.engine.graphs import Graphs
+from rorqual.engine.graphs import Graphs, Recorded
+from rorqual.engine.packed import Left
 from rorqual.engine.request import Request
 from rorqual.engine.sampling import UNSOUND, Sampler
 from rorqual.engine.scheduler import Plan
+from rorqual.engine.staging import Coming, Staging
+from rorqual.engine.tallies import upload
 from rorqual.kernels.mode import invariant as batch_invariant
 from rorqual.nn import Transformer
 from rorqual.nn.paged import PagedStep, Store, new_store
@@ -34,26 +37,40 @@ class Drawn:
 
 @dataclass
 class Pass:
-    """A forward pass and the requests that draw from it. `widths[r]` columns of request r: with a draft two."""
+    """A forward pass and the requests that draw from it. `widths[r]` tokens of request r: with a draft two."""
 
     requests: list[Request]
     slots: list[int]
     widths: list[int]
-    logits: Tensor
-    """[R, V] of each request's first column, then [R2, V] of the second columns of those that have one."""
+    first_RV: Tensor
+    """Logits of each request's first token."""
+    second_DV: Tensor
+    """Logits of the second tokens, of the requests numbered in `drafted`."""
+    drafted: list[int]
+    drafts_D: Tensor
+    """The drafts that those requests brought,"""
+    tries_D: Tensor | None
+    """and which of them are drafts, 1 or 0; None: all."""
+    starts_R: Tensor
+    """Positions of the first tokens."""
     state: Tensor
-    batch: Batch | None = None
+    """What MTP reads."""
+    source: Batch | Recorded
+    ids_R2: Tensor | None = None
+    """What was drawn: tokens, of which the first `counts_R` of each row stand."""
+    counts_R: Tensor | None = None
+    undrafted: bool = False
+    """MTP has still to run over it."""
 
 
 class Flight:
     """Draws on their way to the host. `land()` waits for them and says what each request got."""
 
-    def __init__(self, passed: Pass, ids_R2: Tensor, counts_R: Tensor, failed_R: Tensor) -> None:
-        self.passed = passed
-        self._parts = [_to_host(x) for x in (ids_R2, counts_R, failed_R)]
+    def __init__(self, passed: Pass, parts: Sequence[Tensor], stuck: dict[int, str]) -> None:
+        """`parts` int64 [R] each: first tokens, failures, and with drafts second tokens and how many stand."""
+        self.passed, self.stuck = passed, stuck
+        self._coming = Coming(torch.stack(tuple(parts)))
         self._logprobs: list[tuple[list[int], list[Tensor]]] = []
-        self.stuck: dict[int, str] = {}
-        self._event: torch.cuda.Event | None = None
 
     def note_logprobs(self, logits_RV: Tensor, ids_R: Tensor, rows: Sequence[int]) -> None:
         """Have the log-probabilities of these rows' tokens come along, for the requests that ask."""
@@ -64,25 +81,22 @@ class Flight:
             self._logprobs.append(([], []))
             return
         top = max(_alternatives(requests[r]) for _, r in asking)
-        index = torch.tensor(picked, device=logits_RV.device)
+        index = upload(picked, torch.int64, logits_RV.device)
         found = logprobs_of(logits_RV[index], ids_R[index], top)
-        self._logprobs.append(([r for _, r in asking], [_to_host(x) for x in found]))
+        self._logprobs.append(([r for _, r in asking], self._coming.add(*found)))
 
     def depart(self) -> Flight:
         """Everything that is to come along has been asked for."""
-        if self._parts[0].is_pinned():
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._coming.depart()
         return self
 
     def land(self) -> list[Drawn]:
         """One a request, in the pass's order."""
-        if self._event is not None:
-            self._event.synchronize()
-        ids, counts, failed = (x.tolist() for x in self._parts)
+        firsts, failed, *more = self._coming.land()[0].tolist()
         out = []
-        for r, width in enumerate(self.passed.widths):
-            drawn = Drawn(ids[r][: counts[r]], drafted=width - 1)
+        for r, (first, width) in enumerate(zip(firsts, self.passed.widths, strict=True)):
+            both = bool(more) and more[1][r] > 1
+            drawn = Drawn([first, more[0][r]] if both else [first], drafted=width - 1)
             if r in self.stuck:
                 drawn.error = self.stuck[r]
             elif failed[r]:
@@ -99,12 +113,6 @@ class Flight:
 
 def _alternatives(request: Request) -> int:
     return 0 if request.answer.done.top_logprobs is None else int(request.sampling.logprobs)
-
-
-def _to_host(x: Tensor) -> Tensor:
-    if not x.is_cuda:
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 class Runner:
@@ -130,26 +138,29 @@ class Runner:
         self._ring_names = [
             [name for name, lane in kinds.items() if lane.keep is not None] for kinds in lanes
         ]
-        self.sampler = Sampler(model.config.vocab, self.device, slots)
+        self.sampler = Sampler(
+            model.config.vocab, self.device, slots + 1
+        )  # one more, for idle rows of graphs
         self._staging = Staging(self.device)
-        self._graphs = None
+        there = self.sampler.newest_S
+        self._left = Left(there, torch.zeros_like(there), torch.zeros_like(there))
+        self.graphs: Graphs | None = None
         if self.device.type == "cuda" and not invariant:
             model.adjoin()
-            self._graphs = Graphs(page_size, self._forward)
-        self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
-        """The last token drawn for each slot, for passes that start before the host has seen it."""
+            self.graphs = self.new_graphs()
         self._q: Tensor | None = None
         """What each slot's draft was drawn from [slots, V], where drafts are sampled."""
+
+    def new_graphs(self) -> Graphs:
+        """Graphs of this runner's decoding passes."""
+        further = self._further if self.speculate else None
+        return Graphs(self.page_size, self._forward, further, self._left, self._staging)
 
     # ------------------------------------------------------------------------------------- forward
 
     @torch.inference_mode()
-    def forward(self, plan: Plan) -> Pass:
-        """Start a plan's forward pass."""
-        with batch_invariant(self.invariant):
-            return self._start(plan)
-
-    def _start(self, plan: Plan) -> Pass:
+    def admit(self, plan: Plan) -> None:
+        """Seat the plan's new requests, and give them the rings they go on from: once, before its pass."""
         for request in plan.admitted:
             known = len(request.answer.prompt)
             sampling = (
@@ -160,25 +171,74 @@ class Runner:
             )
         for source, target in plan.ring_copies:
             self.copy_ring(source, target)
-        if self._graphs is not None and not plan.chunks:
-            widths = {request.width for request in plan.decodes}
-            if len(widths) == 1:
-                passed = self._replay(plan, widths.pop())
-                if passed is not None:
-                    return passed
+
+    def replays(self, plan: Plan) -> bool:
+        """Whether the plan's pass runs from a graph: then what passes under way bring need not be known."""
+        return self.graphs is not None and not plan.chunks and self.graphs.fits(len(plan.decodes))
+
+    @torch.inference_mode()
+    def forward(self, plan: Plan) -> Pass:
+        """Start a plan's forward pass."""
+        with batch_invariant(self.invariant):
+            return self._replay(plan) if self.replays(plan) else self._run(plan)
+
+    def _replay(self, plan: Plan) -> Pass:
+        """A plan of decodes alone, from a recorded graph. With speculation all bring two tokens; the second of
+        those without a draft is any."""
+        assert self.graphs is not None
+        width, rows = 1 + self.speculate, len(plan.decodes)
+        made = self.graphs.run(plan.decodes, width)
+        logits = made.logits.unflatten(0, (-1, width))[:rows]
+        ids, starts = (x.view(-1, width)[:rows] for x in (made.laid.ids_N, made.laid.positions_N))
+        return Pass(
+            list(plan.decodes),
+            [r.slot for r in plan.decodes],
+            [r.width for r in plan.decodes],
+            logits[:, 0],
+            logits[:, -1],
+            list(range(rows)) if self.speculate else [],
+            ids[:, -1],
+            made.laid.tries_S[:rows],
+            starts[:, 0],
+            made.state,
+            made,
+        )
+
+    def _run(self, plan: Plan) -> Pass:
+        """Any plan, as it comes."""
         batch = lay_out(plan, self.page_size, self._staging, one_group_of_chunks=self.device.type == "cuda")
-        if batch.late is not None:
-            batch.ids_N[batch.late[0]] = self._newest[batch.late[1]]
+        for late, table in ((batch.late, self._left.newest_S), (batch.drafts, self._left.draft_S)):
+            if late is not None:
+                batch.ids_N[late[0]] = table[late[1]]
+        rows = len(batch.drawing)
         if self.invariant:
             state = self._by_token(batch)
-            rows = [
-                self.model.logits(self.model.finish(state[:, c : c + 1])[0]) for c in batch.columns.tolist()
-            ]
-            logits = torch.cat(rows) if rows else state.new_empty(0, self.model.config.vocab)
+            parts = [self._head(state[:, c : c + 1]) for c in batch.columns.tolist()]
+            logits = torch.cat(parts) if parts else state.new_empty(0, self.model.config.vocab)
         else:
             state = self.model.run_paged(batch.ids_N[None], batch.step, self.stores)
-            logits = self.model.logits(self.model.finish(state[:, batch.columns])[0])
-        return Pass(batch.drawing, [r.slot for r in batch.drawing], batch.widths, logits, state, batch)
+            logits = self._head(state[:, batch.columns])
+        return Pass(
+            batch.drawing,
+            [r.slot for r in batch.drawing],
+            batch.widths,
+            logits[:rows],
+            logits[rows:],
+            [r for r, width in enumerate(batch.widths) if width == 2],
+            batch.ids_N[batch.columns[rows:]],
+            None,
+            batch.step.positions_N[batch.columns[:rows]],
+            self._finished(state) if self.speculate else state,
+            batch,
+        )
+
+    def _head(self, state: Tensor) -> Tensor:
+        """Logits `[n, V]` of states `[1, n, ...]`."""
+        return self.model.logits(self.model.finish(state)[0])
+
+    def _finished(self, state: Tensor) -> Tensor:
+        """What MTP reads: V4's raw streams, or V3's hidden state after the final norm."""
+        return state if self.model.config.residual is not None else self.model.finish(state)
 
     def _by_token(self, batch: Batch) -> Tensor:
         """The pass token by token, each as if it were alone (batch-invariant mode without kernels for it)."""
@@ -194,83 +254,89 @@ class Runner:
         return torch.cat(states, 1)
 
     def _forward(self, ids_1N: Tensor, step: PagedStep) -> tuple[Tensor, Tensor]:
-        """A decoding pass: logits `[N, V]` and states of every token."""
+        """A decoding pass: logits `[N, V]` of every token, and the states that MTP reads."""
         state = self.model.run_paged(ids_1N, step, self.stores)
-        return self.model.logits(self.model.finish(state)[0]), state
+        hidden = self.model.finish(state)
+        return self.model.logits(hidden[0]), state if self.model.config.residual is not None else hidden
 
-    def _replay(self, plan: Plan, width: int) -> Pass | None:
-        """A plan of decodes alone, from a recorded graph; None if none is large enough."""
-        assert self._graphs is not None
-        if self.speculate:  # what MTP needs of the batch is laid out below
-            return None
-        out = self._graphs.run(plan.decodes, width, self._newest)
-        if out is None:
-            return None
-        slots = [r.slot for r in plan.decodes]
-        return Pass(list(plan.decodes), slots, [width] * len(slots), *out)
+    def _further(self, state: Tensor, next_1N: Tensor, step: PagedStep, columns: Tensor) -> Tensor:
+        """MTP over a pass: logits `[len(columns), V]` of the tokens after the next, at these columns."""
+        store = self.stores[len(self.model.layers)]
+        hidden, _ = self.model.predict_further_paged(state, next_1N, step, 0, store)
+        return self.model.logits(hidden[0, columns])
 
     # ---------------------------------------------------------------------------------------- draw
 
     @torch.inference_mode()
     def draw(self, passed: Pass) -> Flight:
-        """Draw each request's next token, and the one after for drafts that stand."""
-        requests, slots, rows = passed.requests, passed.slots, len(passed.requests)
-        drafted = [r for r, width in enumerate(passed.widths) if width == 2]
+        """Draw each request's next token, and the one after for drafts that stand; and the next draft, unless
+        grammars have to take these tokens first (then `draft` does)."""
+        requests, rows = passed.requests, len(passed.requests)
         stuck: dict[int, str] = {}
         mask = self._masks(requests, stuck)
-        first_RV = passed.logits[:rows]
-        counts_R = torch.ones(rows, dtype=torch.int64, device=self.device)
-        if not drafted:
-            first_R = self.sampler.draw(first_RV, slots, mask)
-            self.sampler.saw(slots, first_R)
-            ids_R2 = first_R[:, None]
-            self._newest[self._index(slots)] = first_R
-            bonus = None
+        if not passed.drafted:
+            first_R, failed_R = self.sampler.take(passed.first_RV, passed.slots, mask)
+            passed.ids_R2, parts = first_R[:, None], [first_R, failed_R]
+            if self.speculate:
+                passed.counts_R = torch.ones_like(first_R)
         else:
-            ids_R2, stands_R, bonus = self._verify(passed, drafted, mask)
-            counts_R += stands_R
-        flight = Flight(passed, ids_R2, counts_R, self.sampler.failed(slots))
-        flight.stuck = stuck
-        flight.note_logprobs(first_RV, ids_R2[:, 0], range(rows))
-        if bonus is not None:
-            flight.note_logprobs(passed.logits[rows:], bonus, drafted)
-        return flight.depart()
+            failed_R = self._verify(passed, mask)
+            assert passed.ids_R2 is not None and passed.counts_R is not None
+            parts = [passed.ids_R2[:, 0], failed_R, passed.ids_R2[:, 1], passed.counts_R]
+        assert passed.ids_R2 is not None
+        flight = Flight(passed, parts, stuck)
+        flight.note_logprobs(passed.first_RV, passed.ids_R2[:, 0], range(rows))
+        if passed.drafted:
+            at = slice(None) if len(passed.drafted) == rows else self._index(passed.drafted)
+            flight.note_logprobs(passed.second_DV, passed.ids_R2[at, 1], passed.drafted)
+        flight.depart()
+        passed.undrafted = self.speculate
+        if self.speculate and all(r.answer.grammar is None for r in requests):
+            self.draft(passed)
+        return flight
 
-    def _verify(self, passed: Pass, drafted: list[int], mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """First tokens and, where the draft stands, the one after: ids `[R, 2]`, whether it stood `[R]`, and the
-        second tokens of the drafted rows. A draft d stands with probability min(1, p(d) / q(d)), else the token
-        is drawn from what p has over q."""
-        sampler, rows = self.sampler, len(passed.requests)
-        plain = [r for r in range(rows) if passed.widths[r] == 1]
-        ids_R2 = torch.zeros(rows, 2, dtype=torch.int64, device=self.device)
-        stands_R = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        if plain:
-            at, slots = self._index(plain), [passed.slots[r] for r in plain]
-            tokens = sampler.draw(passed.logits[:rows][at], slots, None if mask is None else mask[at])
-            sampler.saw(slots, tokens)
-            ids_R2[at, 0] = tokens
-        at, slots = self._index(drafted), [passed.slots[r] for r in drafted]
-        drafts = self._index([passed.requests[r].draft for r in drafted])
-        first_DV, mask_D = passed.logits[:rows][at], None if mask is None else mask[at]
-        if all(passed.requests[r].sampling.greedy for r in drafted):
-            first = sampler.draw(first_DV, slots, mask_D)
-            stands = first == drafts
+    def _verify(self, passed: Pass, mask: Tensor | None) -> Tensor:
+        """Draw where some rows have drafts; gives the rows' failures. A draft d stands with probability
+        min(1, p(d) / q(d)), else the token is drawn from what p has over q."""
+        sampler, rows, slots = self.sampler, len(passed.requests), passed.slots
+        ids_R2 = passed.first_RV.new_zeros(rows, 2, dtype=torch.int64)
+        counts_R = torch.ones(rows, dtype=torch.int64, device=self.device)
+        passed.ids_R2, passed.counts_R = ids_R2, counts_R
+        at: Tensor | slice = slice(None)
+        if len(passed.drafted) < rows:
+            without = set(range(rows)) - set(passed.drafted)
+            plain = self._index(sorted(without))
+            ids_R2[plain, 0], _ = sampler.take(
+                passed.first_RV[plain],
+                [slots[r] for r in sorted(without)],
+                None if mask is None else mask[plain],
+            )
+            at = self._index(passed.drafted)
+        first_DV, mask_D = passed.first_RV[at], None if mask is None else mask[at]
+        those, drafts_D = [slots[r] for r in passed.drafted], passed.drafts_D
+        if all(passed.requests[r].sampling.greedy for r in passed.drafted):
+            first_D, _ = sampler.take(first_DV, those, mask_D)
+            stands_D = first_D == drafts_D
         else:
             assert self._q is not None
-            p, q = sampler.distribution(first_DV, slots, mask_D), self._q[self._index(slots)]
-            stands, rest = judge(p, q, drafts, sampler.uniforms(slots, ACCEPT))
-            first = torch.where(stands, drafts, sampler.draw_from(rest, slots, RESIDUAL))
-        sampler.saw(slots, first)
-        bonus = sampler.draw(passed.logits[rows:], slots, self._masks_after_drafts(passed, drafted))
-        sampler.saw(slots, bonus, stands)
-        ids_R2[at] = torch.stack((first, bonus), 1)
-        stands_R[at] = stands
-        return ids_R2, stands_R, bonus
+            p, q = sampler.distribution(first_DV, those, mask_D), self._q[self._index(those)]
+            if passed.tries_D is not None:  # from q = 0 all of p is left
+                q = q * passed.tries_D[:, None]
+            stands_D, rest = judge(p, q, drafts_D, sampler.uniforms(those, ACCEPT))
+            first_D = torch.where(stands_D, drafts_D, sampler.draw_from(rest, those, RESIDUAL))
+            sampler.saw(those, first_D)
+            self._left.newest_S[self._index(those)] = first_D
+        if passed.tries_D is not None:
+            stands_D = stands_D & (passed.tries_D > 0)
+        bonus_D, failed_D = sampler.take(
+            passed.second_DV, those, self._masks_after_drafts(passed), where_R=stands_D
+        )
+        ids_R2[at, 0], ids_R2[at, 1] = first_D, bonus_D
+        counts_R[at] += stands_D
+        return failed_D if isinstance(at, slice) else sampler.failed(slots).long()
 
     def _index(self, values: Sequence[int]) -> Tensor:
-        if self.device.type != "cuda":
-            return torch.tensor(values, dtype=torch.int64)
-        return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(self.device, non_blocking=True)
+        return upload(values, torch.int64, self.device)
 
     def _masks(self, requests: Sequence[Request], stuck: dict[int, str]) -> Tensor | None:
         """What grammars allow next, as a bitmask on the device; None where no request has one. Rows whose grammar
@@ -286,14 +352,18 @@ class Runner:
             bits_RW[r] = -1
         return bits_RW.to(self.device, non_blocking=True)
 
-    def _masks_after_drafts(self, passed: Pass, drafted: list[int]) -> Tensor | None:
+    def _masks_after_drafts(self, passed: Pass) -> Tensor | None:
         """The same for the token after each draft (of no account where the draft breaks the grammar)."""
-        requests = [passed.requests[r] for r in drafted]
+        requests = [passed.requests[r] for r in passed.drafted]
         took = []
-        for r in requests:
-            state = r.answer.grammar
-            if state is not None and state.validate([r.draft]):
-                state.advance(r.draft)
+        for request in requests:
+            state = request.answer.grammar
+            if state is None or request.draft is None:
+                continue
+            there, place = request.draft
+            draft = int(there.land()[0][place])
+            if state.validate([draft]):
+                state.advance(draft)
                 took.append(state)
         mask = self._masks(requests, {})
         for state in took:
@@ -303,42 +373,40 @@ class Runner:
     # --------------------------------------------------------------------------------------- draft
 
     @torch.inference_mode()
-    def draft(self, passed: Pass, drawn: Sequence[Drawn]) -> None:
+    def draft(self, passed: Pass) -> None:
         """Run MTP over the pass's tokens, now that what follows each is known, and draw the next draft of every
-        request that goes on."""
-        batch = passed.batch
-        assert batch is not None
-        next_N, columns = batch.next_N, []
-        for r, (last, got) in enumerate(zip(batch.last, drawn, strict=True)):
-            first = last - passed.widths[r] + 1
-            columns.append(first + len(got.tokens) - 1)
-        at = [
-            last - w + 1 + j
-            for last, w, got in zip(batch.last, passed.widths, drawn, strict=True)
-            for j in range(len(got.tokens))
-        ]
-        if at:
-            next_N[self._index(at)] = self._index([t for got in drawn for t in got.tokens])
-        state = passed.state if self.model.config.residual is not None else self.model.finish(passed.state)
-        store = self.stores[len(self.model.layers)]
-        hidden, _ = self.model.predict_further_paged(state, next_N[None], batch.step, 0, store)
-        living = [r for r, request in enumerate(passed.requests) if request.running and not request.finished]
-        if not living:
-            return
-        requests = [passed.requests[r] for r in living]
-        slots = [r.slot for r in requests]
-        logits = self.model.logits(hidden[0, self._index([columns[r] for r in living])])
+        request that may go on."""
+        source, ids_R2, counts_R = passed.source, passed.ids_R2, passed.counts_R
+        assert ids_R2 is not None and counts_R is not None
+        passed.undrafted = False
+        if isinstance(source, Recorded):
+            assert self.graphs is not None
+            logits = self.graphs.draft(source, ids_R2, counts_R)
+        else:
+            rows = len(passed.requests)
+            source.next_N[source.columns[:rows]] = ids_R2[:, 0]
+            if passed.drafted:
+                source.next_N[source.columns[rows:]] = ids_R2[self._index(passed.drafted), 1]
+            columns = source.columns[:rows] + counts_R - 1
+            logits = self._further(passed.state, source.next_N[None], source.step, columns)
+        slots_R = self._index(passed.slots)
+        self._left.held_S[slots_R] = passed.starts_R + counts_R
+        requests, slots = passed.requests, passed.slots
         mask = self._masks(requests, {})
         if all(r.sampling.greedy for r in requests):
             drafts = self.sampler.draw(logits, slots, mask)
         else:
             q = self.sampler.distribution(logits, slots, mask)
             if self._q is None:
-                self._q = q.new_zeros(self._newest.shape[0], q.shape[1])
-            self._q[self._index(slots)] = q
+                self._q = q.new_zeros(len(self._left.draft_S), q.shape[1])
+            self._q[slots_R] = q
             drafts = self.sampler.draw_from(q, slots, DRAFT)
-        for request, draft in zip(requests, drafts.tolist(), strict=True):
-            request.draft = draft
+        self._left.draft_S[slots_R] = drafts
+        coming = None if mask is None else Coming(drafts).depart()
+        for row, request in enumerate(requests):
+            if request.running and not request.finished:
+                request.drafted = True
+                request.draft = None if coming is None else (coming, row)
 
     # --------------------------------------------------------------------------------------- pages
 
@@ -352,10 +420,10 @@ class Runner:
     @torch.inference_mode()
     def wipe(self, pages: list[int], ring: int) -> None:
         """Zero what a failed request held: NaN left in a page could reach those who get it next."""
-        index = torch.tensor(pages, device=self.device)
+        index = upload(pages, torch.int64, self.device)
         for store, rings in zip(self.stores, self._ring_names, strict=True):
             for name, memory in store.items():
                 if name in rings:
-                    memory[ring] = 0
+                    memory[ring].zero_()
                 elif pages:
-                    memory[index] = 0
+                    memory.view(torch.uint8).index_fill_(0, index, 0)
