@@ -132,15 +132,17 @@ def warm(job: tuple[str, int, tuple[int, int, int]]) -> None:
 
 def main() -> None:
     sweep = os.environ.get("SWEEP") == "1"
+    if sweep:
+        with ThreadPoolExecutor(8) as pool:  # compile
+            jobs = itertools.product(KINDS, (1, 32, 128))
+            list(pool.map(warm, [(n, r, c) for n, r in jobs for c in configs_of(n, sweep)]))
     for name, rows in itertools.product(KINDS, (1, 64)):
         try:
             check(name, rows, 129280)
         except Exception:
             print(f"check {name}", traceback.format_exc()[-900:])
-    if sweep:
-        with ThreadPoolExecutor(8) as pool:  # compile
-            jobs = itertools.product(KINDS, (1, 32, 128))
-            list(pool.map(warm, [(n, r, c) for n, r in jobs for c in configs_of(n, sweep)]))
+    if os.environ.get("COMPILE") == "1":
+        return
     for name, rows in itertools.product(KINDS, (1, 32, 128)):
         configs = configs_of(name, sweep)
         try:

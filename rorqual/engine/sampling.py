@@ -228,7 +228,8 @@ class Sampler:
         With `where_R` (bool) only the rows where it is true have drawn. Slots must differ."""
         if fused.supported(logits_RV):
             plan = self._plan(slots_R)
-            return self._fused(logits_RV, plan, mask, saw=True, told_R=where_R).unbind()
+            ids_R, failed_R = self._fused(logits_RV, plan, mask, saw=True, told_R=where_R)
+            return ids_R, failed_R
         ids_R = self.draw(logits_RV, slots_R, mask)
         self.saw(slots_R, ids_R, where_R)
         at = self._plan(slots_R).slots_R
