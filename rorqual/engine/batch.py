@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rorqual.engine.request import Request
@@ -18,7 +16,8 @@ from rorqual.nn.paged import Group, PagedStep
 @dataclass
 class Batch:
     """One pass. `ids_N` of decodes whose token or draft is still on the device hold 0: `late` and `drafts` say
-    where, and in whose slots to look. Rows that draw stand in the order of `drawing`: decodes, then chunks that end a sequence."""
+    where, and in whose slots to look. Rows that draw stand in the order of `drawing`: decodes, then chunks that
+    end a sequence."""
 
     ids_N: Tensor
     step: PagedStep

@@ -114,7 +114,8 @@ class Core:
             self._land()
             if passed is not None:
                 self._draw(passed, plan)
-            if not self._ahead or (passed is not None and passed.undrafted):
+            # Drafts under a grammar wait for the tokens before them; and after the last request nobody would land.
+            if not self._ahead or (passed is not None and passed.undrafted) or not self.scheduler.running:
                 self._land()
             self._progress.notify_all()
             return passed is not None or self.busy

@@ -147,7 +147,7 @@ def _weigh(  # type: ignore[no-untyped-def]
         tl.extra.cuda.gdc_launch_dependents()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + row)
-    most, first, spoilt = _crown(peak, place, row, PARTS, WIDE)
+    most, _, spoilt = _crown(peak, place, row, PARTS, WIDE)
     here = row * PARTS + part
     passed = part * 0
     if (tl.load(knobs + slot * KNOBS) == 0) & (spoilt == 0):
@@ -158,7 +158,7 @@ def _weigh(  # type: ignore[no-untyped-def]
         )
         e = tl.exp((x - most) / heat)
         tl.store(sums + here, tl.sum(_weight(e), 0))
-        if FILTER:
+        if FILTER:  # noqa: SIM102 (one is known when compiled, the other is not)
             if tl.load(knobs + slot * KNOBS + 5) > 0:
                 cut = _cut(knobs, slot, peaks, row, most, heat, vocab, KNOBS, PARTS * SUB, WIDE * SUB)
                 passes = (e >= cut) & (o < vocab)
@@ -330,7 +330,7 @@ def _settle(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
     most, token, spoilt = _crown(peak, place, row, PARTS, WIDE)
-    if RANDOM:
+    if RANDOM:  # noqa: SIM102
         if (tl.load(knobs + slot * KNOBS) == 0) & (spoilt == 0):
             listed = tl.load(knobs + slot * KNOBS + 5) > 0
             if FILTER and listed:

@@ -49,8 +49,8 @@ class Pass:
     drafted: list[int]
     drafts_D: Tensor
     """The drafts that those requests brought,"""
-    tries_D: Tensor | None
-    """and which of them are drafts, 1 or 0; None: all."""
+    tries_D: Tensor
+    """and which of them are drafts, 1 or 0."""
     starts_R: Tensor
     """Positions of the first tokens."""
     state: Tensor
@@ -226,7 +226,7 @@ class Runner:
             logits[rows:],
             [r for r, width in enumerate(batch.widths) if width == 2],
             batch.ids_N[batch.columns[rows:]],
-            None,
+            torch.ones_like(batch.columns[rows:]),
             batch.step.positions_N[batch.columns[:rows]],
             self._finished(state) if self.speculate else state,
             batch,
@@ -313,21 +313,19 @@ class Runner:
             )
             at = self._index(passed.drafted)
         first_DV, mask_D = passed.first_RV[at], None if mask is None else mask[at]
-        those, drafts_D = [slots[r] for r in passed.drafted], passed.drafts_D
+        those, drafts_D, tried_D = [slots[r] for r in passed.drafted], passed.drafts_D, passed.tries_D > 0
         if all(passed.requests[r].sampling.greedy for r in passed.drafted):
             first_D, _ = sampler.take(first_DV, those, mask_D)
-            stands_D = self._same(first_D, drafts_D)
+            stands_D = self._same(first_D, drafts_D) & tried_D
         else:
             assert self._q is not None
             p, q = sampler.distribution(first_DV, those, mask_D), self._q[self._index(those)]
-            if passed.tries_D is not None:  # from q = 0 all of p is left
-                q = q * passed.tries_D[:, None]
+            q = q * tried_D[:, None]  # of p all is left where nothing was drafted
             stands_D, rest = judge(p, q, drafts_D, sampler.uniforms(those, ACCEPT))
+            stands_D &= tried_D
             first_D = torch.where(stands_D, drafts_D, sampler.draw_from(rest, those, RESIDUAL))
             sampler.saw(those, first_D)
             self._left.newest_S[self._index(those)] = first_D
-        if passed.tries_D is not None:
-            stands_D = stands_D & (passed.tries_D > 0)
         bonus_D, failed_D = sampler.take(
             passed.second_DV, those, self._masks_after_drafts(passed), where_R=stands_D
         )
