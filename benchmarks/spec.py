@@ -8,44 +8,80 @@ are nonsense, the work is that of real ones.
 
 from __future__ import annotations
 
+import itertools
 import time
+import traceback
 
 import torch
 
-from benchmarks.lite import decode, lite
+from benchmarks.lite import lite
 from rorqual.engine.engine import Engine
+from rorqual.engine.sampling import Sampling
 from rorqual.nn import Transformer
 
 
 def forced(engine: Engine, share: float) -> None:
     """Take this share of drafts for right."""
-    runner = engine.runner
     if share:
-        runner._same = lambda first, drafts: torch.rand(len(first), device=first.device) < share  # type: ignore[method-assign]
+        engine.runner._same = lambda first, drafts: torch.rand(len(first), device=first.device) < share  # type: ignore[method-assign]
 
 
-def main(layers: int = 27, cases: tuple[tuple[int, int], ...] = ((1, 512), (32, 4096))) -> None:
-    """Plain decoding beside speculation at acceptance 0, a half and 1."""
+def rate(engine: Engine, batch: int, context: int, steps: int, sampling: Sampling) -> tuple[float, float]:
+    """Tokens a second of `batch` answers in step, and milliseconds a pass."""
+    prompts = torch.randint(0, engine.model.config.vocab, (batch, context)).tolist()
+    handles = [engine.submit(p, sampling) for p in prompts]
+
+    def count() -> int:
+        return sum(len(h.completion.ids) for h in handles)
+
+    while min(len(h.completion.ids) for h in handles) < 12:
+        engine.step()
+    before = count()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(steps):
+        engine.step()
+    torch.cuda.synchronize()
+    took = time.perf_counter() - begun
+    tokens = count() - before
+    for handle in handles:
+        handle.cancel()
+    while engine.busy:
+        engine.step()
+    return tokens / took, 1e3 * took / steps
+
+
+KINDS = {
+    "greedy": Sampling(0.0, max_new_tokens=400, ignore_eos=True),
+    "top_p": Sampling(0.6, top_p=0.95, max_new_tokens=400, ignore_eos=True),
+}
+
+
+def main(
+    layers: int = 27, cases: tuple[tuple[int, int], ...] = ((1, 512), (32, 4096)), steps: int = 48
+) -> None:
+    """Plain decoding beside speculation, at acceptance 0, a half and 1 if greedy."""
     config = lite(layers)
     begun = time.perf_counter()
     model = Transformer(config.replace(mtp=(config.layers[-1],)), device="cuda", seed=0)
     print(f"built {layers} layers in {time.perf_counter() - begun:.1f} s", flush=True)
-    for batch, context in cases:
+    for (batch, context), (kind, sampling) in itertools.product(cases, KINDS.items()):
         told = []
-        for speculate, share in ((False, 0.0), (True, 0.0), (True, 0.5), (True, 1.0)):
+        shares = (0.0, 0.5, 1.0) if kind == "greedy" else (0.0,)
+        for speculate, share in ((False, 0.0), *((True, s) for s in shares)):
             engine = Engine(
                 model, prefix_cache=False, step_tokens=16384, memory=16 * 2**30, speculate=speculate
             )
             forced(engine, share)
+            name = f"drafts {share:.0%} forced" if speculate else "plain"
             try:
-                decode(engine, batch, context, 8)
-                rate, _ = decode(engine, batch, context, 48)
-            except Exception as error:
-                told.append(f"failed {error!r:.200}")
-                continue
-            told.append(f"{f'drafts {share:.0%} forced' if speculate else 'plain'} {rate:,.0f}")
+                rate(engine, batch, context, 4, sampling)
+                speed, ms = rate(engine, batch, context, steps, sampling)
+                told.append(f"{name} {speed:,.0f} tok/s, {ms:.2f} ms a pass")
+            except Exception:
+                told.append(f"{name} failed: {traceback.format_exc(limit=-3)}")
             del engine
-        print(f"batch {batch} context {context}: {'; '.join(told)} tok/s", flush=True)
+        print(f"{kind}, batch {batch}, context {context}: {'; '.join(told)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -373,9 +373,9 @@ def draw(
     stream: int = 0,
     saw: bool = False,
     told_R: Tensor | None = None,
-    part: int = 0,
-    block: int = 4096,
-    warps: int = 0,
+    part: int = 4096,
+    block: int = 2048,
+    warps: int = 8,
 ) -> Tensor:
     """One token of each row, and how often its slot has had unsound logits: int64 [2, R].
 
@@ -387,7 +387,6 @@ def draw(
     rows, vocab = logits_RV.shape
     if logits_RV.stride(1) != 1:
         logits_RV = logits_RV.contiguous()
-    part = part or _part(rows)
     parts = triton.cdiv(vocab, part)
     sub = max(1, part // 256) if filters and random else 0
 
@@ -425,14 +424,9 @@ def draw(
         told_R.view(torch.uint8) if told_R is not None else out, out, stream, rows,
         **like, **shape, RANDOM=random, FILTER=filters, SAW=saw, TOLD=told_R is not None,
         COUNT=penalties or counts, BLOCK=block,
-        num_warps=warps or (16 if filters else 8 if random else 4), **chained(logits_RV, rows),
+        num_warps=warps if random else 4, **chained(logits_RV, rows),
     )  # fmt: skip
     return out
-
-
-def _part(rows: int) -> int:
-    """Tokens a program: few rows are cut into many parts."""
-    return 2048 if rows <= 4 else 4096
 
 
 def supported(logits_RV: Tensor) -> bool:
