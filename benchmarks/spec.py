@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 import traceback
+from typing import Any
 
 import torch
 
@@ -22,8 +23,15 @@ from rorqual.nn import Transformer
 
 def forced(engine: Engine, share: float) -> None:
     """Take this share of drafts for right."""
+    sampler = engine.runner.sampler
+    genuine = sampler.judge
+
+    def judge(*what: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, stands = genuine(*what)
+        return tokens, torch.rand(len(stands), device=stands.device) < share
+
     if share:
-        engine.runner._same = lambda first, drafts: torch.rand(len(first), device=first.device) < share  # type: ignore[method-assign]
+        sampler.judge = judge  # type: ignore[method-assign]
 
 
 def rate(engine: Engine, batch: int, context: int, steps: int, sampling: Sampling) -> tuple[float, float]:

@@ -191,11 +191,13 @@ def _list(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _kept(e, least, few, ties):  # type: ignore[no-untyped-def]
-    """Weights of those that stay: all above `least` and the first `few` of those equal to it."""
+    """Weights of those that stay: all above `least` and the first `few` of those equal to it; how many are equal
+    to it, and how many of these stay."""
     bits = e.to(tl.int32, bitcast=True)
     tie = (bits == least).to(tl.int32)
-    stays = (bits > least) | ((tie > 0) & (ties + tl.cumsum(tie, 0) <= few))
-    return tl.where(stays, _weight(e), 0), tl.sum(tie, 0)
+    among = (tie > 0) & (ties + tl.cumsum(tie, 0) <= few)
+    weight = tl.where((bits > least) | among, _weight(e), 0)
+    return weight, tl.sum(tie, 0), among
 
 
 @triton.jit
@@ -246,7 +248,8 @@ def _from_list(  # type: ignore[no-untyped-def]
     knobs, key, drawn, slot, stream, mass, end, list_e, list_id,
     vocab: tl.constexpr, KNOBS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The token of a row with filters. `mass`: the weight of all its tokens."""
+    """The token of a row with filters, and what stays of the row: all above `least`, and of those equal to it the
+    ids up to `last`; their weight. `mass`: the weight of all its tokens."""
     at = tl.arange(0, BLOCK)
     top_k = tl.load(knobs + slot * KNOBS + 2).to(tl.int64)
     top_p = tl.load(knobs + slot * KNOBS + 3)
@@ -267,13 +270,16 @@ def _from_list(  # type: ignore[no-untyped-def]
     sums = tl.zeros([BLOCK], tl.int64)
     ties = few * 0
     start = end * 0
+    last = end * 0 - 1
     while start < end:
         e = tl.load(list_e + start + at, mask=start + at < end, other=0.0)
-        weight, new = _kept(e, least, few, ties)
+        weight, new, among = _kept(e, least, few, ties)
         sums += weight
         ties += new
+        last = tl.maximum(last, tl.max(tl.where(among & (start + at < end), start + at, -1), 0))
         start += BLOCK
-    goal = _goal(key, drawn, slot, stream, tl.sum(sums, 0))
+    mass = tl.sum(sums, 0)
+    goal = _goal(key, drawn, slot, stream, mass)
     run = goal * 0
     before = goal * 0
     ties = few * 0
@@ -282,16 +288,19 @@ def _from_list(  # type: ignore[no-untyped-def]
     start = end * 0
     while start < end:
         e = tl.load(list_e + start + at, mask=start + at < end, other=0.0)
-        weight, new = _kept(e, least, few, ties)
+        weight, new, among = _kept(e, least, few, ties)
         run += tl.sum(weight, 0)
         ties += new
         if run <= goal:
             before, ties_there, chunk = run, ties, start + BLOCK
         start += BLOCK
     e = tl.load(list_e + chunk + at, mask=chunk + at < end, other=0.0)
-    weight, new = _kept(e, least, few, ties_there)
+    weight, new, among = _kept(e, least, few, ties_there)
     found = chunk + tl.sum((before + tl.cumsum(weight, 0) <= goal).to(tl.int32), 0)
-    return tl.load(list_id + tl.maximum(tl.minimum(found, end - 1), 0))
+    token = tl.load(list_id + tl.maximum(tl.minimum(found, end - 1), 0))
+    if last >= 0:
+        last = tl.load(list_id + last)
+    return token, least, last, mass
 
 
 @triton.jit
@@ -303,7 +312,8 @@ def _from_parts(  # type: ignore[no-untyped-def]
     """The token of a row without filters: first the part it falls in, then the place."""
     p = tl.arange(0, WIDE)
     part_sums = tl.load(sums + row * PARTS + p, mask=p < PARTS, other=0)
-    goal = _goal(key, drawn, slot, stream, tl.sum(part_sums, 0))
+    mass = tl.sum(part_sums, 0)
+    goal = _goal(key, drawn, slot, stream, mass)
     part = tl.minimum(tl.sum((tl.cumsum(part_sums, 0) <= goal).to(tl.int32), 0), PARTS - 1)
     goal -= tl.sum(tl.where(p < part, part_sums, 0), 0)
     o = part * PART + tl.arange(0, PART)
@@ -312,24 +322,25 @@ def _from_parts(  # type: ignore[no-untyped-def]
     )
     weight = _weight(tl.exp((x - most) / tl.load(knobs + slot * KNOBS + 1).to(tl.float32)))
     token = part * PART + tl.sum((tl.cumsum(weight, 0) <= goal).to(tl.int32), 0)
-    return tl.minimum(token, tl.max(tl.where(weight > 0, o, 0), 0))
+    return tl.minimum(token, tl.max(tl.where(weight > 0, o, 0), 0)), mass
 
 
 @triton.jit(do_not_specialize=["words", "stream", "rows"])
 def _settle(  # type: ignore[no-untyped-def]
     logits, stride, slots, bits, words, knobs, line_S, count, prompt, peak, place, sums, found, list_e, list_id,
-    key, drawn, unsound, newest, told, out, stream, rows,
+    key, drawn, unsound, newest, told, out, bounds, stream, rows,
     vocab: tl.constexpr, KNOBS: tl.constexpr, MASK: tl.constexpr, PENAL: tl.constexpr, PART: tl.constexpr,
     PARTS: tl.constexpr, WIDE: tl.constexpr, RANDOM: tl.constexpr, FILTER: tl.constexpr, SAW: tl.constexpr,
-    TOLD: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
+    TOLD: tl.constexpr, COUNT: tl.constexpr, BOUNDS: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Each row's token, and what the tables are to know of it."""
+    """Each row's token, and what the tables are to know of it; with `BOUNDS` also what `_spread` needs."""
     if CHAINED:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
     most, token, spoilt = _crown(peak, place, row, PARTS, WIDE)
+    least, last, mass = token * 0 - 1, token * 0 - 1, row * 0
     if RANDOM:  # noqa: SIM102
         if (tl.load(knobs + slot * KNOBS) == 0) & (spoilt == 0):
             listed = tl.load(knobs + slot * KNOBS + 5) > 0
@@ -337,15 +348,20 @@ def _settle(  # type: ignore[no-untyped-def]
                 p = tl.arange(0, WIDE)
                 mass = tl.sum(tl.load(sums + row * PARTS + p, mask=p < PARTS, other=0), 0)
                 end = tl.sum(tl.load(found + row * PARTS + p, mask=p < PARTS, other=0), 0)
-                token = _from_list(
+                token, least, last, mass = _from_list(
                     knobs, key, drawn, slot, stream, mass, end, list_e + row * vocab, list_id + row * vocab,
                     vocab, KNOBS, BLOCK,
                 )  # fmt: skip
             else:
-                token = _from_parts(
+                token, mass = _from_parts(
                     logits, stride, row, slot, bits, words, knobs, line_S, count, prompt, sums, key, drawn, stream,
                     most, vocab, KNOBS, MASK, PENAL, PART, PARTS, WIDE,
                 )  # fmt: skip
+    if BOUNDS:  # where all is on one token, the mass is 0 and that token stands in place of the last
+        last = tl.where(mass > 0, last, token)
+        tl.store(bounds + row * 4 + 0, least.to(tl.int64))
+        tl.store(bounds + row * 4 + 1, last.to(tl.int64))
+        tl.store(bounds + row * 4 + 2, mass)
     new = spoilt.to(tl.int64)
     tl.store(out + row, token.to(tl.int64))
     tl.store(out + rows + row, tl.atomic_add(unsound + slot, new) + new)
@@ -358,6 +374,34 @@ def _settle(  # type: ignore[no-untyped-def]
             line = tl.load(line_S + slot)
             if line > 0:
                 tl.atomic_add(count + line * vocab + token, one.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["words"])
+def _spread(  # type: ignore[no-untyped-def]
+    logits, stride, slots, bits, words, knobs, line_S, count, prompt, peak, place, bounds, p_out,
+    vocab: tl.constexpr, KNOBS: tl.constexpr, MASK: tl.constexpr, PENAL: tl.constexpr, PART: tl.constexpr,
+    PARTS: tl.constexpr, WIDE: tl.constexpr, BY_SLOT: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """The distribution that each row was drawn from, summing to one."""
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + row)
+    most, _, _ = _crown(peak, place, row, PARTS, WIDE)
+    least, last = tl.load(bounds + row * 4), tl.load(bounds + row * 4 + 1)
+    mass = tl.load(bounds + row * 4 + 2)
+    o = part * PART + tl.arange(0, PART)
+    x = _shaped(
+        logits, stride, row, o, bits, words, knobs, slot, line_S, count, prompt, vocab, KNOBS, MASK, PENAL
+    )
+    e = tl.exp((x - most) / tl.load(knobs + slot * KNOBS + 1).to(tl.float32))
+    level = e.to(tl.int32, bitcast=True)
+    stays = (level > least) | ((level == least) & (o <= last))
+    p = tl.where(stays, _weight(e).to(tl.float32) / tl.maximum(mass, 1).to(tl.float32), 0.0)
+    p = tl.where(mass > 0, p, (o == last).to(tl.float32))
+    line = slot if BY_SLOT else row
+    tl.store(p_out + line * vocab + o, p, mask=o < vocab)
 
 
 def draw(
@@ -373,6 +417,8 @@ def draw(
     stream: int = 0,
     saw: bool = False,
     told_R: Tensor | None = None,
+    p_RV: Tensor | None = None,
+    p_SV: Tensor | None = None,
     part: int = 4096,
     block: int = 2048,
     warps: int = 8,
@@ -382,7 +428,8 @@ def draw(
     Without `random` every row is greedy; without `filters` none has top-k, top-p or min-p; without `penalties`
     none has any. `bits_RW`: a grammar's bitmask, as of `draws.apply_bitmask`. `saw`: the tables are told of
     the tokens (`drawn_S`, `newest_S`, `count_LV`), of those alone where `told_R` is true if it is given; slots
-    must then differ. `part`: tokens a program, and `block` of its list at a time; neither changes a token.
+    must then differ. `p_RV`, or `p_SV` by slots: gets the distribution that each row was drawn from. `part`:
+    tokens a program, and `block` of its list at a time; neither changes a token.
     """
     rows, vocab = logits_RV.shape
     if logits_RV.stride(1) != 1:
@@ -419,13 +466,17 @@ def draw(
         )
     if filters:
         _list[rows, parts](found, rough, list_e, list_id, vocab=vocab, PART=part, **shape, **spread)
+    spreads = p_RV if p_RV is not None else p_SV
+    bounds = room(rows, 4, dtype=torch.int64) if spreads is not None else None
     _settle[rows,](
         *head, sums, found, list_e, list_id, tables.key_S, tables.drawn_S, tables.unsound_S, tables.newest_S,
-        told_R.view(torch.uint8) if told_R is not None else out, out, stream, rows,
+        told_R.view(torch.uint8) if told_R is not None else out, out, bounds, stream, rows,
         **like, **shape, RANDOM=random, FILTER=filters, SAW=saw, TOLD=told_R is not None,
-        COUNT=penalties or counts, BLOCK=block,
+        COUNT=penalties or counts, BOUNDS=bounds is not None, BLOCK=block,
         num_warps=warps if random else 4, **chained(logits_RV, rows),
     )  # fmt: skip
+    if spreads is not None:
+        _spread[rows, parts](*head, bounds, spreads, **like, **shape, BY_SLOT=p_RV is None, **spread)
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rorqual.engine.batch import Batch, lay_out
-from rorqual.engine.draws import ACCEPT, DRAFT, RESIDUAL, judge, logprobs_of
+from rorqual.engine.draws import logprobs_of
 from rorqual.engine.grammar import fill_masks
 from rorqual.engine.graphs import Graphs, Recorded
 from rorqual.engine.packed import Left
@@ -56,9 +56,8 @@ class Pass:
     state: Tensor
     """What MTP reads."""
     source: Batch | Recorded
-    ids_R2: Tensor | None = None
-    """What was drawn: tokens, of which the first `counts_R` of each row stand."""
-    counts_R: Tensor | None = None
+    drawn_4R: Tensor | None = None
+    """With speculation what was drawn: first tokens, second tokens, how many of the two stand, and failures."""
     undrafted: bool = False
     """MTP has still to run over it."""
 
@@ -66,10 +65,10 @@ class Pass:
 class Flight:
     """Draws on their way to the host. `land()` waits for them and says what each request got."""
 
-    def __init__(self, passed: Pass, parts: Sequence[Tensor], stuck: dict[int, str]) -> None:
-        """`parts` int64 [R] each: first tokens, failures, and with drafts second tokens and how many stand."""
+    def __init__(self, passed: Pass, drawn: Tensor, stuck: dict[int, str]) -> None:
+        """`drawn` int64 [2, R]: tokens and failures; or [4, R], as of `Pass`."""
         self.passed, self.stuck = passed, stuck
-        self._coming = Coming(torch.stack(tuple(parts)))
+        self._coming = Coming(drawn)
         self._logprobs: list[tuple[list[int], list[Tensor]]] = []
 
     def note_logprobs(self, logits_RV: Tensor, ids_R: Tensor, rows: Sequence[int]) -> None:
@@ -92,7 +91,7 @@ class Flight:
 
     def land(self) -> list[Drawn]:
         """One a request, in the pass's order."""
-        firsts, failed, *more = self._coming.land()[0].tolist()
+        firsts, *more, failed = self._coming.land()[0].tolist()
         out = []
         for r, (first, width) in enumerate(zip(firsts, self.passed.widths, strict=True)):
             both = bool(more) and more[1][r] > 1
@@ -148,8 +147,6 @@ class Runner:
         if self.device.type == "cuda" and not invariant:
             model.adjoin()
             self.graphs = self.new_graphs()
-        self._q: Tensor | None = None
-        """What each slot's draft was drawn from [slots, V], where drafts are sampled."""
 
     def new_graphs(self) -> Graphs:
         """Graphs of this runner's decoding passes."""
@@ -274,21 +271,18 @@ class Runner:
         requests, rows = passed.requests, len(passed.requests)
         stuck: dict[int, str] = {}
         mask = self._masks(requests, stuck)
-        if not passed.drafted:
-            first_R, failed_R = self.sampler.take(passed.first_RV, passed.slots, mask)
-            passed.ids_R2, parts = first_R[:, None], [first_R, failed_R]
-            if self.speculate:
-                passed.counts_R = torch.ones_like(first_R)
-        else:
-            failed_R = self._verify(passed, mask)
-            assert passed.ids_R2 is not None and passed.counts_R is not None
-            parts = [passed.ids_R2[:, 0], failed_R, passed.ids_R2[:, 1], passed.counts_R]
-        assert passed.ids_R2 is not None
-        flight = Flight(passed, parts, stuck)
-        flight.note_logprobs(passed.first_RV, passed.ids_R2[:, 0], range(rows))
         if passed.drafted:
-            at = slice(None) if len(passed.drafted) == rows else self._index(passed.drafted)
-            flight.note_logprobs(passed.second_DV, passed.ids_R2[at, 1], passed.drafted)
+            drawn = passed.drawn_4R = self._verify(passed, mask)
+        else:
+            drawn = self.sampler.take(passed.first_RV, passed.slots, mask)
+            if self.speculate:
+                one = torch.ones_like(drawn[0])
+                drawn = passed.drawn_4R = torch.stack((drawn[0], one, one, drawn[1]))
+        flight = Flight(passed, drawn, stuck)
+        flight.note_logprobs(passed.first_RV, drawn[0], range(rows))
+        if passed.drafted:
+            second_D = drawn[1] if len(passed.drafted) == rows else drawn[1, self._index(passed.drafted)]
+            flight.note_logprobs(passed.second_DV, second_D, passed.drafted)
         flight.depart()
         passed.undrafted = self.speculate
         if self.speculate and all(r.answer.grammar is None for r in requests):
@@ -296,46 +290,25 @@ class Runner:
         return flight
 
     def _verify(self, passed: Pass, mask: Tensor | None) -> Tensor:
-        """Draw where some rows have drafts; gives the rows' failures. A draft d stands with probability
-        min(1, p(d) / q(d)), else the token is drawn from what p has over q."""
-        sampler, rows, slots = self.sampler, len(passed.requests), passed.slots
-        ids_R2 = passed.first_RV.new_zeros(rows, 2, dtype=torch.int64)
-        counts_R = torch.ones(rows, dtype=torch.int64, device=self.device)
-        passed.ids_R2, passed.counts_R = ids_R2, counts_R
-        at: Tensor | slice = slice(None)
-        if len(passed.drafted) < rows:
-            without = set(range(rows)) - set(passed.drafted)
-            plain = self._index(sorted(without))
-            ids_R2[plain, 0], _ = sampler.take(
-                passed.first_RV[plain],
-                [slots[r] for r in sorted(without)],
-                None if mask is None else mask[plain],
-            )
-            at = self._index(passed.drafted)
-        first_DV, mask_D = passed.first_RV[at], None if mask is None else mask[at]
-        those, drafts_D, tried_D = [slots[r] for r in passed.drafted], passed.drafts_D, passed.tries_D > 0
-        if all(passed.requests[r].sampling.greedy for r in passed.drafted):
-            first_D, _ = sampler.take(first_DV, those, mask_D)
-            stands_D = self._same(first_D, drafts_D) & tried_D
-        else:
-            assert self._q is not None
-            p, q = sampler.distribution(first_DV, those, mask_D), self._q[self._index(those)]
-            q = q * tried_D[:, None]  # of p all is left where nothing was drafted
-            stands_D, rest = judge(p, q, drafts_D, sampler.uniforms(those, ACCEPT))
-            stands_D &= tried_D
-            first_D = torch.where(stands_D, drafts_D, sampler.draw_from(rest, those, RESIDUAL))
-            sampler.saw(those, first_D)
-            self._left.newest_S[self._index(those)] = first_D
-        bonus_D, failed_D = sampler.take(
-            passed.second_DV, those, self._masks_after_drafts(passed), where_R=stands_D
-        )
-        ids_R2[at, 0], ids_R2[at, 1] = first_D, bonus_D
-        counts_R[at] += stands_D
-        return failed_D if isinstance(at, slice) else sampler.failed(slots).long()
+        """Draw where some rows have drafts, and where these stand once more: int64 [4, R] as of `Pass`."""
+        if len(passed.drafted) == len(passed.requests):
+            return self._judge(passed, passed.first_RV, mask)
+        drafted = set(passed.drafted)
+        plain = [r for r in range(len(passed.requests)) if r not in drafted]
+        drawn_4R = torch.ones(4, len(passed.requests), dtype=torch.int64, device=self.device)
+        at = self._index(plain)
+        masked = None if mask is None else mask[at]
+        drawn_4R[0::3, at] = self.sampler.take(passed.first_RV[at], [passed.slots[r] for r in plain], masked)
+        at = self._index(passed.drafted)
+        drawn_4R[:, at] = self._judge(passed, passed.first_RV[at], None if mask is None else mask[at])
+        return drawn_4R
 
-    def _same(self, first_D: Tensor, drafts_D: Tensor) -> Tensor:
-        """Which greedy tokens are what was drafted (a benchmark may say otherwise)."""
-        return first_D == drafts_D
+    def _judge(self, passed: Pass, first_DV: Tensor, mask_D: Tensor | None) -> Tensor:
+        """The same of the rows with drafts alone."""
+        slots = [passed.slots[r] for r in passed.drafted]
+        first_D, stands_D = self.sampler.judge(first_DV, slots, passed.drafts_D, passed.tries_D, mask_D)
+        second_2D = self.sampler.take(passed.second_DV, slots, self._masks_after_drafts(passed), stands_D)
+        return torch.stack((first_D, second_2D[0], stands_D + 1, second_2D[1]))
 
     def _index(self, values: Sequence[int]) -> Tensor:
         return upload(values, torch.int64, self.device)
@@ -378,31 +351,23 @@ class Runner:
     def draft(self, passed: Pass) -> None:
         """Run MTP over the pass's tokens, now that what follows each is known, and draw the next draft of every
         request that may go on."""
-        source, ids_R2, counts_R = passed.source, passed.ids_R2, passed.counts_R
-        assert ids_R2 is not None and counts_R is not None
+        source, drawn_4R, rows = passed.source, passed.drawn_4R, len(passed.requests)
+        assert drawn_4R is not None
         passed.undrafted = False
         if isinstance(source, Recorded):
             assert self.graphs is not None
-            logits = self.graphs.draft(source, ids_R2, counts_R)
+            logits = self.graphs.draft(source, drawn_4R[:2].T, drawn_4R[2])
         else:
-            rows = len(passed.requests)
-            source.next_N[source.columns[:rows]] = ids_R2[:, 0]
+            source.next_N[source.columns[:rows]] = drawn_4R[0]
             if passed.drafted:
-                source.next_N[source.columns[rows:]] = ids_R2[self._index(passed.drafted), 1]
-            columns = source.columns[:rows] + counts_R - 1
+                source.next_N[source.columns[rows:]] = drawn_4R[1, self._index(passed.drafted)]
+            columns = source.columns[:rows] + drawn_4R[2] - 1
             logits = self._further(passed.state, source.next_N[None], source.step, columns)
-        slots_R = self._index(passed.slots)
-        self._left.held_S[slots_R] = passed.starts_R + counts_R
+        slots_R = self.sampler.index(passed.slots)
+        self._left.held_S[slots_R] = passed.starts_R + drawn_4R[2]
         requests, slots = passed.requests, passed.slots
         mask = self._masks(requests, {})
-        if all(r.sampling.greedy for r in requests):
-            drafts = self.sampler.draw(logits, slots, mask)
-        else:
-            q = self.sampler.distribution(logits, slots, mask)
-            if self._q is None:
-                self._q = q.new_zeros(len(self._left.draft_S), q.shape[1])
-            self._q[slots_R] = q
-            drafts = self.sampler.draw_from(q, slots, DRAFT)
+        drafts = self.sampler.draft(logits, slots, mask)
         self._left.draft_S[slots_R] = drafts
         coming = None if mask is None else Coming(drafts).depart()
         for row, request in enumerate(requests):

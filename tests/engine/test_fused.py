@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rorqual.engine import Sampler, Sampling, draws, fused
+from rorqual.engine import Sampler, Sampling, draws, fused, fused_judge
 from rorqual.kernels import gpu
 
 
@@ -145,6 +145,52 @@ def test_penalties_masks_and_what_tables_are_told(
                 assert ((bits.gather(1, (got // 32)[:, None])[:, 0] >> (got % 32)) & 1).all()
         for a, b in zip(tables(ours), tables(plain), strict=True):
             assert torch.equal(a, b)
+
+
+def test_drafts_and_verdicts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By kernels and by plain operations the same drafts, what they were drawn from, verdicts and tables; rows of all
+    kinds, with and without a draft."""
+    vocab, turns = 150, 8
+    cases = [
+        Sampling(temperature=0.0, seed=1, repetition_penalty=1.3),
+        Sampling(seed=2),
+        Sampling(seed=3, top_k=6),
+        Sampling(seed=4, top_p=0.6, temperature=0.7, frequency_penalty=0.3),
+        Sampling(seed=5, min_p=0.2),
+        Sampling(seed=6, top_k=20, top_p=0.9, logit_bias={4: 1.0}),
+        Sampling(seed=7, temperature=1.5),
+        Sampling(temperature=0.0, seed=8),
+    ]
+    ours, plain = (Sampler(vocab, device, len(cases)) for _ in range(2))
+    part = {"part": 64}
+    genuine, verdict = fused.draw, fused_judge.judge
+    monkeypatch.setattr(fused, "draw", lambda *a, **k: genuine(*a, **k, **part, block=64, warps=4))
+    monkeypatch.setattr(fused_judge, "judge", lambda *a, **k: verdict(*a, **k, **part))
+    for both in (ours, plain):
+        for slot, s in enumerate(cases):
+            both.admit(slot, s, [1, 2, 3], [7])
+    seen = []
+    for turn in range(turns):
+        use = torch.randperm(len(cases)).tolist()
+        if turn % 2 == 0:  # equal logits tie, and ties are cut by their place
+            logits = torch.randint(0, 4, (2, len(cases), vocab), device=device).float()
+        else:
+            logits = torch.randn(2, len(cases), vocab, device=device) * 2
+            logits[1] = logits[0] + torch.randn(len(cases), vocab, device=device) * 0.4
+        tries = (torch.rand(len(cases), device=device) < 0.8).long()
+        got = []
+        for sampler, kernels in ((ours, True), (plain, False)):
+            monkeypatch.setattr(fused, "supported", lambda logits, kernels=kernels: kernels)
+            drafts = sampler.draft(logits[0], use)
+            got.append((drafts, *sampler.judge(logits[1], use, drafts, tries)))
+        for a, b in zip(*got, strict=True):
+            assert torch.equal(a, b)
+        random = [slot for slot in range(len(cases)) if not cases[slot].greedy]
+        torch.testing.assert_close(ours._q_SV[random], plain._q_SV[random], atol=1e-6, rtol=1e-4)
+        seen += got[0][2][tries > 0].tolist()
+    for a, b in zip(tables(ours), tables(plain), strict=True):
+        assert torch.equal(a, b)
+    assert 0.1 < sum(seen) / len(seen) < 0.9
 
 
 @pytest.mark.gpu
