@@ -32,6 +32,15 @@ class Batch:
     """Tokens that each decode brings: 1, or 2 with a draft. Chunks that draw bring 1."""
 
 
+def slots_of(pages: list[int], begin: int, end: int, page_size: int) -> list[int]:
+    """Where positions `begin` to `end` lie, counted over all pages."""
+    if end - begin < 32:
+        return [pages[p // page_size] * page_size + p % page_size for p in range(begin, end)]
+    position = np.arange(begin, end)
+    found: list[int] = (np.array(pages)[position // page_size] * page_size + position % page_size).tolist()
+    return found
+
+
 def lay_out(plan: Plan, page_size: int, staging: Staging, one_group_of_chunks: bool) -> Batch:
     """The tensors of a plan. Decodes of one width stand together; chunks in one group where kernels take ragged
     rows, else in groups of equal length, so that none is padded."""
@@ -73,7 +82,7 @@ def lay_out(plan: Plan, page_size: int, staging: Staging, one_group_of_chunks: b
                 draft_slot.append(request.slot)
                 ids.append(0)
             positions += range(begin, end)
-            slots += (request.pages[p // page_size] * page_size + p % page_size for p in range(begin, end))
+            slots += slots_of(request.pages, begin, end, page_size)
             after = request.ids[begin + 1 : end + 1]
             following += after + [0] * (count - len(after))
             offsets.append(offsets[-1] + count)

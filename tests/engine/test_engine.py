@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from rorqual.engine.batch import slots_of
 from rorqual.engine.core import EngineFull
 from rorqual.engine.engine import Engine
 from rorqual.engine.request import Handle
@@ -96,6 +97,13 @@ def test_equals_generate_under_arrivals_cancels_and_preemption(
         else:
             assert (done.ids, done.finish_reason) == (alone.ids, alone.finish_reason)
     assert not speculate or drafted > 0
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 100])
+def test_slots_of_long_and_short_spans(count: int) -> None:
+    pages = random.sample(range(1, 99), 30)
+    wanted = [pages[p // 5] * 5 + p % 5 for p in range(7, 7 + count)]
+    assert slots_of(pages, 7, 7 + count, 5) == wanted
 
 
 def test_answers_do_not_cut_prompts_short() -> None:
