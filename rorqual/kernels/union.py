@@ -4,12 +4,16 @@ entries (the chosen ones, CSA; all finished ones, HCA; none, SWA) and over a sin
 An entry is key and value of every head. Raw entries lie in rings, that of position p of slot r at `[r, p % L]`,
 compressed ones in pages. A query's keys are one list, first its window, then its entries; a program takes a run
 of that list for up to 64 heads, and where a list is cut into several runs a second kernel joins them.
+
+Rings, pages and the pass's own entries may all be bytes in the released layout (`entries`), whose rotary channels
+are the last `rope`.
 """
 
 import torch
 from torch import Tensor
 
 from rorqual.kernels import union_gluon
+from rorqual.kernels.entries import from_exponent, scale_bytes, unpack_entries
 from rorqual.kernels.gpu import tl, triton, usable
 
 MULTIPROCESSORS = 132
@@ -31,9 +35,16 @@ def reference(
     window: int,
     ratio: int,
     scale: float,
+    rope: int = 0,
 ) -> Tensor:
     """The definition, a query at a time, fp32 inside. `new_Nd`: the pass's own raw entries, where the ring
     does not hold them yet (`union_prefill`)."""
+    if ring_RLd.dtype == torch.uint8:
+        dim, kind = q_NHd.shape[2], torch.promote_types(q_NHd.dtype, torch.float32)
+        ring_RLd, new_Nd, entries_PEd = (
+            unpack_entries(z, dim, rope, kind) if z is not None else None  # type: ignore[assignment]
+            for z in (ring_RLd, new_Nd, entries_PEd)
+        )
     o_NHd, length = torch.zeros_like(q_NHd), ring_RLd.shape[1]
     rings, positions = ring_N.tolist(), positions_N.tolist()
     for n, (ring, position) in enumerate(zip(rings, positions, strict=True)):
@@ -60,6 +71,23 @@ def reference(
 
 
 # ----------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _values(  # type: ignore[no-untyped-def]
+    row, live, d, DIM: tl.constexpr, ROPE: tl.constexpr, SCALES: tl.constexpr, WIDTH: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """The entries `[KEYS, WIDTH]` in fp32 whose bytes begin at `row` [KEYS]."""
+    PLAIN: tl.constexpr = DIM - ROPE
+    code = tl.load(row[:, None] + d[None, :], mask=live[:, None] & (d < PLAIN)[None, :], other=0)
+    tail = (row + (PLAIN + SCALES)).to(tl.pointer_type(tl.bfloat16))[:, None] + (d - PLAIN)[None, :]
+    turned = tl.load(tail, mask=live[:, None] & ((d >= PLAIN) & (d < DIM))[None, :], other=0.0)
+    j = tl.arange(0, WIDTH // 64)
+    exponent = tl.load(row[:, None] + PLAIN + j[None, :], mask=live[:, None] & (j * 64 < PLAIN)[None, :], other=0)
+    wide = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    wide = tl.reshape(wide, [KEYS, WIDTH // 64, 64]) * from_exponent(exponent)[:, :, None]
+    return tl.where((d < PLAIN)[None, :], tl.reshape(wide, [KEYS, WIDTH]), turned.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["columns"])
@@ -92,13 +120,15 @@ def _attend(  # type: ignore[no-untyped-def]
     NEW: tl.constexpr,
     ENTRIES: tl.constexpr,
     SINGLE: tl.constexpr,
+    ROPE: tl.constexpr,
+    SCALES: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Run `program_id(2)` of row n's keys, for HEADS heads. `scale` has log2(e) in it. A single run
-    is finished here; of several, `o` [N, H, splits, d] and `lse` (base 2) are joined later."""
+    is finished here; of several, `o` [N, H, splits, d] and `lse` (base 2) are joined later. With SCALES rows are bytes."""
     n, split, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
     ring = tl.load(rings + n)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -122,6 +152,7 @@ def _attend(  # type: ignore[no-untyped-def]
         table += tl.load(seqs + n).to(tl.int64) * columns
     tiles = tl.cdiv(count, KEYS)
     first, last = tiles * split // splits, tiles * (split + 1) // splits
+    ROW: tl.constexpr = DIM + SCALES + ROPE if SCALES else DIM
     queries = tl.load(q + n.to(tl.int64) * q_row + h[:, None] * q_head + d[None, :], mask=inside, other=0.0)
     most = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
@@ -130,7 +161,7 @@ def _attend(  # type: ignore[no-untyped-def]
         i = t * KEYS + tl.arange(0, KEYS)
         live = i < count
         place = ring.to(tl.int64) * LENGTH + (position - near + 1 + i) % LENGTH
-        row = ring_items + place * DIM
+        row = ring_items + place * ROW
         if NEW:
             row = tl.where(i >= near - fresh, new + (n - near + 1 + i).to(tl.int64) * new_row, row)
         if ENTRIES:
@@ -141,8 +172,11 @@ def _attend(  # type: ignore[no-untyped-def]
                 live = live & (entry >= 0)
                 far = far & live
             page = tl.load(table + entry // PAGE, mask=far, other=0)
-            row = tl.where(i >= near, entries + (page.to(tl.int64) * PAGE + entry % PAGE) * DIM, row)
-        kv = tl.load(row[:, None] + d[None, :], mask=live[:, None] & (d < DIM)[None, :], other=0.0)
+            row = tl.where(i >= near, entries + (page.to(tl.int64) * PAGE + entry % PAGE) * ROW, row)
+        if SCALES:
+            kv = _values(row, live, d, DIM, ROPE, SCALES, WIDTH, KEYS).to(queries.dtype)
+        else:
+            kv = tl.load(row[:, None] + d[None, :], mask=live[:, None] & (d < DIM)[None, :], other=0.0)
         logits = tl.dot(queries, tl.trans(kv), input_precision="ieee") * scale
         logits = tl.where(live[None, :], logits, float("-inf"))
         higher = tl.maximum(most, tl.max(logits, axis=1))
@@ -220,6 +254,7 @@ def fast(
     window: int,
     ratio: int,
     scale: float,
+    rope: int = 0,
     hopper: bool | None = None,
     splits: int | None = None,
     most_heads: int = 64,
@@ -251,7 +286,8 @@ def fast(
     if cut > 1:
         part = torch.empty(rows, heads, cut, dim, dtype=torch.float32, device=q_NHd.device)
         lse = torch.empty(rows, heads, cut, dtype=torch.float32, device=q_NHd.device)
-    width = max(16, triton.next_power_of_2(dim))
+    packed = ring_RLd.dtype == torch.uint8
+    width = max(64 if packed else 16, triton.next_power_of_2(dim))
     args = (
         q_NHd, new_Nd, ring_RLd, ring_N, positions_N, entries_PEd, table_SB, seq_N, starts_S1, chosen_NK, sink_H,
         part, lse, heads, table_SB.stride(0) if table_SB is not None else 0, q_NHd.stride(0), q_NHd.stride(1),
@@ -260,10 +296,12 @@ def fast(
     constants = {
         "LENGTH": ring_RLd.shape[1], "DIM": dim, "WINDOW": window, "RATIO": max(1, ratio), "PAGE": page,
         "CHOSEN": chosen_NK.shape[1] if chosen_NK is not None else 0, "NEW": new_Nd is not None,
-        "ENTRIES": entries_PEd is not None, "SINGLE": cut == 1,
+        "ENTRIES": entries_PEd is not None, "SINGLE": cut == 1, "ROPE": rope,
+        "SCALES": scale_bytes(dim - rope) if packed else 0,
     }  # fmt: skip
     grid = rows, head_blocks, cut
     if hopper:
+        del constants["ROPE"], constants["SCALES"]
         union_gluon.attend(grid, *args, **constants)
     else:
         _attend[grid](
@@ -296,6 +334,7 @@ def union_decode(
     window: int,
     ratio: int,
     scale: float,
+    rope: int = 0,
 ) -> Tensor:
     """Attention `[N, H, d]` of queries whose own entries are in their rings already.
 
@@ -303,16 +342,17 @@ def union_decode(
     last `window` positions, its own among them. Compressed entries: none (`entries_PEd` None); those of index
     below (position + 1) // ratio in the pages of row `seq_N[n]` of `table_SB`; or of these the ones in `chosen_NK`
     (int32, no index twice, -1 only behind them). `sink_H` fp32. A ring has L >= window + the tokens of one
-    sequence in a pass - 1 places.
+    sequence in a pass - 1 places. Rings and pages are of q's type, or both bytes (uint8, `entries.entry_bytes` an
+    entry) with `rope` rotary channels.
     """
     if _usable(q_NHd, ring_RLd, ring_N, positions_N, entries_PEd, table_SB, seq_N, chosen_NK, sink_H):
         return fast(
             q_NHd, None, ring_RLd, ring_N, positions_N, entries_PEd, table_SB, seq_N, None, chosen_NK, sink_H,
-            window=window, ratio=ratio, scale=scale,
+            window=window, ratio=ratio, scale=scale, rope=rope,
         )  # fmt: skip
     return reference(
         q_NHd, None, ring_RLd, ring_N, positions_N, entries_PEd, table_SB, seq_N, chosen_NK, sink_H,
-        window=window, ratio=ratio, scale=scale,
+        window=window, ratio=ratio, scale=scale, rope=rope,
     )  # fmt: skip
 
 
@@ -332,15 +372,16 @@ def union_prefill(
     window: int,
     ratio: int,
     scale: float,
+    rope: int = 0,
 ) -> Tensor:
     """The same for chunks: the rows of sequence s are `starts_S1[s]` to `starts_S1[s + 1]`, at consecutive
-    positions; their raw entries are `new_Nd`, and the ring still holds those before the chunk."""
+    positions; their raw entries are `new_Nd` (of the ring's type), and the ring still holds those before the chunk."""
     if _usable(q_NHd, new_Nd, ring_RLd, ring_N, positions_N, entries_PEd, table_SB, chosen_NK, sink_H):
         return fast(
             q_NHd, new_Nd, ring_RLd, ring_N, positions_N, entries_PEd, table_SB, seq_N, starts_S1, chosen_NK, sink_H,
-            window=window, ratio=ratio, scale=scale,
+            window=window, ratio=ratio, scale=scale, rope=rope,
         )  # fmt: skip
     return reference(
         q_NHd, new_Nd, ring_RLd, ring_N, positions_N, entries_PEd, table_SB, seq_N, chosen_NK, sink_H,
-        window=window, ratio=ratio, scale=scale,
+        window=window, ratio=ratio, scale=scale, rope=rope,
     )  # fmt: skip

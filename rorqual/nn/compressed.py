@@ -8,6 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.family import parts
+from rorqual.kernels.entries import (
+    BLOCK,
+    entry_bytes,
+    key_bytes,
+    pack_entries,
+    pack_keys,
+    turn_queries,
+    unpack_entries,
+    unpack_keys,
+)
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.index import index_choose
 from rorqual.kernels.simulate import fake_fp4, fake_fp8, hadamard
@@ -18,7 +28,7 @@ from rorqual.nn.errors import InputError
 from rorqual.nn.indexer import choose_in_blocks, gather_blocks, query_blocks
 from rorqual.nn.linear import Linear, Pinned
 from rorqual.nn.norm import RMSNorm, unit_rms, upcast
-from rorqual.nn.paged import Group, Lane, Lanes, PagedStep, RingTail, Store
+from rorqual.nn.paged import Group, Lane, Lanes, PagedStep, Packing, RingTail, Store
 from rorqual.nn.rope import rotate_tail
 from rorqual.nn.step import Step
 
@@ -69,7 +79,9 @@ class EntryIndexer(nn.Module):
         k_BEd = self.compressor(x_BTD, step, state)
         cos, sin = step.rotation(self.rope)
         q = rotate_tail(self.q_b(qr_BTC).unflatten(-1, (p.heads, p.dim)), (cos[:, :, None], sin[:, :, None]))
-        if self.simulate:
+        if state is not None and state.packed:  # keys come turned and rounded
+            q = turn_queries(q)
+        elif self.simulate:
             q, k_BEd = fake_fp4(hadamard(q), 32), fake_fp4(hadamard(k_BEd), 32)
         full = upcast(x_BTD)
         w = F.linear(full, self.w.matrix(full.dtype)) * (p.heads**-0.5 * p.dim**-0.5)
@@ -81,6 +93,8 @@ class EntryIndexer(nn.Module):
         self.compressor.paged(x_1ND, step, store, "index.")
         cos, sin = step.rotation(self.rope)
         q = rotate_tail(self.q_b(qr_1NC).unflatten(-1, (p.heads, p.dim)), (cos[:, :, None], sin[:, :, None]))
+        if pages.dtype == torch.uint8:
+            q = turn_queries(q)
         full = upcast(x_1ND)
         w = F.linear(full, self.w.matrix(full.dtype)) * (p.heads**-0.5 * p.dim**-0.5)
         ratio = self.compressor.part.ratio
@@ -130,28 +144,49 @@ class CompressedAttention(Pinned):
         return (self.part.head_dim if c else 0), (c.index.dim if c and c.index else 0)
 
     def lanes(self, dtype: torch.dtype, fp8: bool = False) -> Lanes:
-        if fp8:
-            raise InputError("V4's FP8 cache layout is not written yet: use the model's own type")
         p, c = self.part, self.part.compress
+        sizes = self._packed_sizes() if fp8 else (0, 0)
         found = {"window": Lane((p.head_dim,), dtype, keep=p.window)}
-        for prefix, dim in zip(("pool.", "index."), self._pool_dims(), strict=True):
+        if fp8:
+            found["window"] = Lane((sizes[0],), torch.uint8, keep=p.window)
+        for prefix, dim, size in zip(("pool.", "index."), self._pool_dims(), sizes, strict=True):
             if c and dim:
-                found |= {prefix + name: lane for name, lane in PoolState.lanes(c, dim, dtype).items()}
+                found |= {prefix + name: lane for name, lane in PoolState.lanes(c, dim, dtype, size).items()}
         return found
 
+    def _packed_sizes(self) -> tuple[int, int]:
+        """Bytes of an entry and of an indexer key in the released layout (584 and 68). Raises `InputError` for
+        widths that its blocks don't divide."""
+        p, index = self.part, self._pool_dims()[1]
+        plain = p.head_dim - p.rope.dim
+        if plain % BLOCK or (index and (index < 32 or index & (index - 1))):
+            raise InputError(
+                f"V4's FP8 cache works in blocks of {BLOCK} entry channels, with index keys of a power of two from 32 "
+                f"on; this model has {plain} and {index}"
+            )
+        return entry_bytes(p.head_dim, p.rope.dim), key_bytes(index)
+
     def view(self, store: Store, group: Group) -> CompressedCache:
-        lanes, c = self.lanes(store["window"].dtype), self.part.compress
+        p, c, dtype = self.part, self.part.compress, self.kv_norm.weight.dtype
+        entry: Packing | None = None
+        key: Packing | None = None
+        if store["window"].dtype == torch.uint8:
+            dim, rope = p.head_dim, p.rope.dim
+            entry = Packing(lambda x: pack_entries(x, rope), lambda x: unpack_entries(x, dim, rope, dtype))
+            key = Packing(pack_keys, lambda x: unpack_keys(x, dtype))
+        window = Lane(store["window"].shape[2:], store["window"].dtype, keep=p.window)
         pool, index = (
-            PoolState.view(store, prefix, PoolState.lanes(c, dim, store["window"].dtype), group)
-            if c and dim
-            else None
-            for prefix, dim in zip(("pool.", "index."), self._pool_dims(), strict=True)
+            PoolState.view(store, prefix, PoolState.lanes(c, dim, dtype), group, packed) if c and dim else None
+            for prefix, dim, packed in zip(
+                ("pool.", "index."), self._pool_dims(), (entry, key), strict=True
+            )
         )
-        return CompressedCache(RingTail(store["window"], lanes["window"], group), pool, index)
+        return CompressedCache(RingTail(store["window"], window, group, entry), pool, index)
 
     def paged(self, x_1ND: Tensor, step: PagedStep, store: Store) -> Tensor | None:
         """The brick by kernels that read pages and rings as they lie, on a GPU; None elsewhere."""
-        if self.simulate or not usable(x_1ND) or torch.is_grad_enabled():
+        packed = store["window"].dtype == torch.uint8
+        if (self.simulate and not packed) or not usable(x_1ND) or torch.is_grad_enabled():
             return None
         p = self.part
         cos, sin = step.rotation(p.rope)
@@ -160,6 +195,8 @@ class CompressedAttention(Pinned):
         turn = cos[:, :, None], sin[:, :, None]
         q_NHd = rotate_tail(q_NHd, turn)[0]
         kv_Nd = rotate_tail(self.kv_norm(self.kv(x_1ND)), (cos, sin))[0]
+        if packed:
+            kv_Nd = pack_entries(kv_Nd, p.rope.dim)
         ratio, entries = 1, None
         chosen: list[Tensor | None] = [None] * len(step.groups)
         if self.compressor is not None and p.compress is not None:
@@ -172,7 +209,7 @@ class CompressedAttention(Pinned):
         for g, picked in zip(step.groups, chosen, strict=True):
             at, ring_N = g.tokens, g.ring_S[g.seq_N]
             position_N = step.positions_N[at]
-            common = {"window": p.window, "ratio": ratio, "scale": p.head_dim**-0.5}
+            common = {"window": p.window, "ratio": ratio, "scale": p.head_dim**-0.5, "rope": p.rope.dim}
             seq_N, ring32, position32 = g.seq_N.int(), ring_N.int(), position_N.int()
             if g.decoding:
                 window[ring_N, position_N % window.shape[1]] = kv_Nd[at]
