@@ -176,7 +176,9 @@ def context(
                     if time.perf_counter() - begun > seconds:
                         break
             except Exception:
-                console.print(f"{label} failed after {len(points)} points", *traceback.format_exc().splitlines()[-3:])
+                console.print(
+                    f"{label} failed after {len(points)} points", *traceback.format_exc().splitlines()[-3:]
+                )
             if points:
                 curves[f"{label}, {'FP8' if fp8 else 'bf16'} cache"] = points
             if device == "cuda":

@@ -131,7 +131,6 @@ def _pool(  # type: ignore[no-untyped-def]
     eps,
     kv_row,
     gate_row,
-    entry_row,
     LENGTH: tl.constexpr,
     RATIO: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -142,6 +141,7 @@ def _pool(  # type: ignore[no-untyped-def]
     STAGES: tl.constexpr,
     WRITE: tl.constexpr,
     FORM: tl.constexpr,
+    ROW: tl.constexpr,
     ROPE: tl.constexpr,
     SCALES: tl.constexpr,
     LOG: tl.constexpr,
@@ -213,7 +213,7 @@ def _pool(  # type: ignore[no-untyped-def]
     co = tl.load(cos + n * turned + pair, mask=turns, other=1.0)
     si = tl.load(sin + n * turned + pair, mask=turns, other=0.0)
     entry = tl.reshape(tl.join(a * co - b * si, a * si + b * co), [CHANNELS])
-    place = slot * entry_row
+    place = slot * ROW
     if FORM == 1:
         entry = entry.to(kind).to(tl.float32)
         store_entry(entry, entries + place, tails + place // 2, True, DIM - ROPE, ROPE, SCALES, CHANNELS)
@@ -302,8 +302,8 @@ def fast(
     _pool[(rows,)](
         kv_NW, gate_NW, ape, ring_kv, ring_gate, ring_N, positions_N, norm_weight, cos_Nr, sin_Nr,
         entry_pages_PEd, entry_pages_PEd.view(torch.bfloat16) if what == ENTRY else entry_pages_PEd, entry_slots_N,
-        cos_Nr.shape[1], eps, kv_NW.stride(0), gate_NW.stride(0), entry_pages_PEd.shape[2], LENGTH=length, RATIO=ratio, OVERLAP=overlap, DIM=dim, CHANNELS=channels, SLOTS=slots, POWER=power,
-        STAGES=1 if long or power <= slots else 3, WRITE=not long, FORM=what, ROPE=rope,
+        cos_Nr.shape[1], eps, kv_NW.stride(0), gate_NW.stride(0), LENGTH=length, RATIO=ratio, OVERLAP=overlap, DIM=dim, CHANNELS=channels, SLOTS=slots, POWER=power,
+        STAGES=1 if long or power <= slots else 3, WRITE=not long, FORM=what, ROW=entry_pages_PEd.shape[2], ROPE=rope,
         SCALES=scale_bytes(dim - rope), LOG=channels.bit_length() - 1, ROOT=dim**-0.5,
         num_warps=8 if power > slots else 4,
     )  # fmt: skip

@@ -115,7 +115,14 @@ def from_e2m1(code):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def store_entry(  # type: ignore[no-untyped-def]
-    x, to, tail_to, keep, PLAIN: tl.constexpr, ROPE: tl.constexpr, SCALES: tl.constexpr, CHANNELS: tl.constexpr
+    x,
+    to,
+    tail_to,
+    keep,
+    PLAIN: tl.constexpr,
+    ROPE: tl.constexpr,
+    SCALES: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     """One entry x, fp32 `[CHANNELS]`, as bytes from `to` on. `tail_to`: the same place as a bf16 pointer."""
     blocks = tl.reshape(x, [CHANNELS // 64, 64])

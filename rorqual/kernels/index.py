@@ -119,7 +119,9 @@ def _score(  # type: ignore[no-untyped-def]
         q_odd = tl.load(q + q_rows[:, None] + 2 * d[None, :] + 1, mask=c_live[:, None], other=0.0)
     else:
         d = tl.arange(0, DIM)
-        q_tile = tl.load(q + q_rows[:, None] + d[None, :], mask=c_live[:, None] & (d < dim)[None, :], other=0.0)
+        q_tile = tl.load(
+            q + q_rows[:, None] + d[None, :], mask=c_live[:, None] & (d < dim)[None, :], other=0.0
+        )
     weight = tl.load(w + (first + c_local).to(tl.int64) * heads + c_head, mask=c_live, other=0.0)
     weight = weight.to(tl.float32)
     item = tl.arange(0, KEYS)

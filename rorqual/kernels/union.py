@@ -84,7 +84,9 @@ def _values(  # type: ignore[no-untyped-def]
     tail = (row + (PLAIN + SCALES)).to(tl.pointer_type(tl.bfloat16))[:, None] + (d - PLAIN)[None, :]
     turned = tl.load(tail, mask=live[:, None] & ((d >= PLAIN) & (d < DIM))[None, :], other=0.0)
     j = tl.arange(0, WIDTH // 64)
-    exponent = tl.load(row[:, None] + PLAIN + j[None, :], mask=live[:, None] & (j * 64 < PLAIN)[None, :], other=0)
+    exponent = tl.load(
+        row[:, None] + PLAIN + j[None, :], mask=live[:, None] & (j * 64 < PLAIN)[None, :], other=0
+    )
     wide = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     wide = tl.reshape(wide, [KEYS, WIDTH // 64, 64]) * from_exponent(exponent)[:, :, None]
     return tl.where((d < PLAIN)[None, :], tl.reshape(wide, [KEYS, WIDTH]), turned.to(tl.float32))
@@ -163,7 +165,9 @@ def _attend(  # type: ignore[no-untyped-def]
         place = ring.to(tl.int64) * LENGTH + (position - near + 1 + i) % LENGTH
         row = ring_items + place * ROW
         if NEW:
-            row = tl.where(i >= near - fresh, new + (n - near + 1 + i).to(tl.int64) * new_row, row)
+            # The stride of bytes, 584, is no multiple of 16: as an argument it would count as one of 1.
+            step = ROW if SCALES else new_row
+            row = tl.where(i >= near - fresh, new + (n - near + 1 + i).to(tl.int64) * step, row)
         if ENTRIES:
             far = (i >= near) & live
             entry = i - near
@@ -269,6 +273,10 @@ def fast(
     if not rows:
         return o_NHd
     assert q_NHd.stride(2) == 1 and ring_RLd.is_contiguous()
+    if new_Nd is not None and ring_RLd.dtype == torch.uint8:
+        assert new_Nd.is_contiguous()
+        if new_Nd.data_ptr() % 16:  # as a slice of rows: then they would be read a byte at a time
+            new_Nd = new_Nd.clone()
     longest, page = window, 16
     if entries_PEd is not None:
         assert entries_PEd.is_contiguous() and table_SB is not None and seq_N is not None
@@ -277,7 +285,8 @@ def fast(
         longest += table_SB.shape[1] * page if chosen_NK is None else chosen_NK.shape[1]
     if chosen_NK is not None:
         chosen_NK = chosen_NK.contiguous()
-    hopper = union_gluon.supported(q_NHd, new_Nd, ring_RLd, entries_PEd) if hopper is None else hopper
+    if hopper is None:
+        hopper = union_gluon.supported(q_NHd, ring_RLd, new_Nd, entries_PEd, rope=rope)
     block = min(most_heads, max(16, triton.next_power_of_2(heads)))
     block, tile = (union_gluon.HEADS, union_gluon.KEYS) if hopper else (block, keys or 64)
     head_blocks = -(-heads // block)
@@ -301,7 +310,6 @@ def fast(
     }  # fmt: skip
     grid = rows, head_blocks, cut
     if hopper:
-        del constants["ROPE"], constants["SCALES"]
         union_gluon.attend(grid, *args, **constants)
     else:
         _attend[grid](

@@ -176,10 +176,10 @@ class CompressedAttention(Pinned):
             key = Packing(pack_keys, lambda x: unpack_keys(x, dtype))
         window = Lane(store["window"].shape[2:], store["window"].dtype, keep=p.window)
         pool, index = (
-            PoolState.view(store, prefix, PoolState.lanes(c, dim, dtype), group, packed) if c and dim else None
-            for prefix, dim, packed in zip(
-                ("pool.", "index."), self._pool_dims(), (entry, key), strict=True
-            )
+            PoolState.view(store, prefix, PoolState.lanes(c, dim, dtype), group, packed)
+            if c and dim
+            else None
+            for prefix, dim, packed in zip(("pool.", "index."), self._pool_dims(), (entry, key), strict=True)
         )
         return CompressedCache(RingTail(store["window"], window, group, entry), pool, index)
 

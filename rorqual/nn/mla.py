@@ -103,7 +103,9 @@ class MLA(nn.Module):
         index = None
         if p.index:
             index = PagedSlots(store["index"], group, _packing(p.index.dim, 0, dtype) if packed else None)
-        latent = PagedSlots(store["latent"], group, _packing(p.kv_rank, p.rope_dim, dtype) if packed else None)
+        latent = PagedSlots(
+            store["latent"], group, _packing(p.kv_rank, p.rope_dim, dtype) if packed else None
+        )
         return MLACache(latent, index)
 
     def paged(self, x_1ND: Tensor, step: PagedStep, store: Store) -> Tensor | None:

@@ -263,7 +263,9 @@ class RingTail:
         bytes_BTW = new_BTW
         if self.packed is not None:  # whoever looks at the new items sees what will be read later
             bytes_BTW = self.packed.pack(new_BTW.flatten(0, 1)).unflatten(0, new_BTW.shape[:2])
-            old, new_BTW = (self.packed.unpack(z.flatten(0, 1)).unflatten(0, z.shape[:2]) for z in (old, bytes_BTW))
+            old, new_BTW = (
+                self.packed.unpack(z.flatten(0, 1)).unflatten(0, z.shape[:2]) for z in (old, bytes_BTW)
+            )
         old = torch.where((before >= 0)[..., None], old, self.fill)
         row, column, position = rows.where
         if rows.width > places:

@@ -94,7 +94,10 @@ def test_a_v4_brick_over_bytes_equals_the_simulation(compress: Compress | None) 
     cache = brick.new_cache(1, 64, torch.bfloat16, torch.device("cpu"))
     x_BTD, start = torch.randn(1, 41, 32).bfloat16(), 0
     for count in (19, 1, 1, 13, 1, 6):
-        chunk, step = x_BTD[:, start : start + count], Step(Rows([start], [count], count, torch.device("cpu")))
+        chunk, step = (
+            x_BTD[:, start : start + count],
+            Step(Rows([start], [count], count, torch.device("cpu"))),
+        )
         for module in (brick, brick.index):
             if module is not None:
                 module.simulate = True

@@ -165,7 +165,8 @@ def test_entries_and_keys_as_bytes(device, form, dtype, long, kind):
     plain, packed = found
     if kind == "entries":
         got, want = (
-            entries.unpack_entries(z, 72, 8, torch.float32) for z in (packed, entries.pack_entries_reference(plain, 8))
+            entries.unpack_entries(z, 72, 8, torch.float32)
+            for z in (packed, entries.pack_entries_reference(plain, 8))
         )
     else:
         got, want = (entries.unpack_keys(z, torch.float32) for z in (packed, entries.pack_keys(plain)))

@@ -74,7 +74,9 @@ def test_other_widths_are_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("dim", "rope"), [(512, 64), (72, 8), (160, 32)])
-def test_the_kernel_packs_the_very_bytes(device: torch.device, dim: int, rope: int, dtype: torch.dtype) -> None:
+def test_the_kernel_packs_the_very_bytes(
+    device: torch.device, dim: int, rope: int, dtype: torch.dtype
+) -> None:
     wide = torch.full((9, dim + 8), float("nan"), dtype=dtype)
     wide[:, :dim] = spread(9, dim).to(dtype)
     x = wide.to(device)[:, :dim]
@@ -88,7 +90,9 @@ def test_the_kernel_packs_the_very_bytes(device: torch.device, dim: int, rope: i
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dim", [32, 128])
-def test_the_kernel_turns_queries_to_the_very_numbers(device: torch.device, dim: int, dtype: torch.dtype) -> None:
+def test_the_kernel_turns_queries_to_the_very_numbers(
+    device: torch.device, dim: int, dtype: torch.dtype
+) -> None:
     q = (torch.randn(3, 7, dim) * torch.randint(-9, 4, (3, 7, dim)).float().exp2()).to(dtype)
     q[0, 0] = 0
     assert torch.equal(entries.turn_queries_fast(q.to(device)).cpu(), fake_fp4(hadamard(q), 32))

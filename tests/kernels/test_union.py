@@ -22,7 +22,17 @@ class Case:
     """Sequences whose newest tokens (`begins[s]` to `ends[s]`) are a pass's queries, between padding rows."""
 
     def __init__(
-        self, device, begins, ends, ratio, k=None, heads=3, page=4, dtype=torch.float32, fresh=False, dim=DIM,
+        self,
+        device,
+        begins,
+        ends,
+        ratio,
+        k=None,
+        heads=3,
+        page=4,
+        dtype=torch.float32,
+        fresh=False,
+        dim=DIM,
         rope=0,
     ):
         sequences = len(ends)
@@ -59,7 +69,9 @@ class Case:
         self.ring, self.entries, self.table = (z.to(device) for z in (self.ring, self.entries, self.table))
         self.kwargs = {"window": WINDOW, "ratio": ratio, "scale": dim**-0.5}
         if rope:  # what is not there stays NaN: scales of 255 stand for it
-            self.ring, self.entries, self.new = (pack_entries(z, rope) for z in (self.ring, self.entries, self.new))
+            self.ring, self.entries, self.new = (
+                pack_entries(z, rope) for z in (self.ring, self.entries, self.new)
+            )
             self.kwargs["rope"] = rope
 
     def args(self, fresh, entries=True):
@@ -135,13 +147,14 @@ def test_bf16(device):
     close(case.fast(False, keys=16), case.expected(False), tolerance=2e-2)
 
 
+@pytest.mark.parametrize("rope", [0, 64])
 @pytest.mark.parametrize("heads", [64, 5, 130])
 @pytest.mark.parametrize(("ratio", "k"), [(4, 70), (4, None)])
-def test_the_form_for_hopper(device, heads, ratio, k):
+def test_the_form_for_hopper(device, heads, ratio, k, rope):
     some = torch.empty(1, 1, 512, dtype=torch.bfloat16, device=device)
     if not union.union_gluon.supported(some):
         pytest.skip("no Hopper GPU")
-    options = {"heads": heads, "dtype": torch.bfloat16, "dim": 512}
+    options = {"heads": heads, "dtype": torch.bfloat16, "dim": 512, "rope": rope}
     case = Case(device, [0, 12, 600, 299], [3, 13, 602, 304], ratio, k, **options)
     want = case.expected(False)
     for splits in (1, 3):
