@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -68,7 +69,7 @@ def _panel(canvas: Canvas, panel: Panel, left: float, colour: dict[str, str], x_
     canvas.text(left + WIDTH / 2, TOP + HEIGHT + 38, x_title, 12, SOFT, anchor="middle")
     for name, curve in panel.curves.items():
         corners = [place(x, y) for x, y in curve]
-        for (x1, y1), (x2, y2) in zip(corners, corners[1:], strict=False):
+        for (x1, y1), (x2, y2) in itertools.pairwise(corners):
             canvas.line(x1, y1, x2, y2, colour[name], 2.2)
         for x, y in corners:
             canvas.rect(x - 3, y - 3, 6, 6, colour[name], radius=3)

@@ -302,7 +302,8 @@ def fast(
     _pool[(rows,)](
         kv_NW, gate_NW, ape, ring_kv, ring_gate, ring_N, positions_N, norm_weight, cos_Nr, sin_Nr,
         entry_pages_PEd, entry_pages_PEd.view(torch.bfloat16) if what == ENTRY else entry_pages_PEd, entry_slots_N,
-        cos_Nr.shape[1], eps, kv_NW.stride(0), gate_NW.stride(0), LENGTH=length, RATIO=ratio, OVERLAP=overlap, DIM=dim, CHANNELS=channels, SLOTS=slots, POWER=power,
+        cos_Nr.shape[1], eps, kv_NW.stride(0), gate_NW.stride(0),
+        LENGTH=length, RATIO=ratio, OVERLAP=overlap, DIM=dim, CHANNELS=channels, SLOTS=slots, POWER=power,
         STAGES=1 if long or power <= slots else 3, WRITE=not long, FORM=what, ROW=entry_pages_PEd.shape[2], ROPE=rope,
         SCALES=scale_bytes(dim - rope), LOG=channels.bit_length() - 1, ROOT=dim**-0.5,
         num_warps=8 if power > slots else 4,

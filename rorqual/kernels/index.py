@@ -459,8 +459,9 @@ def index_choose(
 
     Index queries `q_NHd` (bf16, fp32, or E4M3 with their scale folded into `w_NH`), fp32 head weights `w_NH`,
     index keys in pages `[P, page_size, d]` of bf16 or fp32, or uint8 of 132 a key (128 E4M3 codes, then one fp32
-    scale) or of `entries.key_bytes(d)` (V4's FP4, for queries turned as its keys are). Query n belongs to sequence `seq_N[n]` of `table_SB` and sees the positions below `limits_N[n]` (0
-    gives all -1), never more than `max_keys`. Queries of one sequence are best kept next to each other.
+    scale) or of `entries.key_bytes(d)` (V4's FP4, for queries turned as its keys are). Query n belongs to sequence
+    `seq_N[n]` of `table_SB` and sees the positions below `limits_N[n]` (0 gives all -1), never more than `max_keys`.
+    Queries of one sequence are best kept next to each other.
     """
     supported = max_keys <= MOST_KEYS and q_NHd.dtype != torch.float64 and k_pages_PTd.dtype != torch.float64
     if usable(q_NHd, w_NH, k_pages_PTd, table_SB, seq_N, limits_N) and supported:

@@ -41,10 +41,9 @@ def reference(
     does not hold them yet (`union_prefill`)."""
     if ring_RLd.dtype == torch.uint8:
         dim, kind = q_NHd.shape[2], torch.promote_types(q_NHd.dtype, torch.float32)
-        ring_RLd, new_Nd, entries_PEd = (
-            unpack_entries(z, dim, rope, kind) if z is not None else None  # type: ignore[assignment]
-            for z in (ring_RLd, new_Nd, entries_PEd)
-        )
+        ring_RLd = unpack_entries(ring_RLd, dim, rope, kind)
+        new_Nd = unpack_entries(new_Nd, dim, rope, kind) if new_Nd is not None else None
+        entries_PEd = unpack_entries(entries_PEd, dim, rope, kind) if entries_PEd is not None else None
     o_NHd, length = torch.zeros_like(q_NHd), ring_RLd.shape[1]
     rings, positions = ring_N.tolist(), positions_N.tolist()
     for n, (ring, position) in enumerate(zip(rings, positions, strict=True)):
@@ -130,7 +129,8 @@ def _attend(  # type: ignore[no-untyped-def]
     STAGES: tl.constexpr,
 ):
     """Run `program_id(2)` of row n's keys, for HEADS heads. `scale` has log2(e) in it. A single run
-    is finished here; of several, `o` [N, H, splits, d] and `lse` (base 2) are joined later. With SCALES rows are bytes."""
+    is finished here; of several, `o` [N, H, splits, d] and `lse` (base 2) are joined later. With SCALES rows are
+    bytes."""
     n, split, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
     ring = tl.load(rings + n)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)

@@ -314,7 +314,8 @@ def _attend(  # type: ignore[no-untyped-def]
     q_head, new_row, scale,
     LENGTH: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr, RATIO: gl.constexpr, PAGE: gl.constexpr,
     CHOSEN: gl.constexpr, NEW: gl.constexpr, ENTRIES: gl.constexpr, SINGLE: gl.constexpr, ROPE: gl.constexpr,
-    SCALES: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr, FOLLOW: gl.constexpr,
+    SCALES: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
+    FOLLOW: gl.constexpr,
 ):  # fmt: skip
     """As `union._attend`."""
     dtype: gl.constexpr = q.dtype.element_ty

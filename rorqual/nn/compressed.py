@@ -28,7 +28,7 @@ from rorqual.nn.errors import InputError
 from rorqual.nn.indexer import choose_in_blocks, gather_blocks, query_blocks
 from rorqual.nn.linear import Linear, Pinned
 from rorqual.nn.norm import RMSNorm, unit_rms, upcast
-from rorqual.nn.paged import Group, Lane, Lanes, PagedStep, Packing, RingTail, Store
+from rorqual.nn.paged import Group, Lane, Lanes, Packing, PagedStep, RingTail, Store
 from rorqual.nn.rope import rotate_tail
 from rorqual.nn.step import Step
 

@@ -12,7 +12,7 @@ from rorqual.kernels.compress import compress_decode, compress_prefill
 from rorqual.nn.cache import Slots, Tail
 from rorqual.nn.linear import Linear, Pinned
 from rorqual.nn.norm import RMSNorm, upcast
-from rorqual.nn.paged import Group, Lane, Lanes, PagedSlots, PagedStep, Packing, RingTail, Store
+from rorqual.nn.paged import Group, Lane, Lanes, Packing, PagedSlots, PagedStep, RingTail, Store
 from rorqual.nn.rope import rotate_tail, rotation
 from rorqual.nn.step import Rows, Step
 

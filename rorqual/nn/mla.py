@@ -26,7 +26,7 @@ from rorqual.nn.gqa import attend
 from rorqual.nn.indexer import Indexer, gather_blocks, query_blocks
 from rorqual.nn.linear import Linear, together
 from rorqual.nn.norm import RMSNorm, upcast
-from rorqual.nn.paged import Group, Lane, Lanes, PagedSlots, PagedStep, Packing, Store
+from rorqual.nn.paged import Group, Lane, Lanes, Packing, PagedSlots, PagedStep, Store
 from rorqual.nn.rope import rotate
 from rorqual.nn.step import Step
 
