@@ -82,10 +82,15 @@ def fill(model: Transformer, stores: list[dict[str, torch.Tensor]]) -> None:
                 items[begin : begin + len(some)] = some[: len(items) - begin]
 
 
-def measure(model: Transformer, lengths: list[int], fp8: bool, batch: int = 1) -> Iterator[Point]:
-    """One point a length, which a request comes to hold within its last page."""
+def engine_for(model: Transformer, fp8: bool, batch: int = 1) -> Engine:
+    """An engine whose caches hold noise."""
     engine = Engine(model, max_requests=batch, prefix_cache=False, fp8_cache=fp8)
     fill(model, engine.runner.stores)
+    return engine
+
+
+def measure(engine: Engine, lengths: list[int], batch: int = 1) -> Iterator[Point]:
+    """One point a length, which a request comes to hold within its last page."""
     for length in lengths:
         held = length - engine.pages.page_size
         sampling = Sampling(0.0, max_new_tokens=engine.pages.page_size, ignore_eos=True)
@@ -171,7 +176,7 @@ def context(
         for fp8 in (False, True):
             points: list[Point] = []
             try:
-                for point in measure(model, lengths, fp8):
+                for point in measure(engine_for(model, fp8), lengths):
                     points.append(point)
                     if time.perf_counter() - begun > seconds:
                         break
@@ -206,3 +211,26 @@ def context(
     note = f"{layers} layers of its width, batch 1, {where()['hardware']}, {where()['date']}"
     svg = chart(f"{member}: cost of a longer context", note, [time_of, size_of], "tokens of context")
     (figures / f"context-{name}.svg").write_text(svg)
+
+
+def profile(member: str, length: int, layers: int = 4, fp8: bool = True) -> None:
+    """Which kernels a decoding pass of `member` spends its time in."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    config = cut(rorqual.config(member), layers, length + 256)
+    model = Transformer(config, dtype=torch.bfloat16, device="cuda", seed=0)
+    engine = engine_for(model, fp8)
+    for _ in measure(engine, [length]):
+        graph = list(engine.runner._graphs._made.values())[-1].graph  # type: ignore[union-attr]
+        with record(activities=[ProfilerActivity.CUDA]) as found:
+            for _ in range(5):
+                graph.replay()
+            torch.cuda.synchronize()
+    events = sorted(found.key_averages(), key=lambda e: -e.device_time_total)
+    console.print(
+        f"{sum(e.device_time_total for e in events) / 5e3:.3f} ms, {sum(e.count for e in events) / 5:.0f} kernels"
+    )
+    for e in events[:40]:
+        each = e.device_time_total / max(1, e.count)
+        console.print(f"{e.device_time_total / 5:8.1f} us {e.count / 5:5.0f} x {each:7.1f}  {e.key[:100]}")

@@ -10,11 +10,13 @@ fp32 in the order of its choice, then the shared experts' and what `add_ND` hold
 `fast` runs without a device-to-host sync. A few tokens go through `experts_few` (two launches), more through
 `experts_triton`: sort pairs by expert on the device, two grouped products, sum; on Hopper `experts_gluon` has the
 products of large batches. FP8 matrices are multiplied as codes; except for a few tokens the activations are
-quantised 1x128 on the way (where `reference` multiplies the matrices out).
+quantised 1x128 on the way (where `reference` multiplies the matrices out). FP4 matrices, and FP8 in odd blocks, are
+multiplied out in registers (`experts_packed`).
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rorqual.kernels import experts_few, experts_gluon, experts_gluon16, experts_triton
+from rorqual.kernels import experts_few, experts_gluon, experts_gluon16, experts_packed, experts_triton
+from rorqual.kernels.fp8_linear import fp8_linear
 from rorqual.kernels.gpu import triton, usable
 from rorqual.kernels.linear import linear
 from rorqual.kernels.quant import FP8, dequantize_fp4, dequantize_fp8
@@ -35,8 +38,8 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 class Weights:
     """Matrices `[E, out, in]` of all experts, or `[out, in]` of the shared ones.
 
-    Plain: `codes` is fp32, bf16 or fp16 and `scale` None. Held as codes: float8_e4m3fn with one `scale` (fp32;
-    float8_e8m0fnu is converted at every call) a `block` of 128x128, or packed FP4 (int8; `reference` only).
+    Plain: `codes` is fp32, bf16 or fp16 and `scale` None. Held as codes: float8_e4m3fn with one `scale` (fp32 or
+    float8_e8m0fnu) a `block`, or packed FP4 (int8) with a float8_e8m0fnu scale every 32 inputs.
     """
 
     codes: Tensor
@@ -96,6 +99,16 @@ def experts(
         return fast(
             x_ND, ids_NK, weights_NK, gate, up, down, limit=limit, shared=shared, add_ND=add_ND, fixed=fixed
         )
+    if usable(*tensors) and not learning and not fixed and experts_packed.supported(x_ND, gate, up, down):
+        if shared is not None:
+            common = _through(x_ND, shared, limit)
+            add_ND = _wide(common) if add_ND is None else _wide(common) + add_ND
+        fp4 = gate.codes.dtype == torch.int8
+        held = [w.scale.view(torch.uint8) if fp4 else _scale(w) for w in (gate, up, down)]  # type: ignore[union-attr]
+        return experts_packed.fast(
+            x_ND, ids_NK, weights_NK, gate, up, down, scales=(held[0], held[1], held[2]), limit=limit, add_ND=add_ND,
+            launch=_launch(x_ND),
+        )  # fmt: skip
     return reference(x_ND, ids_NK, weights_NK, gate, up, down, limit=limit, shared=shared, add_ND=add_ND)
 
 
@@ -112,8 +125,15 @@ def _swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
 
 def _through(x_ND: Tensor, shared: Shared, limit: float | None) -> Tensor:
     """The shared experts, by plain products."""
-    gate, up, down = (weight.matrix(x_ND.dtype) for weight in shared)
-    return linear(_swiglu(linear(x_ND, gate), linear(x_ND, up), limit).to(x_ND.dtype), down)
+
+    def times(x: Tensor, w: Weights) -> Tensor:
+        whole = all(size % 128 == 0 for size in w.codes.shape)
+        if w.scale is not None and w.codes.dtype == FP8 and w.block == BLOCK and whole and usable(x, w.codes):
+            return fp8_linear(x, w.codes, w.scale, BLOCK)
+        return linear(x, w.matrix(x.dtype))
+
+    gate, up, down = shared
+    return times(_swiglu(times(x_ND, gate), times(x_ND, up), limit).to(x_ND.dtype), down)
 
 
 def reference(
@@ -262,7 +282,48 @@ def alike(gate: Weights, shared: Shared) -> bool:
 
 def _scale(weight: Weights) -> Tensor:
     """The scales in fp32; where there are none, something to point at."""
-    return weight.codes if weight.scale is None else weight.scale.float()
+    return weight.codes if weight.scale is None else held_scale(weight.scale)
+
+
+_held: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+"""fp32 copies of float8_e8m0fnu scales by the id of the tensor they were made of, with its version."""
+
+
+def held_scale(scale: Tensor) -> Tensor:
+    """`scale` in fp32: itself, or a copy that is kept as long as it lives and always in the same memory (recorded
+    graphs read it). A tensor that was written to gets its copy refreshed when next asked for."""
+    if scale.dtype == torch.float32:
+        return scale
+    if scale.is_inference():  # counts no versions
+        return scale.float()
+    key = id(scale)
+    if key not in _held:
+        with torch.inference_mode(False):
+            made = scale.detach().float()
+        if made.is_cuda and torch.cuda.is_current_stream_capturing():
+            return made  # its memory and its content are the graph's
+        gone = weakref.ref(scale, lambda _: _held.pop(key, None))
+        _held[key] = gone, scale._version, made
+    _, version, made = _held[key]
+    if version != scale._version:
+        made.copy_(scale.detach())
+        _held[key] = _held[key][0], scale._version, made
+    return made
+
+
+def refresh_scales() -> None:
+    """Bring all held scales up to date, for graphs recorded before their tensors were written to."""
+    for found, _, _ in list(_held.values()):
+        scale = found()
+        if scale is not None:
+            held_scale(scale)
+
+
+def _launch(x: Tensor) -> dict[str, bool]:
+    """Options of every launch: on Hopper a kernel is set up while the one before it ends."""
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] < 9:
+        return {"PDL": False}
+    return {"PDL": PDL, "launch_pdl": PDL}
 
 
 def fast(
@@ -344,10 +405,7 @@ class Batch:
 
     @property
     def launch(self) -> dict[str, bool]:
-        """Options of every launch: on Hopper a kernel is set up while the one before it ends."""
-        if not self.x.is_cuda or torch.cuda.get_device_capability(self.x.device)[0] < 9:
-            return {"PDL": False}
-        return {"PDL": PDL, "launch_pdl": PDL}
+        return _launch(self.x)
 
     @property
     def fp8(self) -> bool:

@@ -226,11 +226,11 @@ def _join(  # type: ignore[no-untyped-def]
     total = tl.sum(tl.exp2(reach - top)) + tl.exp2(logit - top)
     mixed = tl.zeros([WIDTH], tl.float32)
     for start in tl.range(0, splits, RUNS):
-        s = start + tl.arange(0, RUNS)
-        reach = tl.load(lse + row * splits + s, mask=(s < splits) & there, other=float("-inf"))
-        mask = (reach > float("-inf"))[:, None] & (d < DIM)[None, :]
-        runs = tl.load(part + (row * splits + s)[:, None] * DIM + d[None, :], mask=mask, other=0.0)
-        mixed += tl.sum(runs * (tl.exp2(reach - top) / total)[:, None], axis=0)
+        run = start + tl.arange(0, RUNS)
+        reached = tl.load(lse + row * splits + run, mask=(run < splits) & there, other=float("-inf"))
+        mask = (reached > float("-inf"))[:, None] & (d < DIM)[None, :]
+        runs = tl.load(part + (row * splits + run)[:, None] * DIM + d[None, :], mask=mask, other=0.0)
+        mixed += tl.sum(runs * (tl.exp2(reached - top) / total)[:, None], axis=0)
     tl.store(o + row * DIM + d, mixed.to(o.dtype.element_ty), mask=d < DIM)
 
 

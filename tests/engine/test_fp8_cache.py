@@ -140,3 +140,17 @@ def test_answers_stay_close(sparse: bool) -> None:
 def test_models_without_such_a_layout_are_refused(kind: str) -> None:
     with pytest.raises(InputError, match="FP8"):
         Engine(build(kind), fp8_cache=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("speculate", [False, True])
+def test_v4_over_bytes_on_the_gpu(speculate: bool) -> None:
+    """By kernels and graphs, in fp32: the CPU's greedy answers over the same bytes."""
+    model = Model(small_v4())
+    stir_ours(model)
+    prompts = [[random.randrange(60) for _ in range(count)] for count in (1, 38, 7, 60, 21)]
+    sampling = Sampling(0.0, max_new_tokens=16, ignore_eos=True)
+    plain = [c.ids for c in Engine(model, max_requests=4, fp8_cache=True).generate(prompts, sampling)]
+    engine = Engine(model.cuda(), max_requests=4, fp8_cache=True, step_tokens=24, speculate=speculate)
+    assert [c.ids for c in engine.generate(prompts, sampling)] == plain
+    idle(engine)

@@ -1,0 +1,305 @@
+"""Routed experts whose matrices are held as FP4 (V4's released form: two E2M1 codes a byte, one e8m0 scale for every
+32 inputs) or as FP8 in blocks that don't divide them: multiplied out a tile at a time, in registers.
+
+Codes are read as they lie, so a matrix costs half a byte a weight in memory and in reading; recasting to FP8 would
+double both. An E2M1 code times a power of two is exact in bf16, and the products are those of bf16 matrices. A byte
+holds an even and an odd input: their halves of a tile meet the even and the odd channels of x in two products, x
+being read as pairs. Sorting and summing are `experts_triton`'s.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from rorqual.kernels.entries import from_e2m1, from_exponent
+from rorqual.kernels.experts_few import slots
+from rorqual.kernels.experts_triton import COUNTS, follow
+from rorqual.kernels.gpu import tl, triton
+
+# Four bytes to their four low codes ($0, $1) and four high ones ($2, $3) as bf16: sign and value bits go to the sign
+# and the lowest exponent bits, which stands for 2^-126 times as much; then times 2^126, then times the scale.
+UNPACK = """
+{
+    .reg .b32 a, b, c, d, k;
+    mov.b32 k, 0x7E807E80;
+    prmt.b32 a, $4, 0, 0x4140;
+    prmt.b32 b, $4, 0, 0x4342;
+    shl.b32 c, a, 12;
+    shl.b32 d, a, 6;
+    and.b32 c, c, 0x80008000;
+    and.b32 d, d, 0x01C001C0;
+    or.b32 c, c, d;
+    mul.bf16x2 c, c, k;
+    mul.bf16x2 $0, c, $5;
+    shl.b32 c, b, 12;
+    shl.b32 d, b, 6;
+    and.b32 c, c, 0x80008000;
+    and.b32 d, d, 0x01C001C0;
+    or.b32 c, c, d;
+    mul.bf16x2 c, c, k;
+    mul.bf16x2 $1, c, $6;
+    shl.b32 c, a, 8;
+    shl.b32 d, a, 2;
+    and.b32 c, c, 0x80008000;
+    and.b32 d, d, 0x01C001C0;
+    or.b32 c, c, d;
+    mul.bf16x2 c, c, k;
+    mul.bf16x2 $2, c, $5;
+    shl.b32 c, b, 8;
+    shl.b32 d, b, 2;
+    and.b32 c, c, 0x80008000;
+    and.b32 d, d, 0x01C001C0;
+    or.b32 c, c, d;
+    mul.bf16x2 c, c, k;
+    mul.bf16x2 $3, c, $6;
+}
+"""
+
+
+@triton.jit
+def widen(byte, exponent, KIND: tl.constexpr, ASM: tl.constexpr):
+    """Bytes of two codes, and their e8m0 scales of the same shape: the even and the odd weights in KIND."""
+    if ASM is not None:
+        factor = (exponent.to(tl.uint16) << 7).to(tl.bfloat16, bitcast=True)
+        even, odd = tl.inline_asm_elementwise(
+            ASM, "=r,=r,=r,=r,r,r,r", [byte, factor], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    else:
+        factor = from_exponent(exponent)
+        even = (from_e2m1(byte & 15) * factor).to(KIND)
+        odd = (from_e2m1(byte >> 4) * factor).to(KIND)
+    return even, odd
+
+
+@triton.jit
+def halves(pair, KIND: tl.constexpr):
+    """Pairs of neighbouring numbers, read as one integer: the first of each, and the second."""
+    if KIND.primitive_bitwidth == 16:
+        return pair.to(tl.int16).to(KIND, bitcast=True), (pair >> 16).to(tl.int16).to(KIND, bitcast=True)
+    else:
+        return pair.to(tl.int32).to(KIND, bitcast=True), (pair >> 32).to(tl.int32).to(KIND, bitcast=True)
+
+
+@triton.jit
+def _step(
+    acc, w_rows, s_rows, x_rows, there_R, row, start, inner, block_out, block_in,
+    M: tl.constexpr, DEPTH: tl.constexpr, FP4: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """acc `[M, ROWS]` plus DEPTH inputs' worth of a tile of M matrix rows times the rows of x.
+
+    `w_rows`, `s_rows`, `x_rows`: where each row's codes, scales and numbers (FP4: pairs) begin.
+    """
+    if FP4:
+        at = start // 2 + tl.arange(0, DEPTH // 2)
+        block = start // 32 + tl.arange(0, DEPTH // 32)
+        inside = (at < inner // 2)[None, :]
+        byte = tl.load(w_rows[:, None] + at[None, :], mask=inside, other=0)
+        exponent = tl.load(s_rows[:, None] + block[None, :], mask=(block < inner // 32)[None, :], other=0)
+        pair = tl.load(x_rows[:, None] + at[None, :], mask=inside & there_R[:, None], other=0)
+        exponent = tl.broadcast_to(exponent[:, :, None], [M, DEPTH // 32, 16])
+        even, odd = widen(byte, tl.reshape(exponent, [M, DEPTH // 2]), KIND, ASM)
+        x_even, x_odd = halves(pair, KIND)
+        acc = tl.dot(even, tl.trans(x_even), acc, input_precision="ieee")
+        acc = tl.dot(odd, tl.trans(x_odd), acc, input_precision="ieee")
+    else:
+        at = start + tl.arange(0, DEPTH)
+        inside = (at < inner)[None, :]
+        code = tl.load(w_rows[:, None] + at[None, :], mask=inside, other=0.0)
+        scale = tl.load(s_rows[:, None] + (at // block_in)[None, :], mask=inside, other=0.0)
+        x = tl.load(x_rows[:, None] + at[None, :], mask=inside & there_R[:, None], other=0.0)
+        w = (code.to(tl.float32) * scale.to(tl.float32)).to(KIND)
+        acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def gate_up_kernel(
+    x_ptr, weights_ptr, order_ptr, tiles_ptr, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, inner_ptr, limit,
+    pairs, tokens, tiles, width, hidden, line, blocks_out, blocks_in, block_out, block_in, K: tl.constexpr,
+    ROWS: tl.constexpr, OUT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, FP4: tl.constexpr,
+    ASM: tl.constexpr, LIMIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """inner `[P, W]`, by place in `order`: routing weight * swiglu(gate x, up x)."""
+    if PDL:
+        follow()
+    across = tl.cdiv(width, OUT)
+    tile = tl.program_id(0) // across
+    column = tl.program_id(0) % across * OUT
+    expert = tl.load(tiles_ptr + tile)
+    if expert < 0:
+        return
+    begin = tl.load(tiles_ptr + tiles + tile)
+    end = tl.load(tiles_ptr + 2 * tiles + tile)
+    place_R = begin + tl.arange(0, ROWS)
+    there_R = place_R < end
+    pair_R = tl.load(order_ptr + place_R, there_R, other=0)
+    weight_R = tl.load(weights_ptr + pair_R, there_R, other=0.0).to(tl.float32)
+    KIND: tl.constexpr = inner_ptr.dtype.element_ty
+    both = tl.arange(0, 2 * OUT)
+    row = tl.minimum(column + both % OUT, width - 1)
+    matrix = expert.to(tl.int64) * width * line
+    scales = expert.to(tl.int64) * blocks_out * blocks_in
+    w_rows = tl.where(both < OUT, gate_ptr, up_ptr) + matrix + row * line
+    s_rows = tl.where(both < OUT, gate_scale_ptr, up_scale_ptr) + scales + row // block_out * blocks_in
+    x_rows = x_ptr + (pair_R // K).to(tl.int64) * line
+    acc = tl.zeros((2 * OUT, ROWS), tl.float32)
+    for start in tl.range(0, hidden, DEPTH, num_stages=STAGES):
+        acc = _step(
+            acc, w_rows, s_rows, x_rows, there_R, row, start, hidden, block_out, block_in, 2 * OUT, DEPTH, FP4,
+            KIND, ASM,
+        )  # fmt: skip
+    gate, up = tl.split(tl.permute(tl.reshape(acc, (2, OUT, ROWS)), (2, 1, 0)))
+    if LIMIT:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+    inner = gate * tl.sigmoid(gate) * up * weight_R[:, None]
+    channel = column + tl.arange(0, OUT)[None, :]
+    place = place_R.to(tl.int64)[:, None] * width + channel
+    tl.store(inner_ptr + place, inner.to(KIND), there_R[:, None] & (channel < width))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def down_kernel(
+    inner_ptr, order_ptr, tiles_ptr, down_ptr, down_scale_ptr, y_ptr, tiles, width, hidden, line, blocks_out,
+    blocks_in, block_out, block_in, ROWS: tl.constexpr, OUT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    FP4: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y `[pairs, D]`, by pair number: inner `[P, W]` times the expert's down matrix."""
+    if PDL:
+        follow()
+    across = tl.cdiv(hidden, OUT)
+    tile = tl.program_id(0) // across
+    column = tl.program_id(0) % across * OUT
+    expert = tl.load(tiles_ptr + tile)
+    if expert < 0:
+        return
+    begin = tl.load(tiles_ptr + tiles + tile)
+    end = tl.load(tiles_ptr + 2 * tiles + tile)
+    place_R = begin + tl.arange(0, ROWS)
+    there_R = place_R < end
+    KIND: tl.constexpr = y_ptr.dtype.element_ty
+    row = tl.minimum(column + tl.arange(0, OUT), hidden - 1)
+    w_rows = down_ptr + expert.to(tl.int64) * hidden * line + row * line
+    s_rows = down_scale_ptr + expert.to(tl.int64) * blocks_out * blocks_in + row // block_out * blocks_in
+    x_rows = inner_ptr + place_R.to(tl.int64) * line
+    acc = tl.zeros((OUT, ROWS), tl.float32)
+    for start in tl.range(0, width, DEPTH, num_stages=STAGES):
+        acc = _step(
+            acc,
+            w_rows,
+            s_rows,
+            x_rows,
+            there_R,
+            row,
+            start,
+            width,
+            block_out,
+            block_in,
+            OUT,
+            DEPTH,
+            FP4,
+            KIND,
+            ASM,
+        )
+    pair_R = tl.load(order_ptr + place_R, there_R, other=0)
+    channel = column + tl.arange(0, OUT)[None, :]
+    y_ptrs = y_ptr + (pair_R.to(tl.int64) * hidden)[:, None] + channel
+    tl.store(y_ptrs, acc.T.to(KIND), there_R[:, None] & (channel < hidden))
+
+
+@triton.jit
+def _few_step(
+    acc, w_rows, s_rows, x_rows, there_R, start, inner, SPLIT: tl.constexpr, M: tl.constexpr, DEPTH: tl.constexpr,
+    KIND: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """acc `[SPLIT, M, ROWS]` plus DEPTH inputs' worth a split, of M rows of FP4."""
+    split = tl.arange(0, SPLIT)[:, None]
+    at = start // 2 + split * (DEPTH // 2) + tl.arange(0, DEPTH // 2)[None, :]
+    block = start // 32 + split * (DEPTH // 32) + tl.arange(0, DEPTH // 32)[None, :]
+    inside = (at < inner // 2)[:, None, :]
+    byte = tl.load(w_rows[None, :, None] + at[:, None, :], mask=inside, other=0)
+    known = (block < inner // 32)[:, None, :]
+    exponent = tl.load(s_rows[None, :, None] + block[:, None, :], mask=known, other=0)
+    pair = tl.load(x_rows[None, :, None] + at[:, None, :], mask=inside & there_R[None, :, None], other=0)
+    exponent = tl.broadcast_to(exponent[:, :, :, None], [SPLIT, M, DEPTH // 32, 16])
+    even, odd = widen(byte, tl.reshape(exponent, [SPLIT, M, DEPTH // 2]), KIND, ASM)
+    x_even, x_odd = halves(pair, KIND)
+    acc = tl.dot(even, tl.permute(x_even, (0, 2, 1)), acc, input_precision="ieee")
+    return tl.dot(odd, tl.permute(x_odd, (0, 2, 1)), acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def few_up_kernel(
+    x_ptr, ids_ptr, weights_ptr, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, inner_ptr, limit, pairs, tokens,
+    experts, width, hidden, line, blocks, K: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr,
+    SPLIT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, LIMIT: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """inner `[slots, N, W]`: routing weight (0 where not chosen) * swiglu(gate x, up x)."""
+    if PDL:
+        follow()
+    across = tl.cdiv(width, OUT)
+    slot = tl.program_id(0) // across
+    column = tl.program_id(0) % across * OUT
+    listed, count = slots(ids_ptr, pairs, experts, PAIRS)
+    if slot >= count:
+        return
+    expert = tl.sum(tl.where(tl.arange(0, PAIRS) == slot, listed, 0))
+    token = tl.arange(0, ROWS)
+    weight = tl.zeros((ROWS,), tl.float32)
+    for k in tl.static_range(K):
+        chosen = tl.load(ids_ptr + token * K + k, token < tokens, other=-1) == expert
+        weight += tl.load(weights_ptr + token * K + k, (token < tokens) & chosen, other=0.0).to(tl.float32)
+    KIND: tl.constexpr = inner_ptr.dtype.element_ty
+    both = tl.arange(0, 2 * OUT)
+    row = expert.to(tl.int64) * width + tl.minimum(column + both % OUT, width - 1)
+    w_rows = tl.where(both < OUT, gate_ptr, up_ptr) + row * line
+    s_rows = tl.where(both < OUT, gate_scale_ptr, up_scale_ptr) + row * blocks
+    x_rows = x_ptr + token * line
+    acc = tl.zeros((SPLIT, 2 * OUT, ROWS), tl.float32)
+    for start in tl.range(0, hidden, SPLIT * DEPTH, num_stages=STAGES):
+        acc = _few_step(
+            acc, w_rows, s_rows, x_rows, token < tokens, start, hidden, SPLIT, 2 * OUT, DEPTH, KIND, ASM
+        )
+    gate_y, up_y = tl.split(tl.permute(tl.reshape(tl.sum(acc, 0), (2, OUT, ROWS)), (2, 1, 0)))
+    if LIMIT:
+        gate_y = tl.minimum(gate_y, limit)
+        up_y = tl.minimum(tl.maximum(up_y, -limit), limit)
+    inner = gate_y * tl.sigmoid(gate_y) * up_y * weight[:, None]
+    channel = column + tl.arange(0, OUT)[None, :]
+    place = (slot * tokens + token)[:, None] * width + channel
+    tl.store(inner_ptr + place, inner.to(KIND), (token < tokens)[:, None] & (channel < width))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def few_down_kernel(
+    inner_ptr, ids_ptr, down_ptr, down_scale_ptr, add_ptr, y_ptr, pairs, tokens, experts, width, hidden,
+    line, blocks, PAIRS: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y `[N, D]`: the sum over all slots of inner `[slots, N, W]` times the slot's down matrix, and `add`."""
+    column = tl.program_id(0) * OUT
+    # Before the wait: ids are older than the kernel that this one follows.
+    listed, count = slots(ids_ptr, pairs, experts, PAIRS)
+    token = tl.arange(0, ROWS)
+    row = tl.minimum(column + tl.arange(0, OUT), hidden - 1)
+    if PDL:
+        follow()
+    KIND: tl.constexpr = y_ptr.dtype.element_ty
+    steps = tl.cdiv(width, SPLIT * DEPTH)
+    acc = tl.zeros((SPLIT, OUT, ROWS), tl.float32)
+    for step in tl.range(0, count * steps, num_stages=STAGES):
+        slot = step // steps
+        start = step % steps * (SPLIT * DEPTH)
+        expert = tl.sum(tl.where(tl.arange(0, PAIRS) == slot, listed, 0)).to(tl.int64)
+        w_rows = down_ptr + (expert * hidden + row) * line
+        s_rows = down_scale_ptr + (expert * hidden + row) * blocks
+        x_rows = inner_ptr + (slot * tokens + token) * line
+        acc = _few_step(
+            acc, w_rows, s_rows, x_rows, token < tokens, start, width, SPLIT, OUT, DEPTH, KIND, ASM
+        )
+    y = tl.sum(acc, 0).T
+    channel = column + tl.arange(0, OUT)[None, :]
+    place = token[:, None] * hidden + channel
+    there = (token < tokens)[:, None] & (channel < hidden)
+    if ADD:
+        y += tl.load(add_ptr + place, there, other=0.0).to(tl.float32)
+    tl.store(y_ptr + place, y.to(KIND), there)
