@@ -4,7 +4,7 @@ FP8 and bf16 matrices and beside the bytes that have to be read. SWEEP=1 tries o
 import faulthandler
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -140,7 +140,7 @@ def sweep(tokens: int, stacks: list[Weights]) -> None:
 def main() -> None:
     faulthandler.dump_traceback_later(int(os.environ.get("LIMIT", "58")), exit=True)
     begun, sweeping = time.perf_counter(), os.environ.get("SWEEP") == "1"
-    pool = ProcessPoolExecutor(12, mp_context=torch.multiprocessing.get_context("spawn"))
+    pool = ThreadPoolExecutor(6)
     tasks: list[Any] = [(tokens, None) for tokens in TOKENS]
     if sweeping:
         tasks += [(tokens, how) for tokens in (1, 4, 8, 64, 2048) for how in options(tokens)]

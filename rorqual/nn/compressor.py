@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rorqual.family.parts import Compress, Rope
 from rorqual.kernels.compress import compress_decode, compress_prefill
 from rorqual.nn.cache import Slots, Tail
-from rorqual.nn.linear import Linear, Pinned
+from rorqual.nn.linear import Linear, Pinned, wide_product
 from rorqual.nn.norm import RMSNorm, upcast
 from rorqual.nn.paged import Group, Lane, Lanes, Packing, PagedSlots, PagedStep, RingTail, Store
 from rorqual.nn.rope import rotate_tail, rotation
@@ -118,19 +118,18 @@ class Compressor(Pinned):
 
     def paged(self, x_1ND: Tensor, step: PagedStep, store: Store, prefix: str) -> None:
         """The same over pages and rings, by kernels: finished entries are written, and nothing returned."""
-        full, ratio = upcast(x_1ND[0]), self.part.ratio
-        kv_NW = nn.functional.linear(full, self.kv.matrix(full.dtype))
-        gate_NW = nn.functional.linear(full, self.gate.matrix(full.dtype))
+        ratio = self.part.ratio
+        kv_NW, gate_NW = (wide_product(x_1ND[0], layer) for layer in (self.kv, self.gate))
         begin_N = step.positions_N // ratio * ratio
         cos, sin = step.once(("entry", self.rope, ratio), lambda: rotation(self.rope, begin_N))
         slots_N = step.slots(ratio)
         for g in step.groups:
-            at = g.tokens
+            at, n = g.tokens, step.numbers(g)
             take_in = compress_decode if g.decoding else compress_prefill
             take_in(
-                kv_NW[at], gate_NW[at], self.ape, store[prefix + "kv"], store[prefix + "gate"],
-                g.ring_S[g.seq_N].int(), step.positions_N[at].int(), self.norm.weight, self.norm.eps, cos[at], sin[at],
-                store[prefix + "entries"], slots_N[at], ratio=ratio, overlap=self.part.overlap, dim=self.dim,
+                kv_NW[at], gate_NW[at], self.ape, store[prefix + "kv"], store[prefix + "gate"], n.ring_N,
+                n.position_N, self.norm.weight, self.norm.eps, cos[at], sin[at], store[prefix + "entries"], slots_N[at],
+                ratio=ratio, overlap=self.part.overlap, dim=self.dim,
             )  # fmt: skip
 
     def _windows(self, kv_BTW: Tensor, gate_BTW: Tensor, rows: Rows, state: PoolState | None) -> Windows:

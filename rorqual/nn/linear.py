@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rorqual.kernels.experts import Weights
 from rorqual.kernels.fp8_linear import fp8_linear
-from rorqual.kernels.linear import Pack, linear, linears
+from rorqual.kernels.linear import Pack, linear, linear_in_fp32, linears
 from rorqual.kernels.quant import FP4_BLOCK, dequantize_fp4, dequantize_fp8
 
 
@@ -136,6 +136,14 @@ def together(x: Tensor, pack: Pack, *layers: Linear) -> Sequence[Tensor]:
     if any(layer.scale is not None for layer in layers):
         return [layer(x) for layer in layers]
     return linears(x, [layer.weight for layer in layers], [layer.bias for layer in layers], pack)
+
+
+def wide_product(x: Tensor, layer: Linear) -> Tensor:
+    """x through `layer` in fp32 (fp64 stays), whatever the types they are held in."""
+    if x.dtype in (torch.bfloat16, torch.float16) and layer.scale is None and layer.weight.dtype == x.dtype:
+        return linear_in_fp32(x, layer.weight)
+    full = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return F.linear(full, layer.matrix(full.dtype))
 
 
 class GroupedLinear(Matrix):

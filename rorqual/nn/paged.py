@@ -165,6 +165,14 @@ class Group:
         return y_ST.flatten(0, 1) if self._place is None else y_ST[self._place]
 
 
+class Numbers(NamedTuple):
+    """Of a group's tokens, int32: their ring, position and row of the page table."""
+
+    ring_N: Tensor
+    position_N: Tensor
+    seq_N: Tensor
+
+
 class PagedStep(Step):
     """One pass over a flat batch: `positions_N` of its tokens, and its groups in the order they stand."""
 
@@ -186,6 +194,29 @@ class PagedStep(Step):
         if key not in self.shared:
             self.shared[key] = make()
         return self.shared[key]
+
+    def numbers(self, g: Group) -> Numbers:
+        """What kernels ask of each of a group's tokens."""
+
+        def make() -> Numbers:
+            return Numbers(g.ring_S[g.seq_N].int(), self.positions_N[g.tokens].int(), g.seq_N.int())
+
+        made: Numbers = self.once(("numbers", g.tokens.start), make)
+        return made
+
+    def finished(self, g: Group, every: int) -> Tensor:
+        """How many items of a lane with one for `every` tokens each of a group's tokens sees, int32 `[n]`."""
+        n = self.numbers(g)
+        made: Tensor = self.once(("finished", g.tokens.start, every), lambda: (n.position_N + 1) // every)
+        return made
+
+    def in_rings(self, g: Group, places: int) -> Tensor:
+        """Flat place `[n]` of each of a group's tokens in rings of so many places."""
+        n = self.numbers(g)
+        made: Tensor = self.once(
+            ("ring", g.tokens.start, places), lambda: n.ring_N.long() * places + n.position_N % places
+        )
+        return made
 
     def slots(self, every: int = 1) -> Tensor:
         """Flat place `[N]` of each token's item in a growing lane: page * items a page + place in the page. For a

@@ -93,6 +93,6 @@ def test_v4_over_bytes_by_kernels(request: pytest.FixtureRequest) -> None:
     engine = Engine(model, max_requests=4, fp8_cache=True, step_tokens=16)
     assert [c.ids for c in engine.generate(prompts, sampling)] == plain
     idle(engine)
-    assert not {"_attend", "_pool", "_pack", "_turn", "_score", "_choose"} - set(launched), sorted(
+    assert not {"_attend", "_pool", "_turn_rows", "_turn", "_score", "_choose"} - set(launched), sorted(
         set(launched)
     )
