@@ -69,6 +69,16 @@ def test_v4_rounds_as_the_simulation() -> None:
     engine = Engine(model, max_requests=4, fp8_cache=True, step_tokens=16)
     ours = engine.generate(prompts, sampling)
     idle(engine)
+    lanes = model.lanes(fp8=True)[: len(model.layers)]
+    grown = [
+        memory.nbytes
+        for kinds, store in zip(lanes, engine.runner.stores, strict=True)
+        for name, memory in store.items()
+        if kinds[name].keep is None
+    ]
+    assert sum(grown) == (engine.pages.total + 1) * page_bytes(lanes, engine.pages.page_size), (
+        "bytes that are there"
+    )
 
     def apart(a: list[Completion], b: list[Completion]) -> float:
         first = [(x.top_logprobs[0], dict(y.top_logprobs[0])) for x, y in zip(a, b, strict=True)]
