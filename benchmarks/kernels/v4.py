@@ -124,7 +124,7 @@ def warm(task: tuple[str, tuple[Any, ...], Any]) -> None:
             rows, sequences, limit, k, page, form = case
             few = min(sequences, 2)
             one = Index(min(rows, 16 * few) // few * few, few, limit, k, page, form)
-            one.run(tiles or index.plan(*case[:2], limit, k, page, DTYPES[form]))
+            one.run(tiles or index.plan(*case[:2], limit, k, page, DTYPES[form], form == "fp4"))
         elif kind == "union":
             Union(*case).run(**(tiles or {}))
         elif kind == "compress":

@@ -163,7 +163,7 @@ def sweep_index(*case: Any) -> None:
 
 
 def index_plans(rows: int, sequences: int, limit: int, k: int, page: int, kind: str) -> list[index.Plan]:
-    base = index.plan(rows, sequences, limit, k, page, DTYPES[kind])
+    base = index.plan(rows, sequences, limit, k, page, DTYPES[kind], kind == "fp4")
     plans, groups = [base], base.parts * base.keys
     if rows >= 4 * sequences:
         tiles = [(1, 64, 4, 3), (2, 128, 4, 4), (2, 128, 4, 5), (2, 64, 4, 2), (2, 64, 4, 3), (2, 64, 4, 4)]

@@ -358,7 +358,9 @@ class Plan(NamedTuple):
     choose_warps: int = 16
 
 
-def plan(rows: int, sequences: int, max_keys: int, k: int, page: int, dtype: torch.dtype) -> Plan:
+def plan(
+    rows: int, sequences: int, max_keys: int, k: int, page: int, dtype: torch.dtype, fp4: bool = False
+) -> Plan:
     """Chunks of one sequence take two queries a program; short contexts skip the gathering, and there a program
     takes up to four tiles of keys where there are enough programs. Where a tile is of several pages, the pipeline
     gives half its stages to reading their numbers."""
@@ -367,6 +369,8 @@ def plan(rows: int, sequences: int, max_keys: int, k: int, page: int, dtype: tor
     p = Plan(cap=cap, parts=groups // 64)
     if dtype == torch.float32:  # no tensor cores: tiles that fit the registers
         p = p._replace(keys=32, parts=groups // 32, stages=2)
+    elif fp4:  # multiplied out in registers: small tiles, of many programs
+        p = p._replace(queries=2 if rows >= 4 * sequences else 1, stages=4)
     elif rows >= 4 * sequences:
         p = p._replace(queries=2, keys=128, parts=groups // 128, stages=3)
     elif dtype == torch.uint8:
@@ -397,10 +401,11 @@ def fast(
     chosen_NK = torch.empty(rows, k, dtype=torch.int32, device=device)
     if not rows:
         return chosen_NK
-    p = tiles or plan(rows, table_SB.shape[0], max_keys, k, k_pages_PTd.shape[1], k_pages_PTd.dtype)
+    fp4 = k_pages_PTd.dtype == torch.uint8 and k_pages_PTd.shape[2] == key_bytes(dim)
+    page, kind = k_pages_PTd.shape[1], k_pages_PTd.dtype
+    p = tiles or plan(rows, table_SB.shape[0], max_keys, k, page, kind, fp4)
     assert k_pages_PTd.stride(2) == 1 and table_SB.stride(1) == 1 and max_keys <= MOST_KEYS and p.cap >= k
     assert p.chunk <= 2**15
-    fp4 = k_pages_PTd.dtype == torch.uint8 and k_pages_PTd.shape[2] == key_bytes(dim)
     scaled = k_pages_PTd.dtype == torch.uint8 and not fp4
     assert not fp4 or dim == triton.next_power_of_2(dim) >= 32
     codes, key_scales = k_pages_PTd, k_pages_PTd
