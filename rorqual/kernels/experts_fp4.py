@@ -14,53 +14,55 @@ from rorqual.kernels.experts_few import slots
 from rorqual.kernels.experts_triton import COUNTS, follow
 from rorqual.kernels.gpu import tl, triton
 
-# Four bytes to their four low codes ($0, $1) and four high ones ($2, $3) as bf16: sign and value bits go to the sign
-# and the lowest exponent bits, which stands for 2^-126 times as much; then times 2^126, then times the scale.
+# Four bytes ($4) to their four low codes ($0, $1) and four high ones ($2, $3) as bf16: sign and value bits go to the
+# sign and the lowest exponent bits, which stands for 2^-126 times as much; the factor, made of the exponents in $5,
+# is 2^63 times the scale. What is missing, 2^63, comes last, so that one product does for all scales between 2^-62
+# and 2^64.
 UNPACK = """
 {
-    .reg .b32 a, b, c, d, k;
-    mov.b32 k, 0x7E807E80;
+    .reg .b32 a, b, c, d, e, f;
     prmt.b32 a, $4, 0, 0x4140;
     prmt.b32 b, $4, 0, 0x4342;
+    prmt.b32 e, $5, 0, 0x4140;
+    prmt.b32 f, $5, 0, 0x4342;
+    mad.lo.u32 e, e, 128, 0x1F801F80;
+    mad.lo.u32 f, f, 128, 0x1F801F80;
     shl.b32 c, a, 12;
     shl.b32 d, a, 6;
     and.b32 c, c, 0x80008000;
     and.b32 d, d, 0x01C001C0;
     or.b32 c, c, d;
-    mul.bf16x2 c, c, k;
-    mul.bf16x2 $0, c, $5;
+    mul.bf16x2 $0, c, e;
     shl.b32 c, b, 12;
     shl.b32 d, b, 6;
     and.b32 c, c, 0x80008000;
     and.b32 d, d, 0x01C001C0;
     or.b32 c, c, d;
-    mul.bf16x2 c, c, k;
-    mul.bf16x2 $1, c, $6;
+    mul.bf16x2 $1, c, f;
     shl.b32 c, a, 8;
     shl.b32 d, a, 2;
     and.b32 c, c, 0x80008000;
     and.b32 d, d, 0x01C001C0;
     or.b32 c, c, d;
-    mul.bf16x2 c, c, k;
-    mul.bf16x2 $2, c, $5;
+    mul.bf16x2 $2, c, e;
     shl.b32 c, b, 8;
     shl.b32 d, b, 2;
     and.b32 c, c, 0x80008000;
     and.b32 d, d, 0x01C001C0;
     or.b32 c, c, d;
-    mul.bf16x2 c, c, k;
-    mul.bf16x2 $3, c, $6;
+    mul.bf16x2 $3, c, f;
 }
 """
+MISSING = tl.constexpr(2.0**63)
 
 
 @triton.jit
 def widen(byte, exponent, KIND: tl.constexpr, ASM: tl.constexpr):
-    """Bytes of two codes, and their e8m0 scales of the same shape: the even and the odd weights in KIND."""
+    """Bytes of two codes, and their e8m0 scales of the same shape: the even and the odd weights in KIND; with ASM
+    they are 2^-63 of that."""
     if ASM is not None:
-        factor = (exponent.to(tl.uint16) << 7).to(tl.bfloat16, bitcast=True)
         even, odd = tl.inline_asm_elementwise(
-            ASM, "=r,=r,=r,=r,r,r,r", [byte, factor], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            ASM, "=r,=r,=r,=r,r,r", [byte, exponent], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
     else:
         factor = from_exponent(exponent)
@@ -79,20 +81,29 @@ def halves(pair, KIND: tl.constexpr):
 
 
 @triton.jit
+def _exponents(s_rows, start, inner, DEPTH: tl.constexpr, FP4: tl.constexpr):
+    """e8m0 scales `[M, DEPTH / 32]` of the inputs from `start` on: read a step before they are used."""
+    if FP4:
+        block = start // 32 + tl.arange(0, DEPTH // 32)
+        return tl.load(s_rows[:, None] + block[None, :], mask=(block < inner // 32)[None, :], other=0)
+    else:
+        return 0
+
+
+@triton.jit
 def _step(
-    acc, w_rows, s_rows, x_rows, there_R, row, start, inner, block_out, block_in,
+    acc, exponent, w_rows, s_rows, x_rows, there_R, start, inner, block_in,
     M: tl.constexpr, DEPTH: tl.constexpr, FP4: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """acc `[M, ROWS]` plus DEPTH inputs' worth of a tile of M matrix rows times the rows of x.
 
-    `w_rows`, `s_rows`, `x_rows`: where each row's codes, scales and numbers (FP4: pairs) begin.
+    `w_rows`, `s_rows`, `x_rows`: where each row's codes, scales and numbers (FP4: pairs) begin; `exponent`: FP4's
+    scales of these inputs.
     """
     if FP4:
         at = start // 2 + tl.arange(0, DEPTH // 2)
-        block = start // 32 + tl.arange(0, DEPTH // 32)
         inside = (at < inner // 2)[None, :]
         byte = tl.load(w_rows[:, None] + at[None, :], mask=inside, other=0)
-        exponent = tl.load(s_rows[:, None] + block[None, :], mask=(block < inner // 32)[None, :], other=0)
         pair = tl.load(x_rows[:, None] + at[None, :], mask=inside & there_R[:, None], other=0)
         exponent = tl.broadcast_to(exponent[:, :, None], [M, DEPTH // 32, 16])
         even, odd = widen(byte, tl.reshape(exponent, [M, DEPTH // 2]), KIND, ASM)
@@ -141,11 +152,28 @@ def gate_up_kernel(
     s_rows = tl.where(both < OUT, gate_scale_ptr, up_scale_ptr) + scales + row // block_out * blocks_in
     x_rows = x_ptr + (pair_R // K).to(tl.int64) * line
     acc = tl.zeros((2 * OUT, ROWS), tl.float32)
+    exponent = _exponents(s_rows, 0, hidden, DEPTH, FP4)
     for start in tl.range(0, hidden, DEPTH, num_stages=STAGES):
+        ahead = _exponents(s_rows, start + DEPTH, hidden, DEPTH, FP4)
         acc = _step(
-            acc, w_rows, s_rows, x_rows, there_R, row, start, hidden, block_out, block_in, 2 * OUT, DEPTH, FP4,
-            KIND, ASM,
-        )  # fmt: skip
+            acc,
+            exponent,
+            w_rows,
+            s_rows,
+            x_rows,
+            there_R,
+            start,
+            hidden,
+            block_in,
+            2 * OUT,
+            DEPTH,
+            FP4,
+            KIND,
+            ASM,
+        )
+        exponent = ahead
+    if ASM is not None:
+        acc *= MISSING
     gate, up = tl.split(tl.permute(tl.reshape(acc, (2, OUT, ROWS)), (2, 1, 0)))
     if LIMIT:
         gate = tl.minimum(gate, limit)
@@ -181,24 +209,15 @@ def down_kernel(
     s_rows = down_scale_ptr + expert.to(tl.int64) * blocks_out * blocks_in + row // block_out * blocks_in
     x_rows = inner_ptr + place_R.to(tl.int64) * line
     acc = tl.zeros((OUT, ROWS), tl.float32)
+    exponent = _exponents(s_rows, 0, width, DEPTH, FP4)
     for start in tl.range(0, width, DEPTH, num_stages=STAGES):
+        ahead = _exponents(s_rows, start + DEPTH, width, DEPTH, FP4)
         acc = _step(
-            acc,
-            w_rows,
-            s_rows,
-            x_rows,
-            there_R,
-            row,
-            start,
-            width,
-            block_out,
-            block_in,
-            OUT,
-            DEPTH,
-            FP4,
-            KIND,
-            ASM,
+            acc, exponent, w_rows, s_rows, x_rows, there_R, start, width, block_in, OUT, DEPTH, FP4, KIND, ASM
         )
+        exponent = ahead
+    if ASM is not None:
+        acc *= MISSING
     pair_R = tl.load(order_ptr + place_R, there_R, other=0)
     channel = column + tl.arange(0, OUT)[None, :]
     y_ptrs = y_ptr + (pair_R.to(tl.int64) * hidden)[:, None] + channel
@@ -206,18 +225,23 @@ def down_kernel(
 
 
 @triton.jit
+def _few_exponents(s_rows, start, inner, SPLIT: tl.constexpr, DEPTH: tl.constexpr):
+    """e8m0 scales `[SPLIT, M, DEPTH / 32]` of the inputs from `start` on."""
+    block = start // 32 + tl.arange(0, SPLIT)[:, None] * (DEPTH // 32) + tl.arange(0, DEPTH // 32)[None, :]
+    known = (block < inner // 32)[:, None, :]
+    return tl.load(s_rows[None, :, None] + block[:, None, :], mask=known, other=0)
+
+
+@triton.jit
 def _few_step(
-    acc, w_rows, s_rows, x_rows, there_R, start, inner, SPLIT: tl.constexpr, M: tl.constexpr, DEPTH: tl.constexpr,
+    acc, exponent, w_rows, x_rows, there_R, start, inner, SPLIT: tl.constexpr, M: tl.constexpr, DEPTH: tl.constexpr,
     KIND: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """acc `[SPLIT, M, ROWS]` plus DEPTH inputs' worth a split, of M rows of FP4."""
     split = tl.arange(0, SPLIT)[:, None]
     at = start // 2 + split * (DEPTH // 2) + tl.arange(0, DEPTH // 2)[None, :]
-    block = start // 32 + split * (DEPTH // 32) + tl.arange(0, DEPTH // 32)[None, :]
     inside = (at < inner // 2)[:, None, :]
     byte = tl.load(w_rows[None, :, None] + at[:, None, :], mask=inside, other=0)
-    known = (block < inner // 32)[:, None, :]
-    exponent = tl.load(s_rows[None, :, None] + block[:, None, :], mask=known, other=0)
     pair = tl.load(x_rows[None, :, None] + at[:, None, :], mask=inside & there_R[None, :, None], other=0)
     exponent = tl.broadcast_to(exponent[:, :, :, None], [SPLIT, M, DEPTH // 32, 16])
     even, odd = widen(byte, tl.reshape(exponent, [SPLIT, M, DEPTH // 2]), KIND, ASM)
@@ -255,10 +279,15 @@ def few_up_kernel(
     s_rows = tl.where(both < OUT, gate_scale_ptr, up_scale_ptr) + row * blocks
     x_rows = x_ptr + token * line
     acc = tl.zeros((SPLIT, 2 * OUT, ROWS), tl.float32)
+    exponent = _few_exponents(s_rows, 0, hidden, SPLIT, DEPTH)
     for start in tl.range(0, hidden, SPLIT * DEPTH, num_stages=STAGES):
+        ahead = _few_exponents(s_rows, start + SPLIT * DEPTH, hidden, SPLIT, DEPTH)
         acc = _few_step(
-            acc, w_rows, s_rows, x_rows, token < tokens, start, hidden, SPLIT, 2 * OUT, DEPTH, KIND, ASM
+            acc, exponent, w_rows, x_rows, token < tokens, start, hidden, SPLIT, 2 * OUT, DEPTH, KIND, ASM
         )
+        exponent = ahead
+    if ASM is not None:
+        acc *= MISSING
     gate_y, up_y = tl.split(tl.permute(tl.reshape(tl.sum(acc, 0), (2, OUT, ROWS)), (2, 1, 0)))
     if LIMIT:
         gate_y = tl.minimum(gate_y, limit)
@@ -267,6 +296,18 @@ def few_up_kernel(
     channel = column + tl.arange(0, OUT)[None, :]
     place = (slot * tokens + token)[:, None] * width + channel
     tl.store(inner_ptr + place, inner.to(KIND), (token < tokens)[:, None] & (channel < width))
+
+
+@triton.jit
+def _slot_exponents(
+    scale_ptr, listed, step, steps, count, row, width, hidden, blocks, PAIRS: tl.constexpr, SPLIT: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """`_few_exponents` of step `step` through all slots; past the last, those of any expert there is."""
+    slot = tl.minimum(step // steps, tl.maximum(count, 1) - 1)
+    expert = tl.maximum(tl.sum(tl.where(tl.arange(0, PAIRS) == slot, listed, 0)), 0).to(tl.int64)
+    s_rows = scale_ptr + (expert * hidden + row) * blocks
+    return _few_exponents(s_rows, step % steps * (SPLIT * DEPTH), width, SPLIT, DEPTH)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -286,16 +327,24 @@ def few_down_kernel(
     KIND: tl.constexpr = y_ptr.dtype.element_ty
     steps = tl.cdiv(width, SPLIT * DEPTH)
     acc = tl.zeros((SPLIT, OUT, ROWS), tl.float32)
+    exponent = _slot_exponents(
+        down_scale_ptr, listed, 0, steps, count, row, width, hidden, blocks, PAIRS, SPLIT, DEPTH
+    )
     for step in tl.range(0, count * steps, num_stages=STAGES):
+        ahead = _slot_exponents(
+            down_scale_ptr, listed, step + 1, steps, count, row, width, hidden, blocks, PAIRS, SPLIT, DEPTH
+        )
         slot = step // steps
         start = step % steps * (SPLIT * DEPTH)
         expert = tl.sum(tl.where(tl.arange(0, PAIRS) == slot, listed, 0)).to(tl.int64)
         w_rows = down_ptr + (expert * hidden + row) * line
-        s_rows = down_scale_ptr + (expert * hidden + row) * blocks
         x_rows = inner_ptr + (slot * tokens + token) * line
         acc = _few_step(
-            acc, w_rows, s_rows, x_rows, token < tokens, start, width, SPLIT, OUT, DEPTH, KIND, ASM
+            acc, exponent, w_rows, x_rows, token < tokens, start, width, SPLIT, OUT, DEPTH, KIND, ASM
         )
+        exponent = ahead
+    if ASM is not None:
+        acc *= MISSING
     y = tl.sum(acc, 0).T
     channel = column + tl.arange(0, OUT)[None, :]
     place = token[:, None] * hidden + channel
