@@ -178,6 +178,7 @@ def context(
             try:
                 for point in measure(engine_for(model, fp8), lengths):
                     points.append(point)
+                    console.print(f"{label} {'FP8' if fp8 else 'bf16'}", point, style="dim")
                     if time.perf_counter() - begun > seconds:
                         break
             except Exception:

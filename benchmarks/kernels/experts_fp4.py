@@ -82,32 +82,18 @@ def check(tokens: int) -> None:
 def options(tokens: int) -> list[Plan]:
     """Tiles to try."""
     if tokens <= experts_packed.FEW:
-        ups = [
+        tiles = [
             Tiles(4, 16, 128, 4, 3),
-            Tiles(4, 16, 128, 4, 5),
+            Tiles(4, 16, 256, 4, 3),
             Tiles(8, 16, 128, 8, 3),
             Tiles(4, 32, 128, 8, 3),
         ]
-        ups += [Tiles(4, 16, 256, 4, 3), Tiles(2, 16, 128, 2, 4), Tiles(2, 16, 256, 4, 3)]
-        downs = [
-            Tiles(4, 16, 128, 4, 3),
-            Tiles(4, 16, 128, 4, 5),
-            Tiles(8, 16, 128, 8, 3),
-            Tiles(8, 16, 256, 8, 3),
-        ]
-        return [Plan(up, downs[0], True) for up in ups] + [Plan(ups[0], down, True) for down in downs[1:]]
+        tiles += [Tiles(2, 16, 256, 4, 4), Tiles(4, 16, 128, 4, 5)]
+        return [Plan(one, one, True) for one in tiles]
     rows = experts_packed.plan(tokens, CHOSEN, COUNT, True).up.rows
-    base = [
-        (64, 128, 4, 3),
-        (64, 128, 4, 4),
-        (64, 256, 4, 3),
-        (32, 256, 4, 3),
-        (64, 128, 8, 4),
-        (64, 256, 8, 3),
-    ]
-    downs2 = [(128, 128, 4, 3), (64, 256, 4, 3), (128, 256, 8, 3), (64, 128, 4, 4), (128, 128, 8, 4)]
-    plans = [Plan(Tiles(rows, *up), Tiles(rows, *downs2[0])) for up in base]
-    return plans + [Plan(Tiles(rows, *base[0]), Tiles(rows, *down)) for down in downs2[1:]]
+    ups = [(64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3), (32, 256, 4, 3), (64, 256, 8, 3)]
+    downs = [(128, 128, 4, 3), (128, 128, 4, 4), (64, 256, 4, 3), (64, 128, 4, 4), (128, 256, 8, 3)]
+    return [Plan(Tiles(rows, *up), Tiles(rows, *down)) for up, down in zip(ups, downs, strict=True)]
 
 
 def warm(task: tuple[int, Plan | None]) -> None:
@@ -143,18 +129,18 @@ def main() -> None:
     pool = ThreadPoolExecutor(6)
     tasks: list[Any] = [(tokens, None) for tokens in TOKENS]
     if sweeping:
-        tasks += [(tokens, how) for tokens in (1, 4, 8, 64, 2048) for how in options(tokens)]
+        tasks += [(tokens, how) for tokens in (1, 8, 64, 2048) for how in options(tokens)]
     list(pool.map(warm, tasks, timeout=45))
     pool.shutdown(wait=False, cancel_futures=True)
     print(f"compiled after {time.perf_counter() - begun:.0f} s", flush=True)
     for tokens in (1, 3, 8, 100):
         guarded(check, tokens)
-    for kind in ("fp4", "fp8", "bf16"):
+    for kind in os.environ.get("KINDS", "fp4 fp8 bf16").split():
         stacks = matrices(kind)
         for tokens in TOKENS:
             guarded(measure, tokens, kind, stacks)
         if kind == "fp4" and sweeping:
-            for tokens in (1, 4, 8, 64, 2048):
+            for tokens in (1, 8, 64, 2048):
                 guarded(sweep, tokens, stacks)
         del stacks
         torch.cuda.empty_cache()

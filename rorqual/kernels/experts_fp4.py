@@ -2,9 +2,9 @@
 32 inputs) or as FP8 in blocks that don't divide them: multiplied out a tile at a time, in registers.
 
 Codes are read as they lie, so a matrix costs half a byte a weight in memory and in reading; recasting to FP8 would
-double both. An E2M1 code times a power of two is exact in bf16, and the products are those of bf16 matrices. A byte
-holds an even and an odd input: their halves of a tile meet the even and the odd channels of x in two products, x
-being read as pairs. Sorting and summing are `experts_triton`'s.
+double both. An E2M1 code times a power of two is exact in bf16, and the products are those of bf16 matrices. Codes
+are read in words of four: the first codes of all words meet the first of every four channels of x in a product of
+their own, and so on, so that nothing has to be put in order. Sorting and summing are `experts_triton`'s.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -14,70 +14,74 @@ from rorqual.kernels.experts_few import slots
 from rorqual.kernels.experts_triton import COUNTS, follow
 from rorqual.kernels.gpu import tl, triton
 
-# Four bytes ($4) to their four low codes ($0, $1) and four high ones ($2, $3) as bf16: sign and value bits go to the
-# sign and the lowest exponent bits, which stands for 2^-126 times as much; the factor, made of the exponents in $5,
-# is 2^63 times the scale. What is missing, 2^63, comes last, so that one product does for all scales between 2^-62
-# and 2^64.
+# Two words of four codes ($4) to their first, second, third and fourth codes ($0 to $3) as bf16: sign and value bits go
+# to the sign and the lowest exponent bits, which stands for 2^-126 times as much; the factors in $5 are 2^63 times the
+# scales. What is missing, 2^63, comes last, so that one product does for all scales between 2^-62 and 2^64.
 UNPACK = """
 {
-    .reg .b32 a, b, c, d, e, f;
-    prmt.b32 a, $4, 0, 0x4140;
-    prmt.b32 b, $4, 0, 0x4342;
-    prmt.b32 e, $5, 0, 0x4140;
-    prmt.b32 f, $5, 0, 0x4342;
-    mad.lo.u32 e, e, 128, 0x1F801F80;
-    mad.lo.u32 f, f, 128, 0x1F801F80;
-    shl.b32 c, a, 12;
-    shl.b32 d, a, 6;
+    .reg .b32 c, d;
+    shl.b32 c, $4, 12;
+    shl.b32 d, $4, 6;
     and.b32 c, c, 0x80008000;
     and.b32 d, d, 0x01C001C0;
     or.b32 c, c, d;
-    mul.bf16x2 $0, c, e;
-    shl.b32 c, b, 12;
-    shl.b32 d, b, 6;
+    mul.bf16x2 $0, c, $5;
+    shl.b32 c, $4, 8;
+    shl.b32 d, $4, 2;
     and.b32 c, c, 0x80008000;
     and.b32 d, d, 0x01C001C0;
     or.b32 c, c, d;
-    mul.bf16x2 $1, c, f;
-    shl.b32 c, a, 8;
-    shl.b32 d, a, 2;
+    mul.bf16x2 $1, c, $5;
+    shl.b32 c, $4, 4;
+    shr.b32 d, $4, 2;
     and.b32 c, c, 0x80008000;
     and.b32 d, d, 0x01C001C0;
     or.b32 c, c, d;
-    mul.bf16x2 $2, c, e;
-    shl.b32 c, b, 8;
-    shl.b32 d, b, 2;
-    and.b32 c, c, 0x80008000;
+    mul.bf16x2 $2, c, $5;
+    shr.b32 d, $4, 6;
+    and.b32 c, $4, 0x80008000;
     and.b32 d, d, 0x01C001C0;
     or.b32 c, c, d;
-    mul.bf16x2 $3, c, f;
+    mul.bf16x2 $3, c, $5;
 }
 """
 MISSING = tl.constexpr(2.0**63)
 
 
 @triton.jit
-def widen(byte, exponent, KIND: tl.constexpr, ASM: tl.constexpr):
-    """Bytes of two codes, and their e8m0 scales of the same shape: the even and the odd weights in KIND; with ASM
-    they are 2^-63 of that."""
+def widen(word, exponent, KIND: tl.constexpr, ASM: tl.constexpr):
+    """Words of four codes, and their e8m0 scales of the same shape (int16): the first to the fourth weights in KIND;
+    with ASM they are 2^-63 of that."""
     if ASM is not None:
-        even, odd = tl.inline_asm_elementwise(
-            ASM, "=r,=r,=r,=r,r,r", [byte, exponent], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-        )
+        factor = (exponent << 7) + 0x1F80
+        return tl.inline_asm_elementwise(
+            ASM, "=r,=r,=r,=r,r,r", [word, factor],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
     else:
         factor = from_exponent(exponent)
-        even = (from_e2m1(byte & 15) * factor).to(KIND)
-        odd = (from_e2m1(byte >> 4) * factor).to(KIND)
-    return even, odd
+        w_0 = (from_e2m1(word & 15) * factor).to(KIND)
+        w_1 = (from_e2m1((word >> 4) & 15) * factor).to(KIND)
+        w_2 = (from_e2m1((word >> 8) & 15) * factor).to(KIND)
+        w_3 = (from_e2m1((word >> 12) & 15) * factor).to(KIND)
+        return w_0, w_1, w_2, w_3
 
 
 @triton.jit
-def halves(pair, KIND: tl.constexpr):
-    """Pairs of neighbouring numbers, read as one integer: the first of each, and the second."""
+def quarters(x, at, mask, KIND: tl.constexpr):
+    """Numbers 4 `at` to 4 `at` + 3 of rows of x: four tensors. Rows of 16-bit numbers are read as 64-bit integers."""
     if KIND.primitive_bitwidth == 16:
-        return pair.to(tl.int16).to(KIND, bitcast=True), (pair >> 16).to(tl.int16).to(KIND, bitcast=True)
+        four = tl.load(x + at, mask=mask, other=0)
+        x_0 = four.to(tl.int16).to(KIND, bitcast=True)
+        x_1 = (four >> 16).to(tl.int16).to(KIND, bitcast=True)
+        x_2 = (four >> 32).to(tl.int16).to(KIND, bitcast=True)
+        x_3 = (four >> 48).to(tl.int16).to(KIND, bitcast=True)
     else:
-        return pair.to(tl.int32).to(KIND, bitcast=True), (pair >> 32).to(tl.int32).to(KIND, bitcast=True)
+        x_0 = tl.load(x + 4 * at, mask=mask, other=0.0)
+        x_1 = tl.load(x + 4 * at + 1, mask=mask, other=0.0)
+        x_2 = tl.load(x + 4 * at + 2, mask=mask, other=0.0)
+        x_3 = tl.load(x + 4 * at + 3, mask=mask, other=0.0)
+    return x_0, x_1, x_2, x_3
 
 
 @triton.jit
@@ -85,7 +89,8 @@ def _exponents(s_rows, start, inner, DEPTH: tl.constexpr, FP4: tl.constexpr):
     """e8m0 scales `[M, DEPTH / 32]` of the inputs from `start` on: read a step before they are used."""
     if FP4:
         block = start // 32 + tl.arange(0, DEPTH // 32)
-        return tl.load(s_rows[:, None] + block[None, :], mask=(block < inner // 32)[None, :], other=0)
+        byte = tl.load(s_rows[:, None] + block[None, :], mask=(block < inner // 32)[None, :], other=0)
+        return byte.to(tl.int16)
     else:
         return 0
 
@@ -101,15 +106,16 @@ def _step(
     scales of these inputs.
     """
     if FP4:
-        at = start // 2 + tl.arange(0, DEPTH // 2)
-        inside = (at < inner // 2)[None, :]
-        byte = tl.load(w_rows[:, None] + at[None, :], mask=inside, other=0)
-        pair = tl.load(x_rows[:, None] + at[None, :], mask=inside & there_R[:, None], other=0)
-        exponent = tl.broadcast_to(exponent[:, :, None], [M, DEPTH // 32, 16])
-        even, odd = widen(byte, tl.reshape(exponent, [M, DEPTH // 2]), KIND, ASM)
-        x_even, x_odd = halves(pair, KIND)
-        acc = tl.dot(even, tl.trans(x_even), acc, input_precision="ieee")
-        acc = tl.dot(odd, tl.trans(x_odd), acc, input_precision="ieee")
+        at = start // 4 + tl.arange(0, DEPTH // 4)
+        inside = (at < inner // 4)[None, :]
+        word = tl.load(w_rows[:, None] + at[None, :], mask=inside, other=0)
+        x_0, x_1, x_2, x_3 = quarters(x_rows[:, None], at[None, :], inside & there_R[:, None], KIND)
+        exponent = tl.broadcast_to(exponent[:, :, None], [M, DEPTH // 32, 8])
+        w_0, w_1, w_2, w_3 = widen(word, tl.reshape(exponent, [M, DEPTH // 4]), KIND, ASM)
+        acc = tl.dot(w_0, tl.trans(x_0), acc, input_precision="ieee")
+        acc = tl.dot(w_1, tl.trans(x_1), acc, input_precision="ieee")
+        acc = tl.dot(w_2, tl.trans(x_2), acc, input_precision="ieee")
+        acc = tl.dot(w_3, tl.trans(x_3), acc, input_precision="ieee")
     else:
         at = start + tl.arange(0, DEPTH)
         inside = (at < inner)[None, :]
@@ -124,7 +130,7 @@ def _step(
 @triton.jit(do_not_specialize=COUNTS)
 def gate_up_kernel(
     x_ptr, weights_ptr, order_ptr, tiles_ptr, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, inner_ptr, limit,
-    pairs, tokens, tiles, width, hidden, line, blocks_out, blocks_in, block_out, block_in, K: tl.constexpr,
+    pairs, tokens, tiles, width, hidden, line, x_line, blocks_out, blocks_in, block_out, block_in, K: tl.constexpr,
     ROWS: tl.constexpr, OUT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, FP4: tl.constexpr,
     ASM: tl.constexpr, LIMIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +156,7 @@ def gate_up_kernel(
     scales = expert.to(tl.int64) * blocks_out * blocks_in
     w_rows = tl.where(both < OUT, gate_ptr, up_ptr) + matrix + row * line
     s_rows = tl.where(both < OUT, gate_scale_ptr, up_scale_ptr) + scales + row // block_out * blocks_in
-    x_rows = x_ptr + (pair_R // K).to(tl.int64) * line
+    x_rows = x_ptr + (pair_R // K).to(tl.int64) * x_line
     acc = tl.zeros((2 * OUT, ROWS), tl.float32)
     exponent = _exponents(s_rows, 0, hidden, DEPTH, FP4)
     for start in tl.range(0, hidden, DEPTH, num_stages=STAGES):
@@ -186,7 +192,7 @@ def gate_up_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def down_kernel(
-    inner_ptr, order_ptr, tiles_ptr, down_ptr, down_scale_ptr, y_ptr, tiles, width, hidden, line, blocks_out,
+    inner_ptr, order_ptr, tiles_ptr, down_ptr, down_scale_ptr, y_ptr, tiles, width, hidden, line, x_line, blocks_out,
     blocks_in, block_out, block_in, ROWS: tl.constexpr, OUT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
     FP4: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +213,7 @@ def down_kernel(
     row = tl.minimum(column + tl.arange(0, OUT), hidden - 1)
     w_rows = down_ptr + expert.to(tl.int64) * hidden * line + row * line
     s_rows = down_scale_ptr + expert.to(tl.int64) * blocks_out * blocks_in + row // block_out * blocks_in
-    x_rows = inner_ptr + place_R.to(tl.int64) * line
+    x_rows = inner_ptr + place_R.to(tl.int64) * x_line
     acc = tl.zeros((OUT, ROWS), tl.float32)
     exponent = _exponents(s_rows, 0, width, DEPTH, FP4)
     for start in tl.range(0, width, DEPTH, num_stages=STAGES):
@@ -229,7 +235,7 @@ def _few_exponents(s_rows, start, inner, SPLIT: tl.constexpr, DEPTH: tl.constexp
     """e8m0 scales `[SPLIT, M, DEPTH / 32]` of the inputs from `start` on."""
     block = start // 32 + tl.arange(0, SPLIT)[:, None] * (DEPTH // 32) + tl.arange(0, DEPTH // 32)[None, :]
     known = (block < inner // 32)[:, None, :]
-    return tl.load(s_rows[None, :, None] + block[:, None, :], mask=known, other=0)
+    return tl.load(s_rows[None, :, None] + block[:, None, :], mask=known, other=0).to(tl.int16)
 
 
 @triton.jit
@@ -238,23 +244,25 @@ def _few_step(
     KIND: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """acc `[SPLIT, M, ROWS]` plus DEPTH inputs' worth a split, of M rows of FP4."""
-    split = tl.arange(0, SPLIT)[:, None]
-    at = start // 2 + split * (DEPTH // 2) + tl.arange(0, DEPTH // 2)[None, :]
-    inside = (at < inner // 2)[:, None, :]
-    byte = tl.load(w_rows[None, :, None] + at[:, None, :], mask=inside, other=0)
-    pair = tl.load(x_rows[None, :, None] + at[:, None, :], mask=inside & there_R[None, :, None], other=0)
-    exponent = tl.broadcast_to(exponent[:, :, :, None], [SPLIT, M, DEPTH // 32, 16])
-    even, odd = widen(byte, tl.reshape(exponent, [SPLIT, M, DEPTH // 2]), KIND, ASM)
-    x_even, x_odd = halves(pair, KIND)
-    acc = tl.dot(even, tl.permute(x_even, (0, 2, 1)), acc, input_precision="ieee")
-    return tl.dot(odd, tl.permute(x_odd, (0, 2, 1)), acc, input_precision="ieee")
+    at = start // 4 + tl.arange(0, SPLIT)[:, None] * (DEPTH // 4) + tl.arange(0, DEPTH // 4)[None, :]
+    inside = (at < inner // 4)[:, None, :]
+    word = tl.load(w_rows[None, :, None] + at[:, None, :], mask=inside, other=0)
+    x_0, x_1, x_2, x_3 = quarters(
+        x_rows[None, :, None], at[:, None, :], inside & there_R[None, :, None], KIND
+    )
+    exponent = tl.broadcast_to(exponent[:, :, :, None], [SPLIT, M, DEPTH // 32, 8])
+    w_0, w_1, w_2, w_3 = widen(word, tl.reshape(exponent, [SPLIT, M, DEPTH // 4]), KIND, ASM)
+    acc = tl.dot(w_0, tl.permute(x_0, (0, 2, 1)), acc, input_precision="ieee")
+    acc = tl.dot(w_1, tl.permute(x_1, (0, 2, 1)), acc, input_precision="ieee")
+    acc = tl.dot(w_2, tl.permute(x_2, (0, 2, 1)), acc, input_precision="ieee")
+    return tl.dot(w_3, tl.permute(x_3, (0, 2, 1)), acc, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def few_up_kernel(
     x_ptr, ids_ptr, weights_ptr, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, inner_ptr, limit, pairs, tokens,
-    experts, width, hidden, line, blocks, K: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr,
-    SPLIT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, LIMIT: tl.constexpr,
+    experts, width, hidden, line, x_line, blocks, K: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
+    OUT: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, LIMIT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """inner `[slots, N, W]`: routing weight (0 where not chosen) * swiglu(gate x, up x)."""
@@ -277,7 +285,7 @@ def few_up_kernel(
     row = expert.to(tl.int64) * width + tl.minimum(column + both % OUT, width - 1)
     w_rows = tl.where(both < OUT, gate_ptr, up_ptr) + row * line
     s_rows = tl.where(both < OUT, gate_scale_ptr, up_scale_ptr) + row * blocks
-    x_rows = x_ptr + token * line
+    x_rows = x_ptr + token * x_line
     acc = tl.zeros((SPLIT, 2 * OUT, ROWS), tl.float32)
     exponent = _few_exponents(s_rows, 0, hidden, SPLIT, DEPTH)
     for start in tl.range(0, hidden, SPLIT * DEPTH, num_stages=STAGES):
@@ -313,8 +321,8 @@ def _slot_exponents(
 @triton.jit(do_not_specialize=COUNTS)
 def few_down_kernel(
     inner_ptr, ids_ptr, down_ptr, down_scale_ptr, add_ptr, y_ptr, pairs, tokens, experts, width, hidden,
-    line, blocks, PAIRS: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+    line, x_line, blocks, PAIRS: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, SPLIT: tl.constexpr,
+    DEPTH: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y `[N, D]`: the sum over all slots of inner `[slots, N, W]` times the slot's down matrix, and `add`."""
     column = tl.program_id(0) * OUT
@@ -338,7 +346,7 @@ def few_down_kernel(
         start = step % steps * (SPLIT * DEPTH)
         expert = tl.sum(tl.where(tl.arange(0, PAIRS) == slot, listed, 0)).to(tl.int64)
         w_rows = down_ptr + (expert * hidden + row) * line
-        x_rows = inner_ptr + (slot * tokens + token) * line
+        x_rows = inner_ptr + (slot * tokens + token) * x_line
         acc = _few_step(
             acc, exponent, w_rows, x_rows, token < tokens, start, width, SPLIT, OUT, DEPTH, KIND, ASM
         )

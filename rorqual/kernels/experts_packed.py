@@ -76,9 +76,9 @@ def supported(x_ND: Tensor, *weights: Weights) -> bool:
     )
 
 
-def pairs_of(x: Tensor) -> Tensor:
-    """x `[..., D]` as integers `[..., D / 2]` that hold two neighbours each."""
-    return x.view(torch.int64 if x.dtype == torch.float32 else torch.int32)
+def fours(x: Tensor) -> Tensor:
+    """x as the FP4 kernels read it: four 16-bit numbers as one integer; fp32 as it is."""
+    return x if x.dtype == torch.float32 else x.view(torch.int64)
 
 
 def fast(
@@ -105,7 +105,7 @@ def fast(
     how = how or plan(tokens, chosen, count, fp4)
     options: dict[str, Any] = {**(launch or {"PDL": False})}
     options["ASM"] = experts_fp4.UNPACK if fp4 and x_ND.is_cuda and x_ND.dtype == torch.bfloat16 else None
-    codes = [w.codes.view(torch.uint8) if fp4 else w.codes for w in (gate, up, down)]
+    codes = [w.codes.view(torch.int16) if fp4 else w.codes for w in (gate, up, down)]
     run = _few if how.few else _sorted
     return run(
         x_ND, ids_NK, weights_NK, codes, scales, (gate.block or (1, 1)), limit, add_ND, width, how, options
@@ -124,16 +124,15 @@ def _few(
     }  # fmt: skip
     tile = how.up
     experts_fp4.few_up_kernel[(slots * triton.cdiv(width, tile.out),)](
-        pairs_of(x), ids, weights, codes[0], codes[1], scales[0], scales[1], inner, limit or 0.0, pairs, tokens, count,
-        width, hidden, hidden // 2, hidden // FP4_BLOCK, K=ids.shape[1], OUT=tile.out, SPLIT=tile.rows,
-        DEPTH=tile.depth, STAGES=tile.stages,
-        LIMIT=limit is not None, num_warps=tile.warps, **common,
+        fours(x), ids, weights, codes[0], codes[1], scales[0], scales[1], inner, limit or 0.0, pairs, tokens, count,
+        width, hidden, hidden // 4, fours(x).shape[1], hidden // FP4_BLOCK, K=ids.shape[1], OUT=tile.out,
+        SPLIT=tile.rows, DEPTH=tile.depth, STAGES=tile.stages, LIMIT=limit is not None, num_warps=tile.warps, **common,
     )  # fmt: skip
     tile = how.down
     experts_fp4.few_down_kernel[(triton.cdiv(hidden, tile.out),)](
-        pairs_of(inner), ids, codes[2], scales[2], y_ND if add is None else add, y_ND, pairs, tokens, count, width,
-        hidden, width // 2, width // FP4_BLOCK, OUT=tile.out, SPLIT=tile.rows, DEPTH=tile.depth, STAGES=tile.stages,
-        ADD=add is not None,
+        fours(inner), ids, codes[2], scales[2], y_ND if add is None else add, y_ND, pairs, tokens, count, width,
+        hidden, width // 4, fours(inner).shape[2], width // FP4_BLOCK, OUT=tile.out, SPLIT=tile.rows,
+        DEPTH=tile.depth, STAGES=tile.stages, ADD=add is not None,
         num_warps=tile.warps, **common,
     )  # fmt: skip
     return y_ND
@@ -146,20 +145,20 @@ def _sorted(
     (tokens, hidden), pairs, count = x.shape, ids.numel(), codes[0].shape[0]
     launch = {name: value for name, value in options.items() if name != "ASM"}
     order, table = sort(ids, count, how.up.rows, launch)
-    tiles, fp4 = table.shape[1], codes[0].dtype == torch.uint8
+    tiles, fp4 = table.shape[1], codes[0].dtype == torch.int16
     inner, parts, y_ND = x.new_empty(pairs, width), x.new_empty(pairs, hidden), torch.empty_like(x)
-    read, step = (pairs_of, 2) if fp4 else (lambda z: z, 1)
+    read, step = (fours, 4) if fp4 else (lambda z: z, 1)
     tile = how.up
     experts_fp4.gate_up_kernel[(tiles * triton.cdiv(width, tile.out),)](
         read(x), weights, order, table, codes[0], codes[1], scales[0], scales[1], inner, limit or 0.0, pairs, tokens,
-        tiles, width, hidden, hidden // step, *scales[0].shape[1:], *block, K=ids.shape[1], ROWS=tile.rows,
-        OUT=tile.out, DEPTH=tile.depth, STAGES=tile.stages, FP4=fp4, LIMIT=limit is not None,
+        tiles, width, hidden, hidden // step, read(x).shape[1], *scales[0].shape[1:], *block, K=ids.shape[1],
+        ROWS=tile.rows, OUT=tile.out, DEPTH=tile.depth, STAGES=tile.stages, FP4=fp4, LIMIT=limit is not None,
         num_warps=tile.warps, **options,
     )  # fmt: skip
     tile = how.down
     experts_fp4.down_kernel[(tiles * triton.cdiv(hidden, tile.out),)](
         read(inner), order, table, codes[2], scales[2], parts, tiles, width, hidden, width // step,
-        *scales[2].shape[1:], *block, ROWS=tile.rows, OUT=tile.out, DEPTH=tile.depth, STAGES=tile.stages, FP4=fp4,
+        read(inner).shape[1], *scales[2].shape[1:], *block, ROWS=tile.rows, OUT=tile.out, DEPTH=tile.depth, STAGES=tile.stages, FP4=fp4,
         num_warps=tile.warps, **options,
     )  # fmt: skip
     size = min(2048, triton.next_power_of_2(hidden))
