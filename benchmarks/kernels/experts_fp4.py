@@ -14,6 +14,7 @@ from benchmarks.kernels.timing import BF16, DEVICE, guarded, line, micros
 from rorqual.kernels import experts, experts_packed
 from rorqual.kernels.experts import Weights
 from rorqual.kernels.experts_packed import Plan, Tiles
+from rorqual.kernels.experts_run import Batch
 from rorqual.kernels.quant import E8M0, FP8
 
 COUNT, HIDDEN, WIDTH, CHOSEN = 256, 4096, 2048, 6
@@ -56,11 +57,10 @@ class Case:
     def run(self, how: Plan | None = None) -> Tensor:
         if how is None:
             return experts.experts(self.x, self.ids, self.weights, *self.stacks, limit=10.0)
-        scales = tuple(w.scale.view(torch.uint8) for w in self.stacks if w.scale is not None)
-        return experts_packed.fast(
-            self.x, self.ids, self.weights, *self.stacks, scales=scales, limit=10.0, how=how,  # type: ignore[arg-type]
-            launch=experts._launch(self.x),
-        )  # fmt: skip
+        scales = [w.scale.view(torch.uint8) for w in self.stacks if w.scale is not None]
+        stacks = (self.stacks[0], self.stacks[1], self.stacks[2])
+        batch = Batch(self.x, self.ids, self.weights, stacks, stacks, 0, 10.0, None)
+        return experts_packed.fast(batch, scales, how)
 
 
 def bytes_of(kind: str, distinct: int) -> float:

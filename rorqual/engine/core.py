@@ -14,7 +14,7 @@ from rorqual.engine.request import Handle, Request
 from rorqual.engine.runner import Drawn, Flight, Pass, Runner
 from rorqual.engine.sampling import SamplingError
 from rorqual.engine.scheduler import Plan, Scheduler
-from rorqual.kernels.experts import refresh_scales
+from rorqual.kernels.held import refresh_scales
 from rorqual.kernels.linear import packing
 from rorqual.nn import InputError, Transformer
 from rorqual.nn.cache import ROLLBACK

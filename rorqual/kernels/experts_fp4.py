@@ -262,8 +262,8 @@ def _few_step(
 def few_up_kernel(
     x_ptr, ids_ptr, weights_ptr, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, inner_ptr, limit, pairs, tokens,
     experts, width, hidden, line, x_line, blocks, K: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
-    OUT: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, LIMIT: tl.constexpr,
-    PDL: tl.constexpr,
+    OUT: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    LIMIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """inner `[slots, N, W]`: routing weight (0 where not chosen) * swiglu(gate x, up x)."""
     if PDL:

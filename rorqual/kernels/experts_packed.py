@@ -6,12 +6,14 @@ two launches; all others are sorted by expert first (four launches).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rorqual.kernels import experts_fp4, experts_triton
+from rorqual.kernels.experts_run import ONE_CHUNK, Batch, place
 from rorqual.kernels.gpu import triton
 from rorqual.kernels.quant import E8M0, FP4_BLOCK, FP8
 
@@ -81,110 +83,84 @@ def fours(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float32 else x.view(torch.int64)
 
 
-def fast(
-    x_ND: Tensor,
-    ids_NK: Tensor,
-    weights_NK: Tensor,
-    gate: Weights,
-    up: Weights,
-    down: Weights,
-    *,
-    scales: tuple[Tensor, Tensor, Tensor],
-    limit: float | None = None,
-    add_ND: Tensor | None = None,
-    launch: dict[str, bool] | None = None,
-    how: Plan | None = None,
-) -> Tensor:
-    """`experts` for matrices that `supported` takes, shared ones apart. `scales`: theirs, bytes for FP4 and fp32
-    for FP8; `launch`: options of every launch."""
-    fp4 = gate.codes.dtype == torch.int8
-    x_ND, ids_NK, weights_NK = x_ND.contiguous(), ids_NK.contiguous(), weights_NK.contiguous()
-    add_ND = add_ND.contiguous() if add_ND is not None else None
-    count, width = gate.codes.shape[:2]
-    tokens, chosen = ids_NK.shape
-    how = how or plan(tokens, chosen, count, fp4)
-    options: dict[str, Any] = {**(launch or {"PDL": False})}
-    options["ASM"] = experts_fp4.UNPACK if fp4 and x_ND.is_cuda and x_ND.dtype == torch.bfloat16 else None
-    codes = [w.codes.view(torch.int16) if fp4 else w.codes for w in (gate, up, down)]
+def fast(b: Batch, scales: Sequence[Tensor], how: Plan | None = None) -> Tensor:
+    """`experts` for a batch whose routed matrices `supported` takes and that has no shared ones. `scales`: theirs,
+    bytes for FP4 and fp32 for FP8."""
+    fp4 = b.routed[0].codes.dtype == torch.int8
+    how = how or plan(b.tokens, b.chosen, b.count, fp4)
+    exact = experts_fp4.UNPACK if fp4 and b.x.is_cuda and b.x.dtype == torch.bfloat16 else None
+    codes = [w.codes.view(torch.int16) if fp4 else w.codes for w in b.routed]
     run = _few if how.few else _sorted
-    return run(
-        x_ND, ids_NK, weights_NK, codes, scales, (gate.block or (1, 1)), limit, add_ND, width, how, options
-    )
+    return run(b, codes, scales, how, {**b.launch, "ASM": exact})
 
 
 def _few(
-    x: Tensor, ids: Tensor, weights: Tensor, codes: list[Tensor], scales: tuple[Tensor, ...], block: tuple[int, int],
-    limit: float | None, add: Tensor | None, width: int, how: Plan, options: dict[str, Any],
-) -> Tensor:  # fmt: skip
-    (tokens, hidden), pairs, count = x.shape, ids.numel(), codes[0].shape[0]
-    slots = min(pairs, count)
-    inner, y_ND = x.new_empty(slots, tokens, width), torch.empty_like(x)
+    b: Batch, codes: list[Tensor], scales: Sequence[Tensor], how: Plan, options: dict[str, Any]
+) -> Tensor:
+    slots = min(b.pairs, b.count)
+    inner, y_ND = b.x.new_empty(slots, b.tokens, b.width), torch.empty_like(b.x)
     common = {
-        "PAIRS": max(2, triton.next_power_of_2(pairs)), "ROWS": max(8, triton.next_power_of_2(tokens)), **options
-    }  # fmt: skip
-    tile = how.up
-    experts_fp4.few_up_kernel[(slots * triton.cdiv(width, tile.out),)](
-        fours(x), ids, weights, codes[0], codes[1], scales[0], scales[1], inner, limit or 0.0, pairs, tokens, count,
-        width, hidden, hidden // 4, fours(x).shape[1], hidden // FP4_BLOCK, K=ids.shape[1], OUT=tile.out,
-        SPLIT=tile.rows, DEPTH=tile.depth, STAGES=tile.stages, LIMIT=limit is not None, num_warps=tile.warps, **common,
+        "PAIRS": max(2, triton.next_power_of_2(b.pairs)),
+        "ROWS": max(8, triton.next_power_of_2(b.tokens)),
+        **options,
+    }
+    tile, x, y = how.up, fours(b.x), fours(inner)
+    experts_fp4.few_up_kernel[(slots * triton.cdiv(b.width, tile.out),)](
+        x, b.ids, b.weights, codes[0], codes[1], scales[0], scales[1], inner, b.limit or 0.0, b.pairs, b.tokens,
+        b.count, b.width, b.hidden, b.hidden // 4, x.shape[1], b.hidden // FP4_BLOCK, K=b.chosen, OUT=tile.out,
+        SPLIT=tile.rows, DEPTH=tile.depth, STAGES=tile.stages, LIMIT=b.limit is not None, num_warps=tile.warps,
+        **common,
     )  # fmt: skip
     tile = how.down
-    experts_fp4.few_down_kernel[(triton.cdiv(hidden, tile.out),)](
-        fours(inner), ids, codes[2], scales[2], y_ND if add is None else add, y_ND, pairs, tokens, count, width,
-        hidden, width // 4, fours(inner).shape[2], width // FP4_BLOCK, OUT=tile.out, SPLIT=tile.rows,
-        DEPTH=tile.depth, STAGES=tile.stages, ADD=add is not None,
-        num_warps=tile.warps, **common,
+    experts_fp4.few_down_kernel[(triton.cdiv(b.hidden, tile.out),)](
+        y, b.ids, codes[2], scales[2], y_ND if b.add is None else b.add, y_ND, b.pairs, b.tokens, b.count, b.width,
+        b.hidden, b.width // 4, y.shape[2], b.width // FP4_BLOCK, OUT=tile.out, SPLIT=tile.rows, DEPTH=tile.depth,
+        STAGES=tile.stages, ADD=b.add is not None, num_warps=tile.warps, **common,
     )  # fmt: skip
     return y_ND
 
 
 def _sorted(
-    x: Tensor, ids: Tensor, weights: Tensor, codes: list[Tensor], scales: tuple[Tensor, ...], block: tuple[int, int],
-    limit: float | None, add: Tensor | None, width: int, how: Plan, options: dict[str, Any],
-) -> Tensor:  # fmt: skip
-    (tokens, hidden), pairs, count = x.shape, ids.numel(), codes[0].shape[0]
-    launch = {name: value for name, value in options.items() if name != "ASM"}
-    order, table = sort(ids, count, how.up.rows, launch)
+    b: Batch, codes: list[Tensor], scales: Sequence[Tensor], how: Plan, options: dict[str, Any]
+) -> Tensor:
+    order, table = sort(b, how.up.rows)
     tiles, fp4 = table.shape[1], codes[0].dtype == torch.int16
-    inner, parts, y_ND = x.new_empty(pairs, width), x.new_empty(pairs, hidden), torch.empty_like(x)
-    read, step = (fours, 4) if fp4 else (lambda z: z, 1)
-    tile = how.up
-    experts_fp4.gate_up_kernel[(tiles * triton.cdiv(width, tile.out),)](
-        read(x), weights, order, table, codes[0], codes[1], scales[0], scales[1], inner, limit or 0.0, pairs, tokens,
-        tiles, width, hidden, hidden // step, read(x).shape[1], *scales[0].shape[1:], *block, K=ids.shape[1],
-        ROWS=tile.rows, OUT=tile.out, DEPTH=tile.depth, STAGES=tile.stages, FP4=fp4, LIMIT=limit is not None,
+    block = (1, 1) if fp4 else b.routed[0].block or (1, 1)
+    inner, parts = b.x.new_empty(b.pairs, b.width), b.x.new_empty(b.pairs, b.hidden)
+    x, y, step = (fours(b.x), fours(inner), 4) if fp4 else (b.x, inner, 1)
+    y_ND, tile = torch.empty_like(b.x), how.up
+    experts_fp4.gate_up_kernel[(tiles * triton.cdiv(b.width, tile.out),)](
+        x, b.weights, order, table, codes[0], codes[1], scales[0], scales[1], inner, b.limit or 0.0, b.pairs, b.tokens,
+        tiles, b.width, b.hidden, b.hidden // step, x.shape[1], *scales[0].shape[1:], *block, K=b.chosen,
+        ROWS=tile.rows, OUT=tile.out, DEPTH=tile.depth, STAGES=tile.stages, FP4=fp4, LIMIT=b.limit is not None,
         num_warps=tile.warps, **options,
     )  # fmt: skip
     tile = how.down
-    experts_fp4.down_kernel[(tiles * triton.cdiv(hidden, tile.out),)](
-        read(inner), order, table, codes[2], scales[2], parts, tiles, width, hidden, width // step,
-        read(inner).shape[1], *scales[2].shape[1:], *block, ROWS=tile.rows, OUT=tile.out, DEPTH=tile.depth, STAGES=tile.stages, FP4=fp4,
+    experts_fp4.down_kernel[(tiles * triton.cdiv(b.hidden, tile.out),)](
+        y, order, table, codes[2], scales[2], parts, tiles, b.width, b.hidden, b.width // step, y.shape[1],
+        *scales[2].shape[1:], *block, ROWS=tile.rows, OUT=tile.out, DEPTH=tile.depth, STAGES=tile.stages, FP4=fp4,
         num_warps=tile.warps, **options,
     )  # fmt: skip
-    size = min(2048, triton.next_power_of_2(hidden))
-    experts_triton.sum_kernel[(tokens, triton.cdiv(hidden, size))](
-        parts, ids, y_ND if add is None else add, y_ND, tokens, count, hidden, K=ids.shape[1], SHARED=0,
-        ADD=add is not None, BLOCK=size, num_warps=4, **launch,
+    size = min(2048, triton.next_power_of_2(b.hidden))
+    experts_triton.sum_kernel[(b.tokens, triton.cdiv(b.hidden, size))](
+        parts, b.ids, y_ND if b.add is None else b.add, y_ND, b.tokens, b.count, b.hidden, K=b.chosen, SHARED=0,
+        ADD=b.add is not None, BLOCK=size, num_warps=4, **b.launch,
     )  # fmt: skip
     return y_ND
 
 
-def sort(ids_NK: Tensor, count: int, rows: int, launch: dict[str, bool]) -> tuple[Tensor, Tensor]:
+def sort(b: Batch, rows: int) -> tuple[Tensor, Tensor]:
     """Pairs by expert `[pairs]` and tiles of `rows` of them `[3, tiles]`: see `experts_triton.sort_kernel`."""
-    pairs, tokens = ids_NK.numel(), ids_NK.shape[0]
-    tiles = pairs // rows + count
-    order = ids_NK.new_empty(pairs, dtype=torch.int32)
-    table = ids_NK.new_empty(3, tiles, dtype=torch.int32)
-    nothing = torch.empty(128, dtype=torch.float32, device=ids_NK.device)
-    chunk, bins, parts, counts = min(4096, max(16, triton.next_power_of_2(pairs))), 0, 1, order
-    if pairs > 4096:
-        chunk, bins, parts = 1024, triton.next_power_of_2(count + 1), 8
-        counts = ids_NK.new_empty(triton.cdiv(pairs, chunk), bins, dtype=torch.int32)
-        experts_triton.count_kernel[(counts.shape[0],)](
-            ids_NK, counts, pairs, count, CHUNK=chunk, BINS=bins, num_warps=4, **launch
-        )
-    experts_triton.sort_kernel[(count, parts)](
-        ids_NK, counts, order, table, nothing, nothing.to(FP8), nothing, pairs, tokens, count, 0, tiles, 0,
-        ROWS=rows, CHUNK=chunk, BINS=bins, GROUPS=64, num_warps=8, **launch,
-    )  # fmt: skip
+    tiles = b.pairs // rows + b.count
+    order = b.ids.new_empty(b.pairs, dtype=torch.int32)
+    table = b.ids.new_empty(3, tiles, dtype=torch.int32)
+    nothing = b.x.new_empty(0, dtype=torch.float32)
+    if b.pairs > ONE_CHUNK:
+        place(b, rows, order, table, nothing, nothing, b.ids.new_empty(2, dtype=torch.int32))
+    else:
+        chunk = max(16, triton.next_power_of_2(b.pairs))
+        experts_triton.sort_kernel[(b.count,)](
+            b.ids, order, table, b.x, b.x, nothing, b.pairs, b.tokens, b.count, 0, tiles, 0, ROWS=rows, CHUNK=chunk,
+            GROUPS=64, num_warps=8, **b.launch,
+        )  # fmt: skip
     return order, table

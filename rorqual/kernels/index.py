@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rorqual.kernels.entries import from_e2m1, from_exponent, key_bytes, unpack_keys
 from rorqual.kernels.gpu import tl, triton, usable
+from rorqual.kernels.mode import is_invariant
 
 CODES = 128
 """Channels of a key kept as FP8: 128 E4M3 codes and one fp32 scale, 132 bytes."""
@@ -370,8 +371,10 @@ def plan(
     if dtype == torch.float32:  # no tensor cores: tiles that fit the registers
         p = p._replace(keys=32, parts=groups // 32, stages=2)
     elif fp4:  # multiplied out in registers: small tiles, of many programs
-        p = p._replace(queries=2 if rows >= 4 * sequences else 1, stages=4)
-    elif rows >= 4 * sequences:
+        p = p._replace(queries=2 if rows >= 4 * sequences and not is_invariant() else 1, stages=4)
+    elif (
+        rows >= 4 * sequences and not is_invariant()
+    ):  # there heads are added up in one order, that of one query
         p = p._replace(queries=2, keys=128, parts=groups // 128, stages=3)
     elif dtype == torch.uint8:
         p = p._replace(keys=128, parts=groups // 128, stages=3)

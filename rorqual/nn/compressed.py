@@ -20,14 +20,16 @@ from rorqual.kernels.entries import (
 )
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.index import index_choose
+from rorqual.kernels.mode import by_fixed_kernels
 from rorqual.kernels.simulate import fake_fp4, fake_fp8, hadamard
+from rorqual.kernels.skinny import heads_down
 from rorqual.kernels.turn import keep_rows, turn_rows
 from rorqual.kernels.union import union_decode, union_prefill
 from rorqual.nn.cache import Tail
 from rorqual.nn.compressor import Compressor, PoolState
 from rorqual.nn.errors import InputError
 from rorqual.nn.indexer import choose_in_blocks, gather_blocks, query_blocks
-from rorqual.nn.linear import Linear, Pinned, wide_product
+from rorqual.nn.linear import Linear, Pinned
 from rorqual.nn.norm import RMSNorm, unit_rms, upcast
 from rorqual.nn.paged import Group, Lane, Lanes, Packing, PagedStep, RingTail, Store
 from rorqual.nn.rope import rotate_tail
@@ -96,7 +98,7 @@ class EntryIndexer(nn.Module):
         q = turn_rows(self.q_b(qr_1NC)[0].unflatten(-1, (p.heads, p.dim)), cos, sin)
         if pages.dtype == torch.uint8:
             q = turn_queries(q)
-        w = wide_product(x_1ND[0], self.w) * (p.heads**-0.5 * p.dim**-0.5)
+        w = self.w.in_full(x_1ND[0]) * (p.heads**-0.5 * p.dim**-0.5)
         ratio = self.compressor.part.ratio
         chosen: list[Tensor | None] = []
         for g in step.groups:
@@ -324,7 +326,10 @@ class CompressedAttention(Pinned):
         p = self.part
         o_BTgi = o_BTHd.flatten(2).unflatten(-1, (p.o_groups, -1))
         w_gri = self.o_a.matrix(o_BTHd.dtype).unflatten(0, (p.o_groups, p.o_rank))
-        low = torch.einsum("btgi,gri->btgr", o_BTgi, w_gri)
+        if by_fixed_kernels(o_BTgi):
+            low = heads_down(o_BTgi.flatten(0, 1), w_gri).unflatten(0, o_BTgi.shape[:2])
+        else:
+            low = torch.einsum("btgi,gri->btgr", o_BTgi, w_gri)
         return self.o_b(low.flatten(2))
 
 

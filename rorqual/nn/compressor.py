@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rorqual.family.parts import Compress, Rope
 from rorqual.kernels.compress import compress_decode, compress_prefill
 from rorqual.nn.cache import Slots, Tail
-from rorqual.nn.linear import Linear, Pinned, wide_product
+from rorqual.nn.linear import Linear, Pinned
 from rorqual.nn.norm import RMSNorm, upcast
 from rorqual.nn.paged import Group, Lane, Lanes, Packing, PagedSlots, PagedStep, RingTail, Store
 from rorqual.nn.rope import rotate_tail, rotation
@@ -119,7 +119,7 @@ class Compressor(Pinned):
     def paged(self, x_1ND: Tensor, step: PagedStep, store: Store, prefix: str) -> None:
         """The same over pages and rings, by kernels: finished entries are written, and nothing returned."""
         ratio = self.part.ratio
-        kv_NW, gate_NW = (wide_product(x_1ND[0], layer) for layer in (self.kv, self.gate))
+        kv_NW, gate_NW = self.kv.in_full(x_1ND[0]), self.gate.in_full(x_1ND[0])
         begin_N = step.positions_N // ratio * ratio
         cos, sin = step.once(("entry", self.rope, ratio), lambda: rotation(self.rope, begin_N))
         slots_N = step.slots(ratio)

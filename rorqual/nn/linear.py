@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.kernels.experts import Weights
+from rorqual.kernels.fixed import linear_fixed
 from rorqual.kernels.fp8_linear import fp8_linear
 from rorqual.kernels.linear import Pack, linear, linear_in_fp32, linears
+from rorqual.kernels.mode import by_fixed_kernels
 from rorqual.kernels.quant import FP4_BLOCK, dequantize_fp4, dequantize_fp8
 
 
@@ -130,20 +132,27 @@ class Linear(Matrix):
             return y.unflatten(0, x.shape[:-1])
         return linear(x, self.matrix(x.dtype), self.bias)
 
+    def in_full(self, x: Tensor) -> Tensor:
+        """x times the matrix as if both were fp32 (fp64 stays), without the bias: fp32 `[..., out]`."""
+        full = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        if by_fixed_kernels(x, self.weight):
+            weight = self.weight if self.scale is None else self.matrix(full.dtype)
+            return linear_fixed(x, weight, out_dtype=full.dtype)
+        if (
+            x.is_cuda
+            and x.dtype in (torch.bfloat16, torch.float16)
+            and self.scale is None
+            and self.weight.dtype == x.dtype
+        ):
+            return linear_in_fp32(x, self.weight)
+        return F.linear(full, self.matrix(full.dtype))
+
 
 def together(x: Tensor, pack: Pack, *layers: Linear) -> Sequence[Tensor]:
     """x through several `Linear`s that read the same input; on the CPU in one product."""
     if any(layer.scale is not None for layer in layers):
         return [layer(x) for layer in layers]
     return linears(x, [layer.weight for layer in layers], [layer.bias for layer in layers], pack)
-
-
-def wide_product(x: Tensor, layer: Linear) -> Tensor:
-    """x through `layer` in fp32 (fp64 stays), whatever the types they are held in."""
-    if x.dtype in (torch.bfloat16, torch.float16) and layer.scale is None and layer.weight.dtype == x.dtype:
-        return linear_in_fp32(x, layer.weight)
-    full = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    return F.linear(full, layer.matrix(full.dtype))
 
 
 class GroupedLinear(Matrix):

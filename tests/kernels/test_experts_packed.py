@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from rorqual.kernels import experts as op
-from rorqual.kernels import experts_packed
+from rorqual.kernels import experts_packed, held
 from rorqual.kernels.experts import Weights, reference
 from rorqual.kernels.experts_packed import Plan, Tiles
+from rorqual.kernels.experts_run import Batch
 from rorqual.kernels.quant import E8M0, quantize_fp4, quantize_fp8
 from tests.interpreter import repair
 from tests.kernels.test_experts import close
@@ -64,10 +65,9 @@ def test_fp4(device: torch.device, form: str, limit: float | None, dtype: torch.
     ids[0, 1], ids[1, 0] = -1, 5
     stacks = [fp4(*shape, device=device) for shape in ((5, 64, 96), (5, 64, 96), (5, 96, 64))]
     add = torch.randn(tokens, 96, device=device)
-    scales = tuple(w.scale.view(torch.uint8) for w in stacks)
-    y = experts_packed.fast(
-        x, ids, weights, *stacks, scales=scales, limit=limit, add_ND=add, how=SMALL[form]
-    )  # fmt: skip
+    scales = [w.scale.view(torch.uint8) for w in stacks]
+    batch = Batch(x, ids, weights, tuple(stacks), tuple(stacks), 0, limit, add)
+    y = experts_packed.fast(batch, scales, SMALL[form])
     assert y.dtype == dtype
     close(
         y, wide(x, ids, weights, *stacks, limit=limit, add_ND=add), 1e-5 if dtype == torch.float32 else 1e-2
@@ -80,9 +80,8 @@ def test_fp8_in_odd_blocks(device: torch.device, ue8m0: bool) -> None:
     x, ids, weights = case(device, 19, 2, 4, torch.float32)
     shapes = ((4, 72, 96), (4, 72, 96), (4, 96, 72))
     stacks = [fp8(*shape, block=(40, 64), device=device, ue8m0=ue8m0) for shape in shapes]
-    y = experts_packed.fast(
-        x, ids, weights, *stacks, scales=tuple(w.scale.float() for w in stacks), how=SMALL["sorted"]
-    )  # fmt: skip
+    batch = Batch(x, ids, weights, tuple(stacks), tuple(stacks), 0, None, None)
+    y = experts_packed.fast(batch, [w.scale.float() for w in stacks], SMALL["sorted"])
     close(y, wide(x, ids, weights, *stacks), 1e-5)
 
 
@@ -111,17 +110,17 @@ def test_the_op_takes_them(
 
 def test_held_scales_follow_their_tensor() -> None:
     scale = torch.tensor([0.5, 2.0]).to(E8M0)
-    first = op.held_scale(scale)
+    first = held.held_scale(scale)
     assert first.dtype == torch.float32 and first.tolist() == [0.5, 2.0]
-    assert op.held_scale(scale) is first
+    assert held.held_scale(scale) is first
     scale.copy_(torch.tensor([4.0, 0.25]).to(E8M0))
-    op.refresh_scales()
-    assert first.tolist() == [4.0, 0.25] and op.held_scale(scale) is first
+    held.refresh_scales()
+    assert first.tolist() == [4.0, 0.25] and held.held_scale(scale) is first
     plain = torch.tensor([3.0])
-    assert op.held_scale(plain) is plain
-    held = len(op._held)
+    assert held.held_scale(plain) is plain
+    count = len(held._held)
     del scale
-    assert len(op._held) == held - 1
+    assert len(held._held) == count - 1
 
 
 @pytest.mark.gpu
