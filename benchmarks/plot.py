@@ -47,11 +47,21 @@ def chart(title: str, note: str, panels: list[Panel], x_title: str) -> str:
     return canvas.document()
 
 
+def _marks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten from at most `low` to at least `high`; the powers alone over more than two."""
+    steps = (1, 2, 5) if high / low < 100 else (1,)
+    first = math.floor(math.log10(low))
+    marks = [step * 10.0**power for power in range(first, first + 20) for step in steps]
+    begin = max(i for i, mark in enumerate(marks) if mark <= low)
+    end = min(i for i, mark in enumerate(marks) if mark >= high and i > begin)
+    return marks[begin : end + 1]
+
+
 def _panel(canvas: Canvas, panel: Panel, left: float, colour: dict[str, str], x_title: str) -> None:
     points = [point for curve in panel.curves.values() for point in curve]
     low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
-    low_y = 10 ** math.floor(math.log10(min(y for _, y in points)))
-    high_y = 10 ** math.ceil(math.log10(max(y for _, y in points)))
+    marks = _marks(min(y for _, y in points), max(y for _, y in points))
+    low_y, high_y = marks[0], marks[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = math.log(x / low_x) / max(math.log(high_x / low_x), 1e-9)
@@ -59,10 +69,10 @@ def _panel(canvas: Canvas, panel: Panel, left: float, colour: dict[str, str], x_
         return left + across * WIDTH, TOP + HEIGHT * (1 - up)
 
     canvas.text(left, TOP - 12, f"{panel.title}, {panel.unit}", 12.5, INK, 600)
-    for power in range(round(math.log10(low_y)), round(math.log10(high_y)) + 1):
-        _, y = place(low_x, 10.0**power)
+    for mark in marks:
+        _, y = place(low_x, mark)
         canvas.line(left, y, left + WIDTH, y, "#d9d6cc", 1)
-        canvas.text(left - 8, y + 4, f"{10.0**power:g}", 11, SOFT, anchor="end")
+        canvas.text(left - 8, y + 4, f"{mark:,g}", 11, SOFT, anchor="end")
     for x in sorted({x for x, _ in points}):
         at, _ = place(x, low_y)
         canvas.text(at, TOP + HEIGHT + 18, short(x), 11, SOFT, anchor="middle")
