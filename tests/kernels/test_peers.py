@@ -56,7 +56,7 @@ def decode_inputs(
     q = torch.randn(2 * width, heads, 576, device=device, dtype=dtype)
     pages = torch.randn(5, size, 576, device=device, dtype=dtype)
     table = torch.tensor([[1, 3], [4, 2]], dtype=torch.int32, device=device)
-    return (q, pages, table, torch.tensor([70, size], dtype=torch.int32, device=device)), {
+    return (q, pages, table, torch.tensor([size + 6, size], dtype=torch.int32, device=device)), {
         "width": width,
         "rank": 512,
         "scale": 0.04,
