@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -89,23 +87,6 @@ def context(member: str, lengths: list[int], layers: int = 4, device: str = "cud
 def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def start(layers: int = 4) -> None:
-    """From process start to the first token with a checkpoint of about 2 GB, twice: the second finds compiled
-    kernels on disk."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as place:
-        rorqual.save(Transformer(lite(layers), seed=0), place)
-        code = (
-            f"import rorqual; e = rorqual.Engine(rorqual.load({place!r}, device='cuda')); "
-            "next(iter(e.submit([1, 2, 3], rorqual.Sampling(0.0))))"
-        )
-        for turn in ("first", "second"):
-            begun = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], check=True)
-            console.print(f"{turn} start to first token: {time.perf_counter() - begun:.1f} s")
 
 
 def turns(users: int = 12, rounds: int = 6) -> None:
