@@ -24,7 +24,7 @@ READ = 4.35e12
 def lite(layers: int = 27) -> ModelConfig:
     """The geometry; fewer layers for a trial."""
     attention = MLA(16, 512, 128, 64, 128, Rope(64, 50000.0, interleaved=True), q_rank=None)
-    router = Router("sigmoid", bias=True, normalize=True, scale=2.446)
+    router = Router("sigmoid", bias=True, group_score="top2", normalize=True, scale=2.446)
     plan = (Layer(attention, SwiGLU(11264)),) + (Layer(attention, MoE(64, 6, 1408, 2, router)),) * (
         layers - 1
     )
