@@ -7,6 +7,7 @@ from functools import partial
 
 from benchmarks import lite, serving, tiny
 from benchmarks.decode import latent, smollm2
+from benchmarks.load import load
 from benchmarks.loading import loading
 from benchmarks.start import start
 
@@ -15,7 +16,7 @@ CPU = {"smollm2": smollm2, "latent": latent, "loading": loading, "tiny": tiny.ma
 GPU = {
     "lite": lite.main,
     "lite-profile": partial(lite.main, True),
-    "load": serving.load,
+    "load": load,
     "start": start,
     "context-v32": partial(serving.context, "deepseek-v3.2", [4 * K, 16 * K, 64 * K, 128 * K]),
     "context-v3": partial(serving.context, "deepseek-v3", [4 * K, 16 * K, 64 * K, 128 * K]),

@@ -28,7 +28,7 @@ def start(layers: int = 2) -> None:
         rorqual.save(Transformer(lite(layers), device="cuda", seed=0), place)
         torch.cuda.empty_cache()
         size = sum(file.stat().st_size for file in Path(place).glob("*.safetensors")) / 1e9
-        console.print("| start | first token | parts | kernels compiled, found |\n|---|---|---|---|")
+        print("| start | first token | parts | kernels compiled, found |\n|---|---|---|---|")
         for turn in ("first", "second"):
             env = {**os.environ, "TRITON_CACHE_DIR": cache, "STARTED": str(time.time())}
             command = [sys.executable, "-m", "benchmarks.start", place]
@@ -41,14 +41,14 @@ def start(layers: int = 2) -> None:
             made = Counter(name for name, _, hit in said["kernels"] if not hit)
             took = sum(ms for _, ms, hit in said["kernels"] if not hit) / 1e3
             found = sum(hit for *_, hit in said["kernels"])
-            console.print(
+            print(
                 f"| {turn}, {size:.1f} GB | {said['marks']['first token']:.1f} s | {parts} | "
                 f"{sum(made.values())} in {took:.1f} s, {found} |"
             )
             if turn == "first" or made:
                 slow = sorted(said["kernels"], key=lambda k: -k[1])[:8]
-                console.print("slowest: " + ", ".join(f"{name} {ms / 1e3:.2f} s" for name, ms, _ in slow))
-    console.print(str(where()), style="dim")
+                print("slowest: " + ", ".join(f"{name} {ms / 1e3:.2f} s" for name, ms, _ in slow))
+    console.print(", ".join(f"{k} {v}" for k, v in where().items()), style="dim")
 
 
 def child(place: str) -> None:
