@@ -5,20 +5,22 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from benchmarks import lite, tiny, turns
-from benchmarks.context import context
+from benchmarks import lite, serving, tiny
 from benchmarks.decode import latent, smollm2
 from benchmarks.load import load
 from benchmarks.loading import loading
 from benchmarks.start import start
 
-CPU = {"smollm2": smollm2, "latent": latent, "loading": loading, "tiny": tiny.main, "turns": turns.turns}
+K = 1024
+CPU = {"smollm2": smollm2, "latent": latent, "loading": loading, "tiny": tiny.main, "turns": serving.turns}
 GPU = {
     "lite": lite.main,
     "lite-profile": partial(lite.main, True),
     "load": load,
     "start": start,
-    "context": context,
+    "context-v32": partial(serving.context, "deepseek-v3.2", [4 * K, 16 * K, 64 * K, 128 * K]),
+    "context-v3": partial(serving.context, "deepseek-v3", [4 * K, 16 * K, 64 * K, 128 * K]),
+    "context-v4": partial(serving.context, "deepseek-v4-flash", [4 * K, 64 * K, 256 * K, 1024 * K]),
 }
 
 
