@@ -38,8 +38,9 @@ def start(layers: int = 2, place: str | None = None) -> None:
                 flush=True,
             )
             if made:
-                slow = sorted(made, key=lambda kernel: -kernel[1])[:40]
-                print("compiled: " + ", ".join(f"{name} {ms / 1e3:.2f}" for name, ms, _ in slow), flush=True)
+                slow = sorted(made, key=lambda kernel: -kernel[1])[:12]
+                print("compiled: " + ", ".join(f"{name} {ms / 1e3:.2f}" for name, ms, _ in slow))
+                print("by stage: " + ", ".join(f"{k} {v:.1f}" for k, v in said["stages"].items()), flush=True)
     console.print(", ".join(f"{k} {v}" for k, v in where().items()), style="dim")
 
 
@@ -63,11 +64,14 @@ def child(place: str) -> None:
 
     marks["imports"] = time.time() - begun
     kernels: list[tuple[str, float, bool]] = []
+    stages: dict[str, float] = {}
     try:
         from triton import knobs
 
         def note(*, src: Any, times: Any, cache_hit: bool, **_: Any) -> None:
             kernels.append((src.name, times.total / 1e3, cache_hit))
+            for stage, took in [("ir", times.ir_initialization), *times.lowering_stages]:
+                stages[stage] = stages.get(stage, 0.0) + took / 1e6
 
         knobs.compilation.listener = note
     except ImportError:
@@ -78,9 +82,12 @@ def child(place: str) -> None:
     marks["load"] = time.time() - begun
     engine = rorqual.Engine(model)
     marks["engine"] = time.time() - begun
-    next(iter(engine.submit([1, 2, 3], rorqual.Sampling(0.0, max_new_tokens=4, ignore_eos=True))))
+    stream = iter(engine.submit(list(range(100)), rorqual.Sampling(0.0, max_new_tokens=4, ignore_eos=True)))
+    next(stream)
     marks["first token"] = time.time() - begun
-    print(json.dumps({"marks": marks, "kernels": kernels}))
+    next(stream)
+    marks["second"] = time.time() - begun
+    print(json.dumps({"marks": marks, "kernels": kernels, "stages": stages}))
 
 
 if __name__ == "__main__":

@@ -66,6 +66,8 @@ class Core:
         self._parameters = [p for p in model.parameters() if not p.is_inference()]
         self._weights = self._weights_stamp()
         self._stopping = False
+        self._spoken = False
+        """Whether any token has come yet: the first is not kept waiting for the next pass's kernels."""
         self.steps = 0
         """Passes run so far."""
 
@@ -113,7 +115,7 @@ class Core:
             self._land()
             if passed is not None:
                 self._draw(passed, plan)
-            if not self._ahead:
+            if not self._ahead or not self._spoken:
                 self._land()
             self._progress.notify_all()
             return passed is not None or self.busy
@@ -170,6 +172,7 @@ class Core:
             return
         (plan, flight), self._flight = self._flight, None
         passed = flight.passed
+        self._spoken = self._spoken or bool(passed.requests)
         for request in passed.requests:
             request.flying -= 1
         try:

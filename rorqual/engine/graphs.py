@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -115,38 +114,31 @@ class Graphs:
         packed.copy_(host, non_blocking=True)
         self._read[self._turn].record()
 
-    def rehearse(self, count: int, newest: Tensor) -> None:
-        """The pass that `run` would record for `count` requests of short texts, over nothing (for its kernels)."""
-        size = next((s for s in SIZES if s >= count), SIZES[-1])
-        packed = torch.zeros(size * (6 + 8), dtype=torch.int64, device=newest.device)
-        self._once(packed, size, 1, newest)
-
-    def _once(self, packed: Tensor, size: int, width: int, newest: Tensor) -> tuple[Tensor, Tensor]:
-        """The pass whose numbers are in `packed`."""
-        ids, positions, slots, ring, ends, slot, table = _fields(packed, size, width)
-        ids, positions, slots = ids.view(-1), positions.view(-1), slots.view(-1)
-        if width == 1:
-            ids = torch.where(ids < 0, newest[slot], ids)
-        offsets = torch.arange(0, size * width + 1, width, device=newest.device, dtype=torch.int32)
-        group = Group(
-            tokens=slice(0, size * width),
-            starts=[],
-            counts=[],
-            width=width,
-            end=table.shape[1] * self.page_size,
-            table_SB=table.int(),
-            ring_S=ring,
-            ends_S=ends.int(),
-            offsets_S1=offsets,
-            decoding=True,
-        )
-        step = PagedStep(positions, [group], self.page_size)
-        step.shared["slots", 1] = slots
-        return self.forward(ids[None], step)
-
     def _record(self, size: int, width: int, blocks: int, newest: Tensor, numbers: np.ndarray) -> _Recorded:
         packed = torch.from_numpy(numbers).to(newest.device)
-        once = partial(self._once, packed, size, width, newest)
+
+        def once() -> tuple[Tensor, Tensor]:
+            ids, positions, slots, ring, ends, slot, table = _fields(packed, size, width)
+            ids, positions, slots = ids.view(-1), positions.view(-1), slots.view(-1)
+            if width == 1:
+                ids = torch.where(ids < 0, newest[slot], ids)
+            offsets = torch.arange(0, size * width + 1, width, device=newest.device, dtype=torch.int32)
+            group = Group(
+                tokens=slice(0, size * width),
+                starts=[],
+                counts=[],
+                width=width,
+                end=blocks * self.page_size,
+                table_SB=table.int(),
+                ring_S=ring,
+                ends_S=ends.int(),
+                offsets_S1=offsets,
+                decoding=True,
+            )
+            step = PagedStep(positions, [group], self.page_size)
+            step.shared["slots", 1] = slots
+            return self.forward(ids[None], step)
+
         # What runs before recording compiles kernels and makes what they keep; it must not write to live pages.
         blank = torch.zeros_like(packed)
         kept = packed.clone()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,10 +12,10 @@ from rorqual.engine.batch import Batch, Staging, lay_out
 from rorqual.engine.draws import ACCEPT, DRAFT, RESIDUAL, judge, logprobs_of
 from rorqual.engine.grammar import fill_masks
 from rorqual.engine.graphs import Graphs
+from rorqual.engine.rehearse import Rehearsals
 from rorqual.engine.request import Request
 from rorqual.engine.sampling import UNSOUND, Sampler
 from rorqual.engine.scheduler import Plan
-from rorqual.kernels.ahead import compiled_ahead
 from rorqual.kernels.mode import invariant as batch_invariant
 from rorqual.nn import Transformer
 from rorqual.nn.paged import PagedStep, Store, new_store
@@ -134,14 +133,13 @@ class Runner:
         ]
         self.sampler = Sampler(model.config.vocab, self.device, slots)
         self._staging = Staging(self.device)
+        self._rehearsals = Rehearsals(self)
         self._graphs = None
         if self.device.type == "cuda" and not invariant:
             model.adjoin()
             self._graphs = Graphs(page_size, self._forward)
         self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
         """The last token drawn for each slot, for passes that start before the host has seen it."""
-        self._met: set[tuple[int, bool, bool]] = set()
-        """Kinds of passes whose kernels have been compiled."""
         self._q: Tensor | None = None
         """What each slot's draft was drawn from [slots, V], where drafts are sampled."""
 
@@ -170,7 +168,8 @@ class Runner:
                 passed = self._replay(plan, widths.pop())
                 if passed is not None:
                     return passed
-        self._rehearse(plan)
+        if self._graphs is not None:
+            self._rehearsals.rehearse(plan)
         batch = lay_out(plan, self.page_size, self._staging, one_group_of_chunks=self.device.type == "cuda")
         if batch.late is not None:
             batch.ids_N[batch.late[0]] = self._newest[batch.late[1]]
@@ -184,30 +183,6 @@ class Runner:
             state = self.model.run_paged(batch.ids_N[None], batch.step, self.stores)
             logits = self.model.logits(self.model.finish(state[:, batch.columns])[0])
         return Pass(batch.drawing, [r.slot for r in batch.drawing], batch.widths, logits, state, batch)
-
-    def _rehearse(self, plan: Plan) -> None:
-        """Before the first pass of about this many tokens: compile its kernels side by side. The first time of all
-        also those of the decoding pass that comes next, or two rounds of compiling would go by before a token."""
-        if self._graphs is None or not plan.chunks:
-            return
-        counts = [count for _, count in plan.chunks]
-        tokens = len(plan.decodes) + sum(counts)
-        kind = tokens.bit_length(), bool(plan.decodes), max(counts) > 64
-        if kind in self._met:
-            return
-        first, self._met = not self._met, self._met | {kind}
-
-        def blank(request: Request) -> Request:
-            ids, pages = [0] * len(request.ids), [0] * len(request.pages)
-            return replace(request, ids=ids, pages=pages, ring=0, slot=self._newest.shape[0] - 1)
-
-        nothing = Plan([blank(r) for r in plan.decodes], [(blank(r), count) for r, count in plan.chunks])
-        with contextlib.suppress(Exception), compiled_ahead():
-            batch = lay_out(nothing, self.page_size, self._staging, one_group_of_chunks=True)
-            state = self.model.run_paged(batch.ids_N[None], batch.step, self.stores)
-            self.model.logits(self.model.finish(state[:, batch.columns])[0])
-            if first and not self.speculate:
-                self._graphs.rehearse(len(plan.requests), self._newest)
 
     def _by_token(self, batch: Batch) -> Tensor:
         """The pass token by token, each as if it were alone (batch-invariant mode without kernels for it)."""

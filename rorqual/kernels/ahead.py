@@ -48,7 +48,8 @@ def compiled_ahead() -> Iterator[None]:
     """What launches kernels inside, in this thread, has them compiled, many at a time, and not run.
 
     Results inside are meaningless. Errors of the compiler are left to the launch that needs the kernel. Without
-    Triton, or while another thread is at it, the body runs as it would without the scope.
+    Triton, while another thread is at it, or with RORQUAL_AHEAD=0 in the environment, the body runs as it would
+    without the scope.
     """
     try:
         from triton.runtime._async_compile import AsyncCompileMode

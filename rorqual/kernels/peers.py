@@ -22,6 +22,11 @@ from torch import Tensor
 
 from rorqual.kernels.mode import is_invariant
 
+KEYS = 2**17
+"""Keys that a call of `mla_decode` may meet in all, from which FlashMLA's products outweigh its start."""
+WEIGHT = 2**23
+"""Size of a weight from which DeepGEMM's product is the faster."""
+
 _failed: set[str] = set()
 
 
@@ -60,22 +65,59 @@ def _attempt(name: str, call: Callable[[], Tensor]) -> Tensor | None:
 def mla_decode(
     q_NHC: Tensor, pages_PTC: Tensor, table_SB: Tensor, ends_S: Tensor, *, width: int, rank: int, scale: float
 ) -> Tensor | None:
-    """`rorqual.kernels.mla_decode.mla_decode` by FlashMLA: bf16 at V3's widths, from 64 rows a sequence on."""
+    """`rorqual.kernels.mla_decode.mla_decode` by FlashMLA: bf16 at V3's widths, 128 rows a sequence or more."""
     heads, channels = q_NHC.shape[1:]
     fits = q_NHC.dtype == pages_PTC.dtype == torch.bfloat16 and (rank, channels) == (512, 576)
-    if not fits or pages_PTC.shape[1] != 64 or heads not in (64, 128) or q_NHC.shape[0] == 0:
+    if not fits or pages_PTC.shape[1] != 64 or heads not in (64, 128) or not _many(q_NHC, table_SB):
         return None
     flash_mla = library("flash_mla", q_NHC.device)
     if flash_mla is None:
         return None
 
     def call() -> Tensor:
-        grouped = q_NHC.contiguous().view(-1, width, heads, channels)
-        schedule, _ = flash_mla.get_mla_metadata()
         out, _ = flash_mla.flash_mla_with_kvcache(
-            grouped, pages_PTC[:, :, None], table_SB.contiguous(), ends_S, rank, schedule, softmax_scale=scale,
-            causal=True, use_legacy=True,
+            q_NHC.contiguous().view(-1, width, heads, channels), pages_PTC[:, :, None], table_SB.contiguous(), ends_S,
+            rank, _schedule(flash_mla, ends_S, heads, width), softmax_scale=scale, causal=True, use_legacy=True,
         )  # fmt: skip
         return out.flatten(0, 1)
 
     return _attempt("flash_mla", call)
+
+
+def _many(q_NHC: Tensor, table_SB: Tensor) -> bool:
+    """Whether a decode is large enough that the peer's products outweigh its start: queries times heads, and
+    keys they may meet."""
+    rows, keys = q_NHC.shape[0] * q_NHC.shape[1], table_SB.numel() * 64
+    return rows >= 128 * table_SB.shape[0] > 0 and keys >= KEYS
+
+
+def _schedule(flash_mla: Any, ends_S: Tensor, heads: int, width: int) -> Any:
+    """FlashMLA's plan of a call: the first layer of a pass makes it, and the others read it. It is kept with the
+    lengths it is for."""
+    key = heads, width, 0 if ends_S.is_inference() else ends_S._version
+    kept = getattr(ends_S, "_flash_mla", None)
+    if kept is None or kept[0] != key:
+        kept = key, flash_mla.get_mla_metadata()[0]
+        ends_S._flash_mla = kept  # type: ignore[attr-defined]
+    return kept[1]
+
+
+def fp8_linear(
+    x_ND: Tensor, codes_OD: Tensor, scale: Tensor, bias: Tensor | None, quantize: Callable[[Tensor], Any]
+) -> Tensor | None:
+    """`rorqual.kernels.fp8_linear.fp8_linear` by DeepGEMM: bf16 rows, fp32 scales of 128x128 blocks, from 64 rows on.
+    `quantize` gives x's codes and scales, runs of 128 channels side by side."""
+    rows, (out, width) = x_ND.shape[0], codes_OD.shape
+    fits = x_ND.dtype == torch.bfloat16 and scale.dtype == torch.float32 and scale.is_contiguous()
+    if not fits or rows < 64 or out % 64 or width % 128 or out * width < WEIGHT:
+        return None
+    deep_gemm = library("deep_gemm", x_ND.device)
+    if deep_gemm is None:
+        return None
+
+    def call() -> Tensor:
+        y = x_ND.new_empty(rows, out)
+        deep_gemm.fp8_gemm_nt(quantize(x_ND), (codes_OD, scale), y, disable_ue8m0_cast=True)
+        return y if bias is None else y + bias
+
+    return _attempt("deep_gemm", call)
