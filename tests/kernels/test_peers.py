@@ -16,13 +16,13 @@ from rorqual.kernels import fp8_linear, gpu, peers
 from rorqual.kernels.mla_decode import mla_decode, reference
 from rorqual.kernels.mode import invariant
 from rorqual.kernels.quant import dequantize_fp8
+from tests.interpreter import repair
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Any device will do, and sizes from which peers are used are as small as the tests."""
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(peers, "_hopper", lambda device: True)
+    monkeypatch.setattr(peers, "_hopper", lambda device: True)
     monkeypatch.setattr(peers, "KEYS", 256)
     monkeypatch.setattr(peers, "WEIGHT", 2**14)
     monkeypatch.setattr(peers, "_failed", set())
@@ -135,7 +135,8 @@ def test_a_library_that_fails_is_left_alone(
 # ------------------------------------------------------------------------------------------------ FP8
 
 
-def product_inputs(device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+def product_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     codes = torch.randn(128, 256, device=device).to(torch.float8_e4m3fn)
     return torch.randn(70, 256, device=device).bfloat16(), codes, torch.rand(1, 2, device=device) + 0.5
 
@@ -153,15 +154,19 @@ def test_products_go_to_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8_linear, "usable", lambda *_: gpu.INSTALLED)
     if not gpu.INSTALLED:
         pytest.skip("Triton is not installed")
+    if not torch.cuda.is_available():
+        repair(monkeypatch)
     x, codes, scale = product_inputs()
-    for bias in (None, torch.randn(128).bfloat16()):
+    for bias in (None, torch.randn(128, device=x.device).bfloat16()):
         got = fp8_linear.fp8_linear(x, codes, scale, bias=bias)
         torch.testing.assert_close(
             got, fp8_linear.reference(x, codes, scale, bias=bias), atol=0.05, rtol=0.02
         )
     assert shapes == [((70, 256), (128, 256))] * 2
     fp8_linear.fp8_linear(x[:63], codes, scale)  # too few rows, scales of another kind, invariant mode
-    fp8_linear.fp8_linear(x, codes, torch.full((1, 2), 127, dtype=torch.uint8).view(torch.float8_e8m0fnu))
+    fp8_linear.fp8_linear(
+        x, codes, torch.full((1, 2), 127, dtype=torch.uint8, device=x.device).view(torch.float8_e8m0fnu)
+    )
     with invariant():
         fp8_linear.fp8_linear(x, codes, scale)
     assert len(shapes) == 2
@@ -184,7 +189,7 @@ def test_flash_mla(heads: int, width: int) -> None:
 @pytest.mark.gpu
 def test_deep_gemm() -> None:
     pytest.importorskip("deep_gemm")
-    x, codes, scale = product_inputs("cuda")
+    x, codes, scale = product_inputs()
     got = peers.fp8_linear(x, codes, scale, None, fp8_linear.quantize_fast)
     assert got is not None
     torch.testing.assert_close(got, fp8_linear.reference(x, codes, scale), atol=0.05, rtol=0.02)
