@@ -129,10 +129,10 @@ def _rates(config: ModelConfig, sparse: tuple[int, ...], heavy: tuple[int, ...])
     return replace(config, layers=tuple(layers))
 
 
-def build_member(name: str) -> Model:
+def build_member(name: str, vocab: int | None = None) -> Model:
     """A member of `members` with random weights that make every part matter; quantised ones as their checkpoint
-    would be loaded."""
-    config = members()[name]
+    would be loaded. `vocab`: another number of words."""
+    config = members()[name].replace(vocab=vocab or VOCAB)
     model = Model(config.replace(quantization=None), seed=0)
     stir_ours(model)
     if config.quantization is None:
