@@ -24,6 +24,24 @@ THREADS = 12
 _busy = threading.Lock()
 
 
+class _Loading(ThreadPoolExecutor):
+    """Threads that also load what they have compiled: its launcher is C, which a compiler has to take too."""
+
+    def __init__(self) -> None:
+        super().__init__(min(THREADS, os.cpu_count() or 1), "rorqual-compile")
+        self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        def load() -> Any:
+            kernel = fn(*args, **kwargs)
+            if self.device is not None:
+                torch.cuda.set_device(self.device)
+                kernel._init_handles()
+            return kernel
+
+        return super().submit(load)
+
+
 class _Zeroed(TorchDispatchMode):
     """New memory holds zeros: what a kernel that doesn't run leaves unwritten may be read as an index."""
 
@@ -66,10 +84,7 @@ def compiled_ahead() -> Iterator[None]:
         return run(self, *args, grid=grid, warmup=warmup or threading.get_ident() == here, **kwargs)
 
     try:
-        with (
-            ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool,
-            AsyncCompileMode(pool, ignore_errors=True),
-        ):
+        with _Loading() as pool, AsyncCompileMode(pool, ignore_errors=True):
             JITFunction.run = send
             try:
                 with _Zeroed():

@@ -40,8 +40,9 @@ class Job:
 def live(engine: Engine, count: int, plain: Model) -> list[Job]:
     """A random life of an engine: requests of three conversations come at any time and with any priority,
     running ones are thrown out now and then, some are cancelled; every third waits until all is quiet and then
-    asks what was asked before."""
+    asks what was asked before. The same life on a CPU and on a GPU."""
     vocab = plain.config.vocab
+    random.seed(f"{plain.config} {engine.speculate}")
     stems = [[random.randrange(3, vocab) for _ in range(40)] for _ in range(3)]
     jobs: list[Job] = []
     while len(jobs) < count:
@@ -66,6 +67,9 @@ def live(engine: Engine, count: int, plain: Model) -> list[Job]:
     while engine.busy:
         engine.step()
     idle(engine)
+    for job in jobs:
+        if job.handle.error is not None:
+            raise job.handle.error
     samplings = [job.handle.request.sampling for job in jobs]  # type: ignore[union-attr]
     for job, done in zip(jobs, plain.generate([job.prompt for job in jobs], samplings), strict=True):
         job.alone = done.ids
@@ -93,12 +97,13 @@ def test_equals_generate(name: str, speculate: bool) -> None:
 
 # ------------------------------------------------------------------------------------------------ GPU
 
-NEAR = {False: 1e-3, True: 0.5}
-"""How far behind the best logit a token's may lie and still be drawn on the GPU; True: weights held as FP8 codes.
+NEAR = {False: 1e-3, True: 1.0}
+"""How far behind the best logit a token's may lie and still be drawn on the GPU; True: weights held as codes.
 
-Logits here have a spread of about one. In fp32 sums of a few hundred products in another order move them by some
-1e-6, so 1e-3 leaves room for a wrong bit nowhere but in the last ones. FP8 products also round activations, to three
-bits behind the leading one, and a choice of experts or of indexed positions can turn on that."""
+Logits here have a spread of about one, so any token but a few lies further behind. In fp32, sums of a few hundred
+products in another order move them by some 1e-6, and every token has been the CPU's best so far: 1e-3 leaves room
+for a tie alone. FP8 products also round activations, to three bits behind the leading one, in whatever groups a
+kernel takes, and a choice of experts or of indexed positions can turn on that: 0.46 has been seen."""
 
 
 def behind(model: Model, job: Job) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,4 +137,4 @@ def test_equals_generate_on_the_gpu(name: str, speculate: bool, monkeypatch: pyt
     )
     assert gaps.max() <= NEAR[coded]
     assert coded or distances.max() <= NEAR[coded]
-    assert distances.median() <= NEAR[coded] / 5
+    assert distances.median() <= 0.05
