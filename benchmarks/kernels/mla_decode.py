@@ -47,9 +47,13 @@ FORMS: dict[str, Config | None] = {
     "fixed": None,
     "fp8": None,
     "pairs": Config(64, 128, 8, 1, 1, True),
+    "trio 32 x 5": Config(64, 64, 16, 1, 1, True, (32, 5, 2, False, 160)),
+    "trio 32 x 5 ahead": Config(64, 64, 16, 1, 1, True, (32, 5, 2, True, 160)),
+    "trio 64 x 2": Config(64, 64, 16, 1, 1, True, (64, 2, 2, False, 160)),
+    "trio 64 x 2 ahead": Config(64, 64, 16, 1, 1, True, (64, 2, 2, True, 160)),
     "16 x 32, 4 warps, 3 stages": Config(16, 32, 4, 3, 2),
-    "16 x 64, 8 warps, 2 stages": Config(16, 64, 8, 2, 2),
-    "32 x 32, 4 warps, 3 stages": Config(32, 32, 4, 3, 2),
+    "16 x 32, 4 warps, 2 stages": Config(16, 32, 4, 2, 3),
+    "16 x 16, 4 warps, 4 stages": Config(16, 16, 4, 4, 3),
     "64 x 64, 8 warps, 2 stages": Config(64, 64, 8, 2, 1),
 }
 """Cuts to compare; a cut runs the shapes whose rows fill it but for a half."""
@@ -220,7 +224,7 @@ def child(name: str) -> None:
         for shape, peer in SHAPES.items():
             heads, batch, _, width = shape
             rows = width * heads
-            if cut is not None and not (cut.block_m // 2 < rows <= cut.block_m or cut.block_m == 64 < rows):
+            if cut is not None and not cut.how and not (cut.block_m // 2 < rows <= cut.block_m or cut.block_m == 64 < rows):
                 continue
             q, pages, table, ends = make(*shape)
             latents = pack_latents(pages, RANK) if fp8 else pages
@@ -237,7 +241,8 @@ def child(name: str) -> None:
                 continue
             tries = (None, 66, 264) if batch == 1 else (None, 2, 4) if batch >= 128 else (None, 8, 16)
             times = ((median_us(partial(one, splits=n)), n) for n in tries)
-            print(f"   {shape} " + ", ".join(f"x{n} {us:.1f} us" for us, n in times))
+            row = in_a_row_us([partial(one, splits=None), partial(op, q, latents.clone(), splits=None)])
+            print(f"   {shape} row {row:.1f} us, " + ", ".join(f"x{n} {us:.1f} us" for us, n in times))
 
 
 def main() -> None:

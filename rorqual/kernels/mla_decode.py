@@ -8,12 +8,14 @@ and are put together by their log-sum-exp (stage 2, `combine`). Which form runs 
 
 import functools
 import math
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rorqual.kernels import mla_decode_gluon
+from rorqual.kernels import mla_decode_gluon, mla_decode_trio
+from rorqual.kernels.fuse import chained
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.quant import FP8, dequantize_fp8, quantize_fp8
 
@@ -95,9 +97,11 @@ def _attend(  # type: ignore[no-untyped-def]
     VALUE_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, ROPE_STRIDE: tl.constexpr, RANK: tl.constexpr,
     ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, FIXED: tl.constexpr,
-    DIRECT: tl.constexpr, PRECISION: tl.constexpr,
+    DIRECT: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of a sequence's `rows` = width * heads queries against one split of its keys."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     block = tl.program_id(0)
     split = tl.program_id(1)
     s = tl.program_id(2)
@@ -181,12 +185,14 @@ def _attend(  # type: ignore[no-untyped-def]
 def _combine(  # type: ignore[no-untyped-def]
     part_ptr, lse_ptr, ends_ptr, starts_ptr, o_ptr, rows, heads, splits, total,
     SIZE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr,
-    FIXED: tl.constexpr, PACKED: tl.constexpr,
+    FIXED: tl.constexpr, PACKED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One output row: the mean of its splits' results, weighted by their sums, in the order of the splits.
 
     `rows` = places * heads a sequence. PACKED outputs have their sequences one right after another.
     """
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     s = row // rows
     end = tl.load(ends_ptr + s)
@@ -240,6 +246,7 @@ class Config(NamedTuple):
     """Programs that run on one multiprocessor at a time."""
     gluon: bool = False
     """Whether `mla_decode_gluon` runs it."""
+    how: tuple[int, int, int, bool, int] | None = None
 
 
 @functools.cache
@@ -295,7 +302,8 @@ def combine(
     block_s = 16 if fixed else min(32, triton.next_power_of_2(splits))
     # The order of a sum lies in its tile's shape: the fixed form's must not depend on the number of splits.
     block_c = min(128 if fixed or splits > 8 else 512, triton.next_power_of_2(size))
-    _combine[(total, -(-size // block_c))](
+    grid = (total, -(-size // block_c))
+    _combine[grid](
         part,
         lse,
         ends_S,
@@ -312,6 +320,7 @@ def combine(
         FIXED=fixed,
         PACKED=starts_S1 is not None,
         num_warps=4,
+        **chained(o, grid[0] * grid[1]),
     )
 
 
@@ -368,6 +377,7 @@ def _launch(
         GROUP=min(SCALED, block_c),
         FIXED=fixed,
         DIRECT=direct,
+        EARLY=not direct and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=cut.warps,
         num_stages=cut.stages,
@@ -414,7 +424,8 @@ def fast(
     exponent = scale * math.log2(math.e)
     grid = (blocks, pieces, sequences)
     if cut.gluon:
-        mla_decode_gluon.launch(
+        form: Any = partial(mla_decode_trio.launch, how=cut.how) if cut.how else mla_decode_gluon.launch
+        form(
             q,
             pages_PTC,
             table_SB,
