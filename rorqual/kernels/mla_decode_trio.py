@@ -19,6 +19,7 @@ try:
     from triton.experimental import gluon  # type: ignore[no-redef]
     from triton.experimental.gluon import language as gl  # type: ignore[no-redef]
     from triton.experimental.gluon.language.nvidia.hopper import (
+        async_copy,
         fence_async_shared,
         mbarrier,
         tma,
@@ -39,7 +40,9 @@ RANK, ROPE = 512, 64
 
 
 @gluon.jit
-def _fetch(c_desc, e_desc, parts, bars, table_ptr, first, last, PAGE: gl.constexpr):  # type: ignore[no-untyped-def]
+def _fetch(  # type: ignore[no-untyped-def]
+    c_desc, e_desc, _ptr, _raws, parts, bars, table_ptr, first, last, PAGE: gl.constexpr
+):
     """The fetching warp."""
     lefts, rights, ropes = parts
     full_left, full_right, free_left, free_right, _p_full, _p_free = bars
@@ -66,6 +69,95 @@ def _fetch(c_desc, e_desc, parts, bars, table_ptr, first, last, PAGE: gl.constex
 
 
 @gluon.jit
+def _copy(codes, ropes, raw, raw_ropes, there_c, there_e):  # type: ignore[no-untyped-def]
+    """Ask for a tile of FP8 rows as they are."""
+    A: gl.constexpr = raw.shape[1] // 4
+    for part in gl.static_range(4):
+        async_copy.async_copy_global_to_shared(raw.slice(part * A, A, 1), codes + part * A, mask=there_c)
+    async_copy.async_copy_global_to_shared(raw_ropes, ropes, mask=there_e)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _decode(raw, scale, to, CODES: gl.constexpr):  # type: ignore[no-untyped-def]
+    """FP8 codes times their rows' scales, from shared memory into shared memory."""
+    to.store((raw.load(CODES).to(gl.float32) * scale[:, None]).to(to.dtype))
+
+
+@gluon.jit
+def _fetch_packed(  # type: ignore[no-untyped-def]
+    codes_ptr, scales_ptr, ropes_ptr, raws, parts, bars, table_ptr, first, last, PAGE: gl.constexpr
+):
+    """The fetching warps of FP8 pages: rows come as they are two tiles ahead, and are multiplied out into the ring."""
+    lefts, rights, ropes = parts
+    codes, turned = raws
+    full_left, full_right, free_left, free_right, _p_full, _p_free = bars
+    STAGES: gl.constexpr = lefts.shape[0]
+    TILE: gl.constexpr = lefts.shape[1]
+    A: gl.constexpr = lefts.shape[2] // 2
+    E: gl.constexpr = ropes.shape[2]
+    LINE: gl.constexpr = 4 * A + 16 + 2 * E
+    CODES: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
+    TURNED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    r = gl.arange(0, TILE, gl.SliceLayout(1, CODES))
+    t = gl.arange(0, TILE, gl.SliceLayout(1, TURNED))
+    codes_ptr += r[:, None] * LINE + gl.arange(0, A, gl.SliceLayout(0, CODES))[None, :]
+    scales_ptr += r * (LINE // 4)
+    ropes_ptr += t[:, None] * (LINE // 2) + gl.arange(0, E, gl.SliceLayout(0, TURNED))[None, :]
+    for ahead in gl.static_range(2):
+        key = first + ahead * TILE
+        page = gl.load(table_ptr + key // PAGE, mask=key < last, other=0)
+        row = (page * PAGE + (key & (PAGE - 1))).to(gl.int64)
+        _copy(
+            codes_ptr + row * LINE, ropes_ptr + row * (LINE // 2), codes.index(ahead), turned.index(ahead),
+            (key + r < last)[:, None], (key + t < last)[:, None],
+        )  # fmt: skip
+    page = gl.load(table_ptr + first // PAGE, mask=first < last, other=0)
+    near = scales_ptr + (page * PAGE + (first & (PAGE - 1))).to(gl.int64) * (LINE // 4)
+    there = first + r < last
+    a = gl.load(near, mask=there, other=0.0)
+    b = gl.load(near + 1, mask=there, other=0.0)
+    c = gl.load(near + 2, mask=there, other=0.0)
+    d = gl.load(near + 3, mask=there, other=0.0)
+    page = gl.load(table_ptr + (first + TILE) // PAGE, mask=first + TILE < last, other=0)
+    tile = 0
+    for start in range(first, last, TILE):
+        stage = tile % STAGES
+        parity = ((tile // STAGES) & 1) ^ 1
+        raw = codes.index(tile % 2)
+        key = start + TILE
+        near = scales_ptr + (page * PAGE + (key & (PAGE - 1))).to(gl.int64) * (LINE // 4)
+        there = key + r < last
+        key += TILE
+        page = gl.load(table_ptr + key // PAGE, mask=key < last, other=0)
+        async_copy.wait_group(1)
+        mbarrier.wait(free_left.index(stage), parity)
+        left = lefts.index(stage)
+        _decode(raw.slice(0, A, 1), a, left.slice(0, A, 1), CODES)
+        _decode(raw.slice(A, A, 1), b, left.slice(A, A, 1), CODES)
+        fence_async_shared()
+        mbarrier.arrive(full_left.index(stage))
+        a = gl.load(near, mask=there, other=0.0)
+        b = gl.load(near + 1, mask=there, other=0.0)
+        mbarrier.wait(free_right.index(stage), parity)
+        right = rights.index(stage)
+        _decode(raw.slice(2 * A, A, 1), c, right.slice(0, A, 1), CODES)
+        _decode(raw.slice(3 * A, A, 1), d, right.slice(A, A, 1), CODES)
+        ropes.index(stage).store(turned.index(tile % 2).load(TURNED))
+        fence_async_shared()
+        mbarrier.arrive(full_right.index(stage))
+        c = gl.load(near + 2, mask=there, other=0.0)
+        d = gl.load(near + 3, mask=there, other=0.0)
+        row = (page * PAGE + (key & (PAGE - 1))).to(gl.int64)
+        _copy(
+            codes_ptr + row * LINE, ropes_ptr + row * (LINE // 2), raw, turned.index(tile % 2),
+            (key + r < last)[:, None], (key + t < last)[:, None],
+        )  # fmt: skip
+        tile += 1  # noqa: SIM113
+    async_copy.wait_group(0)
+
+
+@gluon.jit
 def _clear(piece, there):  # type: ignore[no-untyped-def]
     """Zero a piece's latents from number `there` on: what lies in a page past its content may be NaN."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -79,7 +171,9 @@ def _clear(piece, there):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _multiply(q_left, q_right, q_rope, parts, bars, tile, there, S: gl.constexpr):  # type: ignore[no-untyped-def]
+def _multiply(  # type: ignore[no-untyped-def]
+    q_left, q_right, q_rope, parts, bars, tile, there, CLEAN: gl.constexpr, S: gl.constexpr
+):
     """Ask for the scores of tile number `tile`, of which `there` keys exist."""
     lefts, rights, ropes = parts
     full_left, full_right, _free_left, _free_right, _p_full, _p_free = bars
@@ -92,13 +186,14 @@ def _multiply(q_left, q_right, q_rope, parts, bars, tile, there, S: gl.constexpr
     left = lefts.index(stage)
     right = rights.index(stage)
     rope = ropes.index(stage)
-    if there < TILE:
-        mbarrier.wait(full_left.index(stage), parity)
-        mbarrier.wait(full_right.index(stage), parity)
-        _clear(left, there)
-        _clear(right, there)
-        _clear(rope, there)
-        fence_async_shared()
+    if not CLEAN:
+        if there < TILE:
+            mbarrier.wait(full_left.index(stage), parity)
+            mbarrier.wait(full_right.index(stage), parity)
+            _clear(left, there)
+            _clear(right, there)
+            _clear(rope, there)
+            fence_async_shared()
     score = gl.zeros([ROWS, TILE], gl.float32, S)
     mbarrier.wait(full_left.index(stage), parity)
     score = warpgroup_mma(q_left, left.permute((1, 0)), score, use_acc=False, is_async=True)
@@ -133,14 +228,14 @@ def _weigh(  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _scores(  # type: ignore[no-untyped-def]
-    q_ptr, at, q_right, parts, weights, fades, bars, lse_ptr, first, last, scale, base, block, rows, held, heads, end,
+    q_ptr, at, q_parts, parts, weights, fades, bars, lse_ptr, first, last, scale, base, block, rows, held, heads, end,
     width,
-    DIRECT: gl.constexpr, AHEAD: gl.constexpr,
+    DIRECT: gl.constexpr, AHEAD: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """The group of the scores."""
     lefts, _rights, ropes = parts
     _full_left, _full_right, _free_left, _free_right, p_full, p_free = bars
-    ROWS: gl.constexpr = q_right.shape[0]
+    ROWS: gl.constexpr = weights.shape[1]
     TILE: gl.constexpr = lefts.shape[1]
     HALF: gl.constexpr = lefts.shape[2]
     ROPE: gl.constexpr = ropes.shape[2]
@@ -153,9 +248,14 @@ def _scores(  # type: ignore[no-untyped-def]
     known = (q_row < held)[:, None]
     channel = gl.arange(0, HALF, gl.SliceLayout(0, Q))[None, :]
     turned = gl.arange(0, ROPE, gl.SliceLayout(0, Q))[None, :]
-    # Two of the queries' three parts pass through the place of the third on their way into registers.
-    q_right.store(gl.load(from_ + channel, mask=known, other=0.0))
-    q_left = q_right.load(gl.DotOperandLayout(0, S, 2))
+    # Parts of the queries pass through the place of another on their way into registers.
+    q_right = q_parts[1]
+    if PACKED:
+        q_left = q_parts[0]
+        q_left.store(gl.load(from_ + channel, mask=known, other=0.0))
+    else:
+        q_right.store(gl.load(from_ + channel, mask=known, other=0.0))
+        q_left = q_right.load(gl.DotOperandLayout(0, S, 2))
     narrow = q_right.slice(0, ROPE, 1)
     narrow.store(gl.load(from_ + 2 * HALF + turned, mask=known, other=0.0))
     q_rope = narrow.load(gl.DotOperandLayout(0, S, 2))
@@ -171,11 +271,11 @@ def _scores(  # type: ignore[no-untyped-def]
     tile = 0
     if AHEAD:
         if first < last:
-            score = _multiply(q_left, q_right, q_rope, parts, bars, 0, last - first, S)
+            score = _multiply(q_left, q_right, q_rope, parts, bars, 0, last - first, PACKED, S)
             score = warpgroup_mma_wait(0, deps=[score])
             for start in range(first, last - TILE, TILE):
                 following = _multiply(
-                    q_left, q_right, q_rope, parts, bars, tile + 1, last - start - TILE, S
+                    q_left, q_right, q_rope, parts, bars, tile + 1, last - start - TILE, PACKED, S
                 )
                 peak, total = _weigh(
                     score, peak, total, scale, open_to, whole, start, tile, weights, fades, bars, S
@@ -188,7 +288,7 @@ def _scores(  # type: ignore[no-untyped-def]
             tile += 1
     else:
         for start in range(first, last, TILE):
-            score = _multiply(q_left, q_right, q_rope, parts, bars, tile, last - start, S)
+            score = _multiply(q_left, q_right, q_rope, parts, bars, tile, last - start, PACKED, S)
             score = warpgroup_mma_wait(0, deps=[score])
             peak, total = _weigh(
                 score, peak, total, scale, open_to, whole, start, tile, weights, fades, bars, S
@@ -249,19 +349,18 @@ def _values(  # type: ignore[no-untyped-def]
 
 @gluon.jit(do_not_specialize=("rows", "heads", "width", "table_stride", "splits"))
 def _attend(  # type: ignore[no-untyped-def]
-    c_desc, e_desc, q_ptr, table_ptr, ends_ptr, o_ptr, lse_ptr, scale, rows, heads, width, table_stride, splits,
-    ROWS: gl.constexpr, PAGE: gl.constexpr, FIXED: gl.constexpr, DIRECT: gl.constexpr, CUT: gl.constexpr,
+    a, b, c, q_ptr, table_ptr, ends_ptr, o_ptr, lse_ptr, scale, rows, heads, width, table_stride, splits,
+    ROWS: gl.constexpr, TILE: gl.constexpr, HALF: gl.constexpr, ROPE: gl.constexpr, PAGE: gl.constexpr, FIXED: gl.constexpr, DIRECT: gl.constexpr, CUT: gl.constexpr,
     STAGES: gl.constexpr, SLOTS: gl.constexpr, AHEAD: gl.constexpr, VALUES: gl.constexpr,
+    FETCH: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """As `mla_decode._attend`: ROWS of a sequence's queries against one split of its keys."""
+    """As `mla_decode._attend`: ROWS of a sequence's queries against one split of its keys. PACKED pages come as
+    pointers to codes, scales and rotary parts, others as descriptors of tiles of half the channels and of the rest."""
     if not DIRECT:  # the second stage may get ready
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
         )
-    TILE: gl.constexpr = c_desc.block_type.shape[0]
-    HALF: gl.constexpr = c_desc.block_type.shape[1]
-    ROPE: gl.constexpr = e_desc.block_type.shape[1]
-    dtype: gl.constexpr = c_desc.dtype
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
     block = gl.program_id(0)
     split = gl.program_id(1)
     s = gl.program_id(2)
@@ -282,10 +381,20 @@ def _attend(  # type: ignore[no-untyped-def]
     P: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, TILE], dtype)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    WIDE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, HALF], dtype)
+    NARROW: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, ROPE], dtype)
     q_right = gl.allocate_shared_memory(dtype, [ROWS, HALF], SHARED)
-    lefts = gl.allocate_shared_memory(dtype, [STAGES, TILE, HALF], c_desc.layout)
-    rights = gl.allocate_shared_memory(dtype, [STAGES, TILE, HALF], c_desc.layout)
-    ropes = gl.allocate_shared_memory(dtype, [STAGES, TILE, ROPE], e_desc.layout)
+    q_left = q_right
+    raws = (q_right, q_right)
+    if PACKED:
+        q_left = gl.allocate_shared_memory(dtype, [ROWS, HALF], SHARED)
+        LINES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        codes = gl.allocate_shared_memory(a.dtype.element_ty, [2, TILE, 2 * HALF], LINES)
+        raws = (codes, gl.allocate_shared_memory(dtype, [2, TILE, ROPE], LINES))
+    q_parts = (q_left, q_right)
+    lefts = gl.allocate_shared_memory(dtype, [STAGES, TILE, HALF], WIDE)
+    rights = gl.allocate_shared_memory(dtype, [STAGES, TILE, HALF], WIDE)
+    ropes = gl.allocate_shared_memory(dtype, [STAGES, TILE, ROPE], NARROW)
     weights = gl.allocate_shared_memory(dtype, [SLOTS, ROWS, TILE], P)
     fades = gl.allocate_shared_memory(gl.float32, [SLOTS, ROWS], FLAT)
     full_left = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
@@ -304,13 +413,14 @@ def _attend(  # type: ignore[no-untyped-def]
         mbarrier.init(p_free.index(i), count=2)
     parts = (lefts, rights, ropes)
     bars = (full_left, full_right, free_left, free_right, p_full, p_free)
+    table_ptr += s * table_stride
     gl.warp_specialize(
         [
             (
                 _scores,
                 (
-                    q_ptr, s * rows, q_right, parts, weights, fades, bars, lse_ptr, first, last, scale, base, block,
-                    rows, held, heads, end, width, DIRECT, AHEAD,
+                    q_ptr, s * rows, q_parts, parts, weights, fades, bars, lse_ptr, first, last, scale, base, block,
+                    rows, held, heads, end, width, DIRECT, AHEAD, PACKED,
                 ),
             ),
             (
@@ -327,11 +437,13 @@ def _attend(  # type: ignore[no-untyped-def]
                     written, HALF,
                 ),
             ),
-            (_fetch, (c_desc, e_desc, parts, bars, table_ptr + s * table_stride, first, last, PAGE)),
+            (_fetch_packed if PACKED else _fetch, (a, b, c, raws, parts, bars, table_ptr, first, last, PAGE)),
         ],
-        [4, 4, 1],
-        [VALUES, VALUES, 24],
+        [4, 4, 4 if PACKED else 1],
+        [VALUES, VALUES, FETCH],
     )  # fmt: skip
+
+
 CUT = 64
 """Keys that a split holds a multiple of; a page holds whole cuts."""
 
@@ -342,7 +454,8 @@ def supported(q_NHC: Tensor, pages_PTC: Tensor, rank: int) -> bool:
         AVAILABLE
         and q_NHC.is_cuda
         and torch.cuda.get_device_capability(q_NHC.device)[0] == 9
-        and q_NHC.dtype == pages_PTC.dtype == torch.bfloat16
+        and q_NHC.dtype == torch.bfloat16
+        and pages_PTC.dtype in (torch.bfloat16, torch.uint8)
         and pages_PTC.is_contiguous()
         and (rank, q_NHC.shape[2] - rank) == (RANK, ROPE)
         and pages_PTC.shape[1] % CUT == 0
@@ -367,15 +480,26 @@ def launch(
 ) -> None:
     """Stage 1 over `grid` (blocks of rows, splits, sequences) into `o` and `lse`; `scale` for base-2 exponents."""
     tile, stages, slots, ahead, values = how
-    latents = pages_PTC.view(-1, pages_PTC.shape[2])
-    shape, strides = list(latents.shape), list(latents.stride())
-    tiles = [tile, RANK // 2], [tile, ROPE]
-    c_desc, e_desc = (
-        TensorDescriptor(latents, shape, strides, t, gl.NVMMASharedLayout.get_default_for(t, gl.bfloat16))
-        for t in tiles
-    )
+    packed = pages_PTC.dtype == torch.uint8
+    if packed:
+        parts: Any = (
+            pages_PTC.view(torch.float8_e4m3fn),
+            pages_PTC.view(torch.float32)[..., RANK // 4 :],
+            pages_PTC.view(torch.bfloat16)[..., RANK // 2 + 8 :],
+        )
+    else:
+        latents = pages_PTC.view(-1, pages_PTC.shape[2])
+        shape, strides = list(latents.shape), list(latents.stride())
+        descs = (
+            TensorDescriptor(
+                latents, shape, strides, t, gl.NVMMASharedLayout.get_default_for(t, gl.bfloat16)
+            )
+            for t in ([tile, RANK // 2], [tile, ROPE])
+        )
+        parts = (*descs, None)
     _attend[grid](
-        c_desc, e_desc, q_NHC, table_SB, ends_S, o, lse, scale, rows, q_NHC.shape[1], width,
-        table_SB.stride(0), grid[1], ROWS=ROWS, PAGE=pages_PTC.shape[1], FIXED=fixed, DIRECT=direct, CUT=CUT,
-        STAGES=stages, SLOTS=slots, AHEAD=ahead, VALUES=values, num_warps=4,
+        *parts, q_NHC, table_SB, ends_S, o, lse, scale, rows, q_NHC.shape[1], width, table_SB.stride(0), grid[1],
+        ROWS=ROWS, TILE=tile, HALF=RANK // 2, ROPE=ROPE, PAGE=pages_PTC.shape[1], FIXED=fixed, DIRECT=direct,
+        CUT=CUT, STAGES=stages, SLOTS=slots, AHEAD=ahead, VALUES=values, FETCH=72 if packed else 24, PACKED=packed,
+        num_warps=4,
     )  # fmt: skip
