@@ -69,16 +69,6 @@ def _fetch(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _copy(codes, ropes, raw, raw_ropes, there_c, there_e):  # type: ignore[no-untyped-def]
-    """Ask for a tile of FP8 rows as they are."""
-    A: gl.constexpr = raw.shape[1] // 4
-    for part in gl.static_range(4):
-        async_copy.async_copy_global_to_shared(raw.slice(part * A, A, 1), codes + part * A, mask=there_c)
-    async_copy.async_copy_global_to_shared(raw_ropes, ropes, mask=there_e)
-    async_copy.commit_group()
-
-
-@gluon.jit
 def _decode(raw, scale, to, CODES: gl.constexpr):  # type: ignore[no-untyped-def]
     """FP8 codes times their rows' scales, from shared memory into shared memory."""
     to.store((raw.load(CODES).to(gl.float32) * scale[:, None]).to(to.dtype))
@@ -101,17 +91,19 @@ def _fetch_packed(  # type: ignore[no-untyped-def]
     TURNED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     r = gl.arange(0, TILE, gl.SliceLayout(1, CODES))
     t = gl.arange(0, TILE, gl.SliceLayout(1, TURNED))
-    codes_ptr += r[:, None] * LINE + gl.arange(0, A, gl.SliceLayout(0, CODES))[None, :]
+    codes_ptr += r[:, None] * LINE + gl.arange(0, 4 * A, gl.SliceLayout(0, CODES))[None, :]
     scales_ptr += r * (LINE // 4)
     ropes_ptr += t[:, None] * (LINE // 2) + gl.arange(0, E, gl.SliceLayout(0, TURNED))[None, :]
     for ahead in gl.static_range(2):
         key = first + ahead * TILE
         page = gl.load(table_ptr + key // PAGE, mask=key < last, other=0)
         row = (page * PAGE + (key & (PAGE - 1))).to(gl.int64)
-        _copy(
-            codes_ptr + row * LINE, ropes_ptr + row * (LINE // 2), codes.index(ahead), turned.index(ahead),
-            (key + r < last)[:, None], (key + t < last)[:, None],
-        )  # fmt: skip
+        to = codes.index(ahead), turned.index(ahead)
+        async_copy.async_copy_global_to_shared(to[0], codes_ptr + row * LINE, mask=(key + r < last)[:, None])
+        async_copy.async_copy_global_to_shared(
+            to[1], ropes_ptr + row * (LINE // 2), mask=(key + t < last)[:, None]
+        )
+        async_copy.commit_group()
     page = gl.load(table_ptr + first // PAGE, mask=first < last, other=0)
     near = scales_ptr + (page * PAGE + (first & (PAGE - 1))).to(gl.int64) * (LINE // 4)
     there = first + r < last
@@ -149,10 +141,11 @@ def _fetch_packed(  # type: ignore[no-untyped-def]
         c = gl.load(near + 2, mask=there, other=0.0)
         d = gl.load(near + 3, mask=there, other=0.0)
         row = (page * PAGE + (key & (PAGE - 1))).to(gl.int64)
-        _copy(
-            codes_ptr + row * LINE, ropes_ptr + row * (LINE // 2), raw, turned.index(tile % 2),
-            (key + r < last)[:, None], (key + t < last)[:, None],
-        )  # fmt: skip
+        async_copy.async_copy_global_to_shared(raw, codes_ptr + row * LINE, mask=(key + r < last)[:, None])
+        async_copy.async_copy_global_to_shared(
+            turned.index(tile % 2), ropes_ptr + row * (LINE // 2), mask=(key + t < last)[:, None]
+        )
+        async_copy.commit_group()
         tile += 1  # noqa: SIM113
     async_copy.wait_group(0)
 
@@ -388,7 +381,7 @@ def _attend(  # type: ignore[no-untyped-def]
     raws = (q_right, q_right)
     if PACKED:
         q_left = gl.allocate_shared_memory(dtype, [ROWS, HALF], SHARED)
-        LINES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        LINES: gl.constexpr = gl.SwizzledSharedLayout(16, 2, 8, [1, 0])
         codes = gl.allocate_shared_memory(a.dtype.element_ty, [2, TILE, 2 * HALF], LINES)
         raws = (codes, gl.allocate_shared_memory(dtype, [2, TILE, ROPE], LINES))
     q_parts = (q_left, q_right)
