@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rorqual.kernels import mla_decode_gluon, mla_decode_trio
-from rorqual.kernels.fuse import chained
+from rorqual.kernels import mla_decode_gluon, mla_decode_ring
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.quant import FP8, dequantize_fp8, quantize_fp8
 
@@ -97,11 +96,9 @@ def _attend(  # type: ignore[no-untyped-def]
     VALUE_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, ROPE_STRIDE: tl.constexpr, RANK: tl.constexpr,
     ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, FIXED: tl.constexpr,
-    DIRECT: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    DIRECT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of a sequence's `rows` = width * heads queries against one split of its keys."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
     block = tl.program_id(0)
     split = tl.program_id(1)
     s = tl.program_id(2)
@@ -184,15 +181,14 @@ def _attend(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=("rows", "heads", "splits", "total"))
 def _combine(  # type: ignore[no-untyped-def]
     part_ptr, lse_ptr, ends_ptr, starts_ptr, o_ptr, rows, heads, splits, total,
-    SIZE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr,
-    FIXED: tl.constexpr, PACKED: tl.constexpr, CHAINED: tl.constexpr,
+    SIZE: tl.constexpr, LANES: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr,
+    FIXED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One output row: the mean of its splits' results, weighted by their sums, in the order of the splits.
 
-    `rows` = places * heads a sequence. PACKED outputs have their sequences one right after another.
+    `rows` = places * heads a sequence. PACKED outputs have their sequences one right after another. Splits behind a
+    sequence's last are memory nobody wrote: they may be read, not used.
     """
-    if CHAINED:
-        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     s = row // rows
     end = tl.load(ends_ptr + s)
@@ -202,32 +198,40 @@ def _combine(  # type: ignore[no-untyped-def]
         if row % rows >= (tl.load(starts_ptr + s + 1) - start) * heads:
             return
         to = to + (start * heads - s * rows)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    lane = tl.arange(0, LANES)
+    at = lane.to(tl.int64) * total + row
+    sums = tl.load(lse_ptr + at, mask=lane < splits, other=float("-inf"))
+    if LANES == BLOCK_S:  # one round: nothing waits for the number of splits that are used
+        known = (lane < splits)[:, None] & (channel < SIZE)[None, :]
+        part = tl.load(part_ptr + at[:, None] * SIZE + channel[None, :], mask=known, other=0.0)
     if FIXED > 0:
         used = tl.cdiv(end, FIXED)
     else:
         share = tl.cdiv(tl.cdiv(end, splits), TILE) * TILE
         used = tl.cdiv(end, tl.maximum(share, 1))
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    lane = tl.arange(0, BLOCK_S)
-    peak = tl.full([BLOCK_S], float("-inf"), tl.float32)
-    for i in tl.range(0, used, BLOCK_S):
-        at = (i + lane).to(tl.int64) * total + row
-        peak = tl.maximum(peak, tl.load(lse_ptr + at, mask=i + lane < used, other=float("-inf")))
-    top = tl.max(peak, 0)
+    sums = tl.where(lane < used, sums, float("-inf"))
+    top = tl.max(sums, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
-    acc = tl.zeros([BLOCK_C], tl.float32)
-    mass = 0.0
-    for i in tl.range(0, used, BLOCK_S):
-        there = i + lane < used
-        at = (i + lane).to(tl.int64) * total + row
-        weight = tl.exp2(tl.load(lse_ptr + at, mask=there, other=float("-inf")) - top)
-        part = tl.load(
-            part_ptr + at[:, None] * SIZE + channel[None, :],
-            mask=there[:, None] & (channel < SIZE)[None, :],
-            other=0.0,
-        )
-        acc += tl.sum(part * weight[:, None], 0)
-        mass += tl.sum(weight, 0)
+    if LANES == BLOCK_S:
+        weight = tl.exp2(sums - top)
+        acc = tl.sum(tl.where((lane < used)[:, None], part, 0.0) * weight[:, None], 0)
+        mass = tl.sum(weight, 0)
+    else:
+        acc = tl.zeros([BLOCK_C], tl.float32)
+        mass = 0.0
+        for i in tl.range(0, used, BLOCK_S):
+            split = i + tl.arange(0, BLOCK_S)
+            there = split < used
+            at = split.to(tl.int64) * total + row
+            weight = tl.exp2(tl.load(lse_ptr + at, mask=there, other=float("-inf")) - top)
+            part = tl.load(
+                part_ptr + at[:, None] * SIZE + channel[None, :],
+                mask=there[:, None] & (channel < SIZE)[None, :],
+                other=0.0,
+            )
+            acc += tl.sum(part * weight[:, None], 0)
+            mass += tl.sum(weight, 0)
     acc = acc / tl.where(mass > 0, mass, 1.0)
     tl.store(o_ptr + to * SIZE + channel, acc.to(o_ptr.dtype.element_ty), mask=channel < SIZE)
 
@@ -246,7 +250,7 @@ class Config(NamedTuple):
     """Programs that run on one multiprocessor at a time."""
     gluon: bool = False
     """Whether `mla_decode_gluon` runs it."""
-    how: tuple[int, int, int, bool, int] | None = None
+    how: tuple[int, int, int, int] | None = None
 
 
 @functools.cache
@@ -299,11 +303,12 @@ def combine(
     """Stage 2: `part` `[splits, S * rows, size]` fp32 and `lse` `[splits, S * rows]` (base 2) into `o`
     `[..., size]`, whose rows are those of `part`, or with `starts_S1` only those that a sequence has."""
     splits, total, size = part.shape
-    block_s = 16 if fixed else min(32, triton.next_power_of_2(splits))
-    # The order of a sum lies in its tile's shape: the fixed form's must not depend on the number of splits.
-    block_c = min(128 if fixed or splits > 8 else 512, triton.next_power_of_2(size))
-    grid = (total, -(-size // block_c))
-    _combine[grid](
+    lanes = triton.next_power_of_2(splits)
+    if fixed:  # the order of a sum lies in its tile's shape, which must not depend on the number of splits
+        block_s, block_c = 32, 128
+    else:
+        block_s, block_c = (lanes, 4096 // max(8, lanes)) if lanes <= 32 else (128, 32)
+    _combine[(total, -(-size // block_c))](
         part,
         lse,
         ends_S,
@@ -314,13 +319,13 @@ def combine(
         splits,
         total,
         SIZE=size,
+        LANES=lanes if not fixed else 2 * max(32, lanes),
         BLOCK_S=block_s,
-        BLOCK_C=block_c,
+        BLOCK_C=min(block_c, triton.next_power_of_2(size)),
         TILE=tile,
         FIXED=fixed,
         PACKED=starts_S1 is not None,
         num_warps=4,
-        **chained(o, grid[0] * grid[1]),
     )
 
 
@@ -377,7 +382,6 @@ def _launch(
         GROUP=min(SCALED, block_c),
         FIXED=fixed,
         DIRECT=direct,
-        EARLY=not direct and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=cut.warps,
         num_stages=cut.stages,
@@ -424,7 +428,7 @@ def fast(
     exponent = scale * math.log2(math.e)
     grid = (blocks, pieces, sequences)
     if cut.gluon:
-        form: Any = partial(mla_decode_trio.launch, how=cut.how) if cut.how else mla_decode_gluon.launch
+        form: Any = partial(mla_decode_ring.launch, how=cut.how) if cut.how else mla_decode_gluon.launch
         form(
             q,
             pages_PTC,
