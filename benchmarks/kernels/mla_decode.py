@@ -2,7 +2,7 @@
 
 Checks against fp64, then times each shape (a CUDA graph's replay, L2 flushed before each) beside FlashMLA
 where it is installed.
-FORMS=a,b times those of the table below, FORMS=all all of them; CHECK_ONLY=1 only checks them.
+FORMS="a;b" times those of the table below, FORMS=all all of them; CHECK_ONLY=1 only checks them.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def main() -> None:
         child(sys.argv[1])
     else:
         asked = os.environ.get("FORMS", "chosen")
-        race("mla_decode", list(FORMS) if asked == "all" else asked.split(","))
+        race("mla_decode", list(FORMS) if asked == "all" else asked.split(";"))
 
 
 if __name__ == "__main__":
