@@ -18,6 +18,7 @@ try:
     from triton.experimental import gluon  # type: ignore[no-redef]
     from triton.experimental.gluon import language as gl  # type: ignore[no-redef]
     from triton.experimental.gluon.language.nvidia.hopper import (
+        async_copy,
         fence_async_shared,
         mbarrier,
         warpgroup_mma,
@@ -111,6 +112,48 @@ def take_queries(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def ask(codes, there, turned, turned_there, raw, rope, A: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Begin to copy a tile of FP8 rows as they are: pointers to the codes `[TILE, A]` of a first quarter and to the
+    rotary parts `[TILE, E]`. A quarter is a group of copies."""
+    for place in gl.static_range(4):
+        quarter = codes + (place % 2 * 2 + place // 2) * A
+        async_copy.async_copy_global_to_shared(raw.index(place), quarter, mask=there)
+        if place == 3:
+            async_copy.async_copy_global_to_shared(rope, turned, mask=turned_there)
+        async_copy.commit_group()
+
+
+@gluon.jit
+def multiply_out(  # type: ignore[no-untyped-def]
+    scales, here, codes, there, turned, turned_there, raw, pieces, ropes, full, free, n, CODES: gl.constexpr
+):
+    """A tile of FP8 rows asked for before, times its scales (pointers `[TILE]`), into the ring from piece n on; every
+    quarter that is done with makes room for that of the next tile, whose pointers are as in `ask`."""
+    PIECES: gl.constexpr = pieces.shape[0]
+    A: gl.constexpr = pieces.shape[2]
+    scale_0 = gl.load(scales, mask=here, other=0.0)
+    scale_1 = gl.load(scales + 2, mask=here, other=0.0)
+    scale_2 = gl.load(scales + 1, mask=here, other=0.0)
+    scale_3 = gl.load(scales + 3, mask=here, other=0.0)
+    for place in gl.static_range(4):
+        scale = scale_0 if place == 0 else scale_1 if place == 1 else scale_2 if place == 2 else scale_3
+        stage = n % PIECES
+        async_copy.wait_group(3)
+        mbarrier.wait(free.index(stage), ((n // PIECES) & 1) ^ 1)
+        value = raw.index(place).load(CODES).to(gl.float32) * scale[:, None]
+        pieces.index(stage).store(value.to(pieces.dtype))
+        fence_async_shared()
+        mbarrier.arrive(full.index(stage))
+        quarter = codes + (place % 2 * 2 + place // 2) * A
+        async_copy.async_copy_global_to_shared(raw.index(place), quarter, mask=there)
+        if place == 3:
+            rope = ropes.index((n // 4 + 1) % 2)
+            async_copy.async_copy_global_to_shared(rope, turned, mask=turned_there)
+        async_copy.commit_group()
+        n += 1
+
+
+@gluon.jit
 def multiply(  # type: ignore[no-untyped-def]
     q, pieces, ropes, full, tile, E: gl.constexpr, COPIED: gl.constexpr, S: gl.constexpr
 ):
@@ -188,16 +231,16 @@ def add(  # type: ignore[no-untyped-def]
     # Two products of 128 channels: the assembler has no room for 256 with so many warps.
     low = gl.zeros([ROWS, A], gl.float32, O)
     high = gl.zeros([ROWS, A], gl.float32, O)
-    for _ in range(tiles):
-        n = 4 * tile + HALF
+    for j in range(tiles):
+        n = 4 * (tile + j) + HALF
         here = n % PIECES
         after = (n + 2) % PIECES
-        slot = turn % SLOTS
+        slot = (turn + j) % SLOTS
         mbarrier.wait(full.index(here), (n // PIECES) & 1)
         mbarrier.wait(full.index(after), ((n + 2) // PIECES) & 1)
         if COPIED:
             fence_async_shared()
-        mbarrier.wait(p_full.index(slot), (turn // SLOTS) & 1)
+        mbarrier.wait(p_full.index(slot), ((turn + j) // SLOTS) & 1)
         fade = fades.index(slot).load(LINE)[:, None]
         low = low * fade
         high = high * fade
@@ -208,8 +251,7 @@ def add(  # type: ignore[no-untyped-def]
         low, high = warpgroup_mma_wait(0, deps=[low, high])
         mbarrier.arrive(free.index(after))
         mbarrier.arrive(p_free.index(slot))
-        tile += 1  # noqa: SIM113
-        turn += 1  # noqa: SIM113
+    turn += tiles
     slot = turn % SLOTS
     mbarrier.wait(p_full.index(slot), (turn // SLOTS) & 1)
     fade = fades.index(slot).load(LINE)[:, None]

@@ -284,7 +284,7 @@ def configure(rows: int, heads: int, fixed: bool, fp8: bool, hopper: bool) -> Co
     if rows <= 32 and not fp8:
         return Config(32, 32, 4, 3, 2)
     if hopper:
-        return Config(mla_decode_gluon.ROWS, mla_decode_gluon.PAIR, 8, 1, 1, True)
+        return Config(mla_decode_gluon.ROWS, mla_decode_gluon.TILE, 16, 1, 1, True)
     return Config(64, 32, 8, 3, 1) if fp8 else Config(64, 64, 8, 2, 1)
 
 
