@@ -46,10 +46,10 @@ FORMS: dict[str, Config | None] = {
     "chosen": None,
     "fixed": None,
     "fp8": None,
-    "ring": Config(64, 64, 16, 1, 1, True, (10, 2, 160, 24)),
-    "ring of 8": Config(64, 64, 16, 1, 1, True, (8, 2, 160, 24)),
-    "ring, one weight": Config(64, 64, 16, 1, 1, True, (10, 1, 160, 24)),
-    "ring fp8": Config(64, 64, 16, 1, 1, True, (6, 2, 160, 80)),
+    "ring": Config(64, 64, 16, 1, 1, True, (2, 10, False)),
+    "ring ahead": Config(64, 64, 16, 1, 1, True, (1, 9, True)),
+    "ring ahead, no held": Config(64, 64, 16, 1, 1, True, (0, 8, True)),
+    "duo": Config(64, 64, 16, 1, 1, True, (4, 0, False)),
     "16 x 32, 4 warps, 3 stages": Config(16, 32, 4, 3, 2),
 }
 """Cuts to compare; a cut runs the shapes whose rows fill it but for a half."""

@@ -157,7 +157,7 @@ def multiply_out(  # type: ignore[no-untyped-def]
 def multiply(  # type: ignore[no-untyped-def]
     q, pieces, ropes, full, tile, E: gl.constexpr, COPIED: gl.constexpr, S: gl.constexpr
 ):
-    """The scores of tile number `tile`. COPIED: ordinary copies brought it, not TMA."""
+    """Ask for the scores of tile number `tile`. COPIED: ordinary copies brought it, not TMA."""
     q_0, q_1, q_2, q_3, q_e = q
     ROWS: gl.constexpr = q_3.shape[0]
     PIECES: gl.constexpr = pieces.shape[0]
@@ -186,7 +186,7 @@ def multiply(  # type: ignore[no-untyped-def]
     score = warpgroup_mma(q_3, pieces.index(n % PIECES).permute((1, 0)), score, is_async=True)
     if E > 0:
         score = warpgroup_mma(q_e, ropes.index(tile % 2).permute((1, 0)), score, is_async=True)
-    return warpgroup_mma_wait(0, deps=[score])
+    return score
 
 
 @gluon.jit

@@ -8,13 +8,12 @@ and are put together by their log-sum-exp (stage 2, `combine`). Which form runs 
 
 import functools
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rorqual.kernels import mla_decode_gluon, mla_decode_ring
+from rorqual.kernels import mla_decode_duo, mla_decode_gluon
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.quant import FP8, dequantize_fp8, quantize_fp8
 
@@ -223,10 +222,10 @@ def _combine(  # type: ignore[no-untyped-def]
         for i in tl.range(0, used, BLOCK_S):
             split = i + tl.arange(0, BLOCK_S)
             there = split < used
-            at = split.to(tl.int64) * total + row
-            weight = tl.exp2(tl.load(lse_ptr + at, mask=there, other=float("-inf")) - top)
+            place = split.to(tl.int64) * total + row
+            weight = tl.exp2(tl.load(lse_ptr + place, mask=there, other=float("-inf")) - top)
             part = tl.load(
-                part_ptr + at[:, None] * SIZE + channel[None, :],
+                part_ptr + place[:, None] * SIZE + channel[None, :],
                 mask=there[:, None] & (channel < SIZE)[None, :],
                 other=0.0,
             )
@@ -250,7 +249,8 @@ class Config(NamedTuple):
     """Programs that run on one multiprocessor at a time."""
     gluon: bool = False
     """Whether `mla_decode_gluon` runs it."""
-    how: tuple[int, int, int, int] | None = None
+    how: tuple[int, int, bool] | None = None
+    """Its ring: quarters of the queries in registers, pieces, whether scores are asked for a tile ahead."""
 
 
 @functools.cache
@@ -428,8 +428,8 @@ def fast(
     exponent = scale * math.log2(math.e)
     grid = (blocks, pieces, sequences)
     if cut.gluon:
-        form: Any = partial(mla_decode_ring.launch, how=cut.how) if cut.how else mla_decode_gluon.launch
-        form(
+        form: Any = mla_decode_duo if cut.how == (4, 0, False) else mla_decode_gluon
+        form.launch(
             q,
             pages_PTC,
             table_SB,
@@ -442,6 +442,7 @@ def fast(
             width=width,
             fixed=fixed,
             direct=direct,
+            how=cut.how,
         )
     else:
         _launch(q, pages_PTC, table_SB, ends_S, part, lse, cut, grid, exponent, width, rank, fixed, direct)

@@ -35,6 +35,7 @@ try:
         fence_async_shared,
         mbarrier,
         tma,
+        warpgroup_mma_wait,
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 except ImportError:  # Triton too old, or none: `supported` says so
@@ -131,14 +132,38 @@ def _clear(piece, there):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def _tidy(pieces, ropes, full, tile, there, CLEAN: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Zero what lies in the last tile past its `there` keys, once it is there."""
+    PIECES: gl.constexpr = pieces.shape[0]
+    TILE: gl.constexpr = pieces.shape[1]
+    if not CLEAN:
+        if there < TILE:
+            for place in gl.static_range(4):
+                n = 4 * tile + place
+                mbarrier.wait(full.index(n % PIECES), (n // PIECES) & 1)
+                _clear(pieces.index(n % PIECES), there)
+            _clear(ropes.index(tile % 2), there)
+            fence_async_shared()
+
+
+@gluon.jit
+def _hide(score, start, whole, open_to, S: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Scores of keys from `start` on, those past a row's own position -inf; the first `whole` keys all rows see."""
+    TILE: gl.constexpr = score.shape[1]
+    if start + TILE > whole:
+        key = start + gl.arange(0, TILE, gl.SliceLayout(0, S))
+        score = gl.where(key[None, :] <= open_to[:, None], score, -float("inf"))
+    return score
+
+
+@gluon.jit
 def _scores(  # type: ignore[no-untyped-def]
-    q_ptr, at, queries, pieces, ropes, weights, fades, bars, lse_ptr, first, last, scale, base, block, rows, held,
-    heads, end, width,
-    HELD: gl.constexpr, DIRECT: gl.constexpr, PACKED: gl.constexpr,
+    q_ptr, at, queries, pieces, ropes, weights, fades, bars, lse_ptr, first, last, tiles, scale, base, block, rows,
+    held, heads, end, width,
+    HELD: gl.constexpr, AHEAD: gl.constexpr, DIRECT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """The group of the scores."""
     full, _free, p_full, p_free = bars
-    PIECES: gl.constexpr = pieces.shape[0]
     TILE: gl.constexpr = pieces.shape[1]
     A: gl.constexpr = pieces.shape[2]
     E: gl.constexpr = ropes.shape[2]
@@ -155,24 +180,29 @@ def _scores(  # type: ignore[no-untyped-def]
     # The lowest finite number, not -inf: a fade of exp2(-inf + inf) would be NaN.
     peak = gl.full([ROWS], -1e30, gl.float32, LINE)
     total = gl.zeros([ROWS], gl.float32, LINE)
-    tile = 0
-    for start in range(first, last, TILE):
-        if not PACKED:
-            if last - start < TILE:
-                for place in gl.static_range(4):
-                    stage = (4 * tile + place) % PIECES
-                    mbarrier.wait(full.index(stage), ((4 * tile + place) // PIECES) & 1)
-                    _clear(pieces.index(stage), last - start)
-                _clear(ropes.index(tile % 2), last - start)
-                fence_async_shared()
-        score = multiply(operands, pieces, ropes, full, tile, E, False, S)
-        if start + TILE > whole:
-            key = start + gl.arange(0, TILE, gl.SliceLayout(0, S))
-            score = gl.where(key[None, :] <= open_to[:, None], score, -float("inf"))
-        peak, total = weigh(score, peak, total, scale, weights, fades, p_full, p_free, tile)
-        tile += 1  # noqa: SIM113
+    if AHEAD:
+        if tiles > 0:
+            _tidy(pieces, ropes, full, 0, last - first, PACKED)
+            score = multiply(operands, pieces, ropes, full, 0, E, False, S)
+            score = warpgroup_mma_wait(0, deps=[score])
+            for tile in range(tiles - 1):
+                start = first + tile * TILE
+                _tidy(pieces, ropes, full, tile + 1, last - start - TILE, PACKED)
+                following = multiply(operands, pieces, ropes, full, tile + 1, E, False, S)
+                score = _hide(score, start, whole, open_to, S)
+                peak, total = weigh(score, peak, total, scale, weights, fades, p_full, p_free, tile)
+                score = warpgroup_mma_wait(0, deps=[following])
+            score = _hide(score, first + tiles * TILE - TILE, whole, open_to, S)
+            peak, total = weigh(score, peak, total, scale, weights, fades, p_full, p_free, tiles - 1)
+    else:
+        for tile in range(tiles):
+            start = first + tile * TILE
+            _tidy(pieces, ropes, full, tile, last - start, PACKED)
+            score = multiply(operands, pieces, ropes, full, tile, E, False, S)
+            score = _hide(warpgroup_mma_wait(0, deps=[score]), start, whole, open_to, S)
+            peak, total = weigh(score, peak, total, scale, weights, fades, p_full, p_free, tile)
     known = gl.where(total > 0, total, 1.0)
-    finish(1.0 / known, fades, p_full, p_free, tile)
+    finish(1.0 / known, fades, p_full, p_free, tiles)
     if not DIRECT:
         to = base.to(gl.int64) + row
         gl.store(lse_ptr + to, gl.where(total > 0, peak + gl.log2(known), -float("inf")), mask=row < held)
@@ -200,7 +230,7 @@ def _attend(  # type: ignore[no-untyped-def]
     a, b, c, q_ptr, table_ptr, ends_ptr, o_ptr, lse_ptr, scale, rows, heads, width, table_stride, splits,
     ROWS: gl.constexpr, TILE: gl.constexpr, A: gl.constexpr, E: gl.constexpr, PAGE: gl.constexpr,
     FIXED: gl.constexpr, DIRECT: gl.constexpr, HELD: gl.constexpr, PIECES: gl.constexpr, SLOTS: gl.constexpr,
-    VALUES: gl.constexpr, FETCH: gl.constexpr, PACKED: gl.constexpr,
+    VALUES: gl.constexpr, FETCH: gl.constexpr, AHEAD: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """As `mla_decode._attend`: ROWS of a sequence's queries against one split of its keys. PACKED pages come as
     pointers to codes, scales and rotary parts, others as descriptors of a tile's quarter and of its rotary part."""
@@ -234,8 +264,8 @@ def _attend(  # type: ignore[no-untyped-def]
             (
                 _scores,
                 (
-                    q_ptr, s * rows, queries, pieces, ropes, weights, fades, bars, lse_ptr, first, last, scale, base,
-                    block, rows, held, heads, end, width, HELD, DIRECT, PACKED,
+                    q_ptr, s * rows, queries, pieces, ropes, weights, fades, bars, lse_ptr, first, last, tiles, scale,
+                    base, block, rows, held, heads, end, width, HELD, AHEAD, DIRECT, PACKED,
                 ),
             ),
             (_values, (pieces, weights, fades, bars, o_ptr, tiles, base, block, written, 0)),
@@ -279,10 +309,11 @@ def launch(
     width: int,
     fixed: int,
     direct: bool,
+    how: tuple[int, int, bool] | None = None,
 ) -> None:
     """Stage 1 over `grid` (blocks of rows, splits, sequences) into `o` and `lse`; `scale` for base-2 exponents."""
     quarter, packed = RANK // 4, pages_PTC.dtype == torch.uint8
-    held, pieces, fetch = (0, 6, 80) if packed else (2, 10, 24)
+    held, pieces, ahead = how or ((0, 6, False) if packed else (2, 10, False))
     if packed:
         source: Any = (
             pages_PTC.view(torch.float8_e4m3fn),
@@ -302,5 +333,5 @@ def launch(
     _attend[grid](
         *source, q_NHC, table_SB, ends_S, o, lse, scale, rows, q_NHC.shape[1], width, table_SB.stride(0), grid[1],
         ROWS=ROWS, TILE=TILE, A=quarter, E=ROPE, PAGE=pages_PTC.shape[1], FIXED=fixed, DIRECT=direct, HELD=held,
-        PIECES=pieces, SLOTS=SLOTS, VALUES=VALUES, FETCH=fetch, PACKED=packed, num_warps=4,
+        PIECES=pieces, SLOTS=SLOTS, VALUES=VALUES, FETCH=80 if packed else 24, AHEAD=ahead, PACKED=packed, num_warps=4,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rorqual.kernels import mla_sparse_gluon, mla_sparse_ring
+from rorqual.kernels import mla_sparse_gluon
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.mla_prefill import LOG2_E, decode_pages, split_fp8_pages
 
@@ -181,8 +181,7 @@ def fast(
         split_fp8_pages(pages_PTC, rank, C - rank) if quantized else (pages_PTC, pages_PTC, pages_PTC)
     )
     if hopper:
-        form: Any = mla_sparse_ring.launch if "how" in options else mla_sparse_gluon.launch
-        form(q_NHC, pages, slots_NK, parts, part_sums, share, scale=scale, **options)
+        mla_sparse_gluon.launch(q_NHC, pages, slots_NK, parts, part_sums, share, scale=scale, **options)
     else:
         page_size = pages_PTC.shape[1]
         _sparse[(N * head_blocks, splits)](
