@@ -239,7 +239,8 @@ def child(name: str) -> None:
         for shape, peer in SHAPES.items():
             heads, batch, _, width = shape
             rows = width * heads
-            if cut is not None and not cut.how and not (cut.block_m // 2 < rows <= cut.block_m or cut.block_m == 64 < rows):
+            fills = cut is None or cut.gluon or cut.block_m // 2 < rows <= cut.block_m
+            if not fills:
                 continue
             q, pages, table, ends = make(*shape)
             latents = pack_latents(pages, RANK) if fp8 else pages
@@ -259,7 +260,8 @@ def child(name: str) -> None:
             times = ((median_us(partial(one, splits=n)), n) for n in tries)
             row = in_a_row_us([partial(one, splits=None), partial(op, q, latents.clone(), splits=None)])
             plain = launched_us(one)
-            print(f"   {shape} row {row:.1f} us, launched {plain:.1f} us, " + ", ".join(f"x{n} {us:.1f} us" for us, n in times))
+            beside = f"in a row {row:.1f} us, launched {plain:.1f} us, "
+            print(f"   {shape} {beside}" + ", ".join(f"x{n} {us:.1f} us" for us, n in times))
 
 
 def main() -> None:

@@ -226,7 +226,7 @@ def add(  # type: ignore[no-untyped-def]
     A: gl.constexpr = pieces.shape[2]
     SLOTS: gl.constexpr = weights.shape[0]
     ROWS: gl.constexpr = weights.shape[1]
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, A, 16])  # noqa: E741
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, A, 16])
     LINE: gl.constexpr = gl.SliceLayout(1, O)
     # Two products of 128 channels: the assembler has no room for 256 with so many warps.
     low = gl.zeros([ROWS, A], gl.float32, O)

@@ -2,10 +2,8 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from rorqual.kernels.gpu import INSTALLED
 from rorqual.kernels.mla_decode_gluon import _clear
 
 gluon: Any
@@ -73,7 +71,7 @@ def _lead(  # type: ignore[no-untyped-def]
     C: gl.constexpr = q_c.shape[1]
     E: gl.constexpr = q_e.shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, A, 16])  # noqa: E741
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, A, 16])
     LINE: gl.constexpr = gl.SliceLayout(1, S)
     Q: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     q_row = block * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, Q))
@@ -149,7 +147,7 @@ def _lead(  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _write(  # type: ignore[no-untyped-def]
-    o_ptr, acc, base, block, rows, COLUMN: gl.constexpr, RANK: gl.constexpr, O: gl.constexpr  # noqa: E741
+    o_ptr, acc, base, block, rows, COLUMN: gl.constexpr, RANK: gl.constexpr, O: gl.constexpr
 ):
     m = block * acc.shape[0] + gl.arange(0, acc.shape[0], gl.SliceLayout(1, O))
     channel = COLUMN + gl.arange(0, acc.shape[1], gl.SliceLayout(0, O))

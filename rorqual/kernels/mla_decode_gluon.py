@@ -73,7 +73,9 @@ def _fetch(  # type: ignore[no-untyped-def]
                 tma.async_copy_global_to_shared(e_desc, [row, 4 * A], bar, ropes.index((n // 4) % 2))
             else:
                 mbarrier.expect(bar, c_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(c_desc, [row, (place % 2 * 2 + place // 2) * A], bar, pieces.index(stage))
+            tma.async_copy_global_to_shared(
+                c_desc, [row, (place % 2 * 2 + place // 2) * A], bar, pieces.index(stage)
+            )
             n += 1
 
 
@@ -114,7 +116,7 @@ def _fetch_packed(  # type: ignore[no-untyped-def]
             scales, start + r < last, codes, there, turned, (key + t < last)[:, None], raw, pieces, ropes, full, free,
             n, CODES,
         )  # fmt: skip
-        n += 4  # noqa: SIM113
+        n += 4
     async_copy.wait_group(0)
 
 
@@ -136,7 +138,7 @@ def _tidy(pieces, ropes, full, tile, there, CLEAN: gl.constexpr):  # type: ignor
     """Zero what lies in the last tile past its `there` keys, once it is there."""
     PIECES: gl.constexpr = pieces.shape[0]
     TILE: gl.constexpr = pieces.shape[1]
-    if not CLEAN:
+    if not CLEAN:  # noqa: SIM102 (what is known to the compiler stands alone)
         if there < TILE:
             for place in gl.static_range(4):
                 n = 4 * tile + place
@@ -215,7 +217,7 @@ def _values(  # type: ignore[no-untyped-def]
     """A group of the values: half HALF of the channels."""
     A: gl.constexpr = pieces.shape[2]
     ROWS: gl.constexpr = weights.shape[1]
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, A, 16])  # noqa: E741
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, A, 16])
     low, high = add(pieces, weights, fades, bars, 0, 0, tiles, HALF, False)
     m = block * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, O))
     channel = 2 * HALF * A + gl.arange(0, A, gl.SliceLayout(0, O))
@@ -324,9 +326,7 @@ def launch(
         latents = pages_PTC.view(-1, pages_PTC.shape[2])
         shape, strides = list(latents.shape), list(latents.stride())
         descs = (
-            TensorDescriptor(
-                latents, shape, strides, t, gl.NVMMASharedLayout.get_default_for(t, gl.bfloat16)
-            )
+            TensorDescriptor(latents, shape, strides, t, gl.NVMMASharedLayout.get_default_for(t, gl.bfloat16))
             for t in ([TILE, quarter], [TILE, ROPE])
         )
         source = (*descs, None)
