@@ -2,7 +2,7 @@
 
 Checks against fp64, then times each shape (a CUDA graph's replay, L2 flushed before each) beside FlashMLA
 where it is installed.
-FORMS="a;b" times those of the table below, FORMS=all all of them; CHECK_ONLY=1 only checks them.
+SWEEP=1 times all FORMS, FORMS="a;b" those named; CHECK_ONLY=1 only checks them.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def main() -> None:
         atexit.register((Path(os.environ["RACE"]) / f"{os.getpid()}.ready").touch)
         child(sys.argv[1])
     else:
-        asked = os.environ.get("FORMS", "chosen")
+        asked = os.environ.get("FORMS", "all" if os.environ.get("SWEEP") == "1" else "chosen")
         race("mla_decode", list(FORMS) if asked == "all" else asked.split(";"))
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rorqual.kernels import mla_decode_duo, mla_decode_gluon
+from rorqual.kernels import latent_gluon, mla_decode_duo, mla_decode_gluon
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.quant import FP8, dequantize_fp8, quantize_fp8
 
@@ -291,7 +291,7 @@ def configure(rows: int, heads: int, fixed: bool, fp8: bool, hopper: bool) -> Co
     if rows <= 32 and not fp8:
         return Config(32, 32, 4, 3, 2)
     if hopper:
-        return Config(mla_decode_gluon.ROWS, mla_decode_gluon.TILE, 16, 1, 1, True)
+        return Config(latent_gluon.ROWS, latent_gluon.TILE, 16, 1, 1, True)
     return Config(64, 32, 8, 3, 1) if fp8 else Config(64, 64, 8, 2, 1)
 
 
