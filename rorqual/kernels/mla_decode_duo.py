@@ -132,7 +132,7 @@ def _lead(  # type: ignore[no-untyped-def]
         acc = warpgroup_mma(operand, k_a.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(free_a.index(stage))
-        tile += 1  # noqa: SIM113
+        tile += 1
     known = gl.where(total > 0, total, 1.0)
     part = 1.0 / known
     mbarrier.wait(p_free, (tile & 1) ^ 1)
@@ -183,7 +183,7 @@ def _follow(k_parts, p_tile, fades, bars, o_ptr, first, last, base, block, rows)
         acc_b, acc_c = warpgroup_mma_wait(0, deps=[acc_b, acc_c])
         mbarrier.arrive(p_free)
         mbarrier.arrive(free_b.index(stage))
-        tile += 1  # noqa: SIM113
+        tile += 1
     mbarrier.wait(p_full, tile & 1)
     part = fades.load(gl.SliceLayout(1, C_O))
     _write(o_ptr, acc_c * part[:, None], base, block, rows, 2 * A, 4 * A, C_O)
