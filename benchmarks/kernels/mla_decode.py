@@ -46,10 +46,7 @@ FORMS: dict[str, Config | None] = {
     "chosen": None,
     "fixed": None,
     "fp8": None,
-    "ring": Config(64, 64, 16, 1, 1, True, (2, 10, False)),
-    "ring ahead": Config(64, 64, 16, 1, 1, True, (1, 9, True)),
-    "ring ahead, no held": Config(64, 64, 16, 1, 1, True, (0, 8, True)),
-    "duo": Config(64, 64, 16, 1, 1, True, (4, 0, False)),
+    "hopper": Config(64, 64, 12, 1, 1, True),
     "16 x 32, 4 warps, 3 stages": Config(16, 32, 4, 3, 2),
 }
 """Cuts to compare; a cut runs the shapes whose rows fill it but for a half."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rorqual.kernels import latent_gluon, mla_decode_duo, mla_decode_gluon
+from rorqual.kernels import mla_decode_gluon, mla_decode_gluon_fp8
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.quant import FP8, dequantize_fp8, quantize_fp8
 
@@ -251,9 +251,7 @@ class Config(NamedTuple):
     resident: int
     """Programs that run on one multiprocessor at a time."""
     gluon: bool = False
-    """Whether `mla_decode_gluon` runs it."""
-    how: tuple[int, int, bool] | None = None
-    """Its ring: quarters of the queries in registers, pieces, whether scores are asked for a tile ahead."""
+    """Whether `mla_decode_gluon`, or `mla_decode_gluon_fp8`, runs it."""
 
 
 WIDE = Config(16, 16, 8, 1, 1)
@@ -282,16 +280,18 @@ def choose_splits(units: int, capacity: int, slots: int, tile: int) -> int:
     return min(range(1, most + 1), key=lambda splits: (cost(splits), splits))
 
 
-def configure(rows: int, heads: int, fixed: bool, fp8: bool, hopper: bool) -> Config:
-    """The cut for `rows` = width * heads queries a sequence, in Gluon where it is `hopper`'s case. The fixed form may
-    look at `heads` alone."""
+def configure(rows: int, heads: int, crowded: bool, fixed: bool, fp8: bool, hopper: bool) -> Config:
+    """The cut for `rows` = width * heads queries a sequence, in Gluon where it is `hopper`'s case; `crowded`: more
+    sequences than multiprocessors. The fixed form may look at `heads` alone."""
+    gluon = Config(mla_decode_gluon.ROWS, mla_decode_gluon.TILE, 12, 1, 1, True)
     rows = heads if fixed else rows
     if rows <= 16:
-        return Config(16, 32, 4, 3, 2)
+        # Most of Gluon's 64 rows are empty, which costs nothing unless bf16 programs come in more than one turn.
+        return gluon if hopper and not fixed and (fp8 or not crowded) else Config(16, 32, 4, 3, 2)
+    if hopper and not (fixed and rows <= 32 and not fp8):
+        return gluon
     if rows <= 32 and not fp8:
         return Config(32, 32, 4, 3, 2)
-    if hopper:
-        return Config(latent_gluon.ROWS, latent_gluon.TILE, 16, 1, 1, True)
     return Config(64, 32, 8, 3, 1) if fp8 else Config(64, 64, 8, 2, 1)
 
 
@@ -428,7 +428,9 @@ def fast(
     if tokens == 0:
         return out
     fixed = FIXED_KEYS if splits == "fixed" else 0
-    cut = config or configure(rows, heads, bool(fixed), fp8, mla_decode_gluon.supported(q, pages_PTC, rank))
+    form = mla_decode_gluon_fp8 if fp8 else mla_decode_gluon
+    crowded, hopper = sequences > processors(q.device), form.supported(q, pages_PTC, rank)
+    cut = config or configure(rows, heads, crowded, bool(fixed), fp8, hopper)
     if config is None and q.dtype == torch.float32 and rank > 128:
         cut = WIDE
     blocks, capacity = -(-rows // cut.block_m), table_SB.shape[1] * size
@@ -448,7 +450,6 @@ def fast(
     exponent = scale * math.log2(math.e)
     grid = (blocks, pieces, sequences)
     if cut.gluon:
-        form: Any = mla_decode_duo if cut.how == (4, 0, False) else mla_decode_gluon
         form.launch(
             q,
             pages_PTC,
@@ -462,7 +463,6 @@ def fast(
             width=width,
             fixed=fixed,
             direct=direct,
-            how=cut.how,
         )
     else:
         _launch(q, pages_PTC, table_SB, ends_S, part, lse, cut, grid, exponent, width, rank, fixed, direct)

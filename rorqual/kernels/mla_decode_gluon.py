@@ -1,7 +1,9 @@
-"""Stage 1 of `mla_decode` for Hopper in Gluon; `latent_gluon` says how it works.
+"""Stage 1 of `mla_decode` for Hopper in Gluon: two groups of four warps share 64 rows, one warp fetches tiles by TMA.
 
-bf16 pages are fetched by one warp by TMA, and half of the queries live in registers, which leaves shared memory for
-more of the ring; FP8 pages are fetched as they are and multiplied out by four warps.
+64 rows' values are 64 x 512 fp32, half of a multiprocessor's registers. The first group makes the scores of a tile of
+64 keys, takes the softmax, leaves the weights where the second finds them and adds the first quarter of the channels;
+the second adds the rest while the first is at the next tile. Two tiles fit beside the queries; each comes and goes in
+parts, as the groups are done with them.
 """
 
 from typing import Any
@@ -10,20 +12,6 @@ import torch
 from torch import Tensor
 
 from rorqual.kernels.gpu import INSTALLED
-from rorqual.kernels.latent_gluon import (
-    ROWS,
-    SLOTS,
-    TILE,
-    VALUES,
-    add,
-    allocate,
-    ask,
-    finish,
-    multiply,
-    multiply_out,
-    take_queries,
-    weigh,
-)
 
 gluon: Any
 gl: Any
@@ -31,10 +19,10 @@ try:
     from triton.experimental import gluon  # type: ignore[no-redef]
     from triton.experimental.gluon import language as gl  # type: ignore[no-redef]
     from triton.experimental.gluon.language.nvidia.hopper import (
-        async_copy,
         fence_async_shared,
         mbarrier,
         tma,
+        warpgroup_mma,
         warpgroup_mma_wait,
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -46,78 +34,44 @@ except ImportError:  # Triton too old, or none: `supported` says so
 else:
     AVAILABLE = INSTALLED
 
+ROWS = 64
+TILE = 64
+"""Keys of a tile; a split holds whole tiles, a page too."""
+
 RANK, ROPE = 512, 64
 """The latents of every released model."""
 
 
 @gluon.jit
 def _fetch(  # type: ignore[no-untyped-def]
-    c_desc, e_desc, _ptr, _raw, pieces, ropes, bars, table_ptr, first, last, PAGE: gl.constexpr
+    a_desc, c_desc, e_desc, k_parts, bars, table_ptr, first, last, PAGE: gl.constexpr
 ):
-    """The fetching warp."""
-    full, free, _p_full, _p_free = bars
-    PIECES: gl.constexpr = pieces.shape[0]
-    TILE: gl.constexpr = pieces.shape[1]
-    A: gl.constexpr = pieces.shape[2]
+    """The fetching warp. The second group's parts are free first."""
+    k_a, k_b, k_c, k_e = k_parts
+    full_a, full_b, full_c, free_a, free_b, _p_full, _p_free = bars
+    STAGES: gl.constexpr = k_a.shape[0]
+    TILE: gl.constexpr = k_a.shape[1]
+    A: gl.constexpr = k_a.shape[2]
     page = gl.load(table_ptr + first // PAGE, mask=first < last, other=0)
-    n = 0
+    tile = 0
     for start in range(first, last, TILE):
         row = page * PAGE + (start & (PAGE - 1))
         page = gl.load(table_ptr + gl.minimum(start + TILE, last - 1) // PAGE)
-        for place in gl.static_range(4):
-            stage = n % PIECES
-            mbarrier.wait(free.index(stage), ((n // PIECES) & 1) ^ 1)
-            bar = full.index(stage)
-            if place == 3:
-                mbarrier.expect(bar, c_desc.block_type.nbytes + e_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(e_desc, [row, 4 * A], bar, ropes.index((n // 4) % 2))
-            else:
-                mbarrier.expect(bar, c_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                c_desc, [row, (place % 2 * 2 + place // 2) * A], bar, pieces.index(stage)
-            )
-            n += 1
-
-
-@gluon.jit
-def _fetch_packed(  # type: ignore[no-untyped-def]
-    codes_ptr, scales_ptr, ropes_ptr, raw, pieces, ropes, bars, table_ptr, first, last, PAGE: gl.constexpr
-):
-    """The fetching warps of FP8 pages."""
-    full, free, _p_full, _p_free = bars
-    TILE: gl.constexpr = pieces.shape[1]
-    A: gl.constexpr = pieces.shape[2]
-    E: gl.constexpr = ropes.shape[2]
-    LINE: gl.constexpr = 4 * A + 16 + 2 * E
-    CODES: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
-    TURNED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    r = gl.arange(0, TILE, gl.SliceLayout(1, CODES))
-    t = gl.arange(0, TILE, gl.SliceLayout(1, TURNED))
-    codes_ptr += r[:, None] * LINE + gl.arange(0, A, gl.SliceLayout(0, CODES))[None, :]
-    scales_ptr += r * (LINE // 4)
-    ropes_ptr += t[:, None] * (LINE // 2) + gl.arange(0, E, gl.SliceLayout(0, TURNED))[None, :]
-    page = gl.load(table_ptr + first // PAGE, mask=first < last, other=0)
-    row = (page * PAGE + (first & (PAGE - 1))).to(gl.int64)
-    page = gl.load(table_ptr + (first + TILE) // PAGE, mask=first + TILE < last, other=0)
-    there = (first + r < last)[:, None]
-    turned_there = (first + t < last)[:, None]
-    codes = codes_ptr + row * LINE
-    ask(codes, there, ropes_ptr + row * (LINE // 2), turned_there, raw, ropes.index(0), A)
-    n = 0
-    for start in range(first, last, TILE):
-        scales = scales_ptr + row * (LINE // 4)
-        key = start + TILE
-        row = (page * PAGE + (key & (PAGE - 1))).to(gl.int64)
-        page = gl.load(table_ptr + (key + TILE) // PAGE, mask=key + TILE < last, other=0)
-        codes = codes_ptr + row * LINE
-        there = (key + r < last)[:, None]
-        turned = ropes_ptr + row * (LINE // 2)
-        multiply_out(
-            scales, start + r < last, codes, there, turned, (key + t < last)[:, None], raw, pieces, ropes, full, free,
-            n, CODES,
-        )  # fmt: skip
-        n += 4
-    async_copy.wait_group(0)
+        stage = tile % STAGES
+        parity = ((tile // STAGES) & 1) ^ 1
+        mbarrier.wait(free_b.index(stage), parity)
+        bar = full_b.index(stage)
+        mbarrier.expect(bar, a_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(a_desc, [row, A], bar, k_b.index(stage))
+        bar = full_c.index(stage)
+        mbarrier.expect(bar, c_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(c_desc, [row, 2 * A], bar, k_c.index(stage))
+        mbarrier.wait(free_a.index(stage), parity)
+        bar = full_a.index(stage)
+        mbarrier.expect(bar, a_desc.block_type.nbytes + e_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(a_desc, [row, 0], bar, k_a.index(stage))
+        tma.async_copy_global_to_shared(e_desc, [row, 4 * A], bar, k_e.index(stage))
+        tile += 1  # noqa: SIM113
 
 
 @gluon.jit
@@ -134,108 +88,155 @@ def _clear(piece, there):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _tidy(pieces, ropes, full, tile, there, CLEAN: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Zero what lies in the last tile past its `there` keys, once it is there."""
-    PIECES: gl.constexpr = pieces.shape[0]
-    TILE: gl.constexpr = pieces.shape[1]
-    if not CLEAN:  # noqa: SIM102 (what is known to the compiler stands alone)
-        if there < TILE:
-            for place in gl.static_range(4):
-                n = 4 * tile + place
-                mbarrier.wait(full.index(n % PIECES), (n // PIECES) & 1)
-                _clear(pieces.index(n % PIECES), there)
-            _clear(ropes.index(tile % 2), there)
-            fence_async_shared()
-
-
-@gluon.jit
-def _hide(score, start, whole, open_to, S: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Scores of keys from `start` on, those past a row's own position -inf; the first `whole` keys all rows see."""
-    TILE: gl.constexpr = score.shape[1]
-    if start + TILE > whole:
-        key = start + gl.arange(0, TILE, gl.SliceLayout(0, S))
-        score = gl.where(key[None, :] <= open_to[:, None], score, -float("inf"))
-    return score
-
-
-@gluon.jit
-def _scores(  # type: ignore[no-untyped-def]
-    q_ptr, at, queries, pieces, ropes, weights, fades, bars, lse_ptr, first, last, tiles, scale, base, block, rows,
-    held, heads, end, width,
-    HELD: gl.constexpr, AHEAD: gl.constexpr, DIRECT: gl.constexpr, PACKED: gl.constexpr,
+def _lead(  # type: ignore[no-untyped-def]
+    q_ptr, at, q_parts, k_parts, p_tile, fades, bars, o_ptr, lse_ptr, first, last, scale, base, block, rows, held,
+    heads, end, width,
+    DIRECT: gl.constexpr,
 ):  # fmt: skip
-    """The group of the scores."""
-    full, _free, p_full, p_free = bars
-    TILE: gl.constexpr = pieces.shape[1]
-    A: gl.constexpr = pieces.shape[2]
-    E: gl.constexpr = ropes.shape[2]
-    ROWS: gl.constexpr = weights.shape[1]
+    """The first group: scores, softmax and the first quarter of the values."""
+    q_a, q_b, q_c, q_e = q_parts
+    k_a, k_b, k_c, k_e = k_parts
+    full_a, full_b, full_c, free_a, _free_b, p_full, p_free = bars
+    ROWS: gl.constexpr = q_a.shape[0]
+    STAGES: gl.constexpr = k_a.shape[0]
+    TILE: gl.constexpr = k_a.shape[1]
+    A: gl.constexpr = q_a.shape[1]
+    C: gl.constexpr = q_c.shape[1]
+    E: gl.constexpr = q_e.shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, A, 16])
     LINE: gl.constexpr = gl.SliceLayout(1, S)
     Q: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     q_row = block * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, Q))
     from_ = q_ptr + (at + q_row).to(gl.int64)[:, None] * (4 * A + E)
-    operands = take_queries(from_, (q_row < held)[:, None], queries, HELD, E, S, Q)
+    known = (q_row < held)[:, None]
+    to_a = gl.arange(0, A, gl.SliceLayout(0, Q))[None, :]
+    to_c = gl.arange(0, C, gl.SliceLayout(0, Q))[None, :]
+    to_e = gl.arange(0, E, gl.SliceLayout(0, Q))[None, :]
+    q_a.store(gl.load(from_ + to_a, mask=known, other=0.0))
+    q_b.store(gl.load(from_ + A + to_a, mask=known, other=0.0))
+    q_c.store(gl.load(from_ + 2 * A + to_c, mask=known, other=0.0))
+    q_e.store(gl.load(from_ + 4 * A + to_e, mask=known, other=0.0))
+    fence_async_shared()
     row = block * ROWS + gl.arange(0, ROWS, LINE)
     open_to = end - width + row // heads
     whole = end - width + 1  # keys that every row sees
     # The lowest finite number, not -inf: a fade of exp2(-inf + inf) would be NaN.
     peak = gl.full([ROWS], -1e30, gl.float32, LINE)
     total = gl.zeros([ROWS], gl.float32, LINE)
-    if AHEAD:
-        if tiles > 0:
-            _tidy(pieces, ropes, full, 0, last - first, PACKED)
-            score = multiply(operands, pieces, ropes, full, 0, E, False, S)
-            score = warpgroup_mma_wait(0, deps=[score])
-            for tile in range(tiles - 1):
-                start = first + tile * TILE
-                _tidy(pieces, ropes, full, tile + 1, last - start - TILE, PACKED)
-                following = multiply(operands, pieces, ropes, full, tile + 1, E, False, S)
-                score = _hide(score, start, whole, open_to, S)
-                peak, total = weigh(score, peak, total, scale, weights, fades, p_full, p_free, tile)
-                score = warpgroup_mma_wait(0, deps=[following])
-            score = _hide(score, first + tiles * TILE - TILE, whole, open_to, S)
-            peak, total = weigh(score, peak, total, scale, weights, fades, p_full, p_free, tiles - 1)
-    else:
-        for tile in range(tiles):
-            start = first + tile * TILE
-            _tidy(pieces, ropes, full, tile, last - start, PACKED)
-            score = multiply(operands, pieces, ropes, full, tile, E, False, S)
-            score = _hide(warpgroup_mma_wait(0, deps=[score]), start, whole, open_to, S)
-            peak, total = weigh(score, peak, total, scale, weights, fades, p_full, p_free, tile)
+    acc = gl.zeros([ROWS, A], gl.float32, O)
+    tile = 0
+    for start in range(first, last, TILE):
+        stage = tile % STAGES
+        parity = (tile // STAGES) & 1
+        if last - start < TILE:
+            mbarrier.wait(full_a.index(stage), parity)
+            mbarrier.wait(full_b.index(stage), parity)
+            mbarrier.wait(full_c.index(stage), parity)
+            _clear(k_a.index(stage), last - start)
+            _clear(k_b.index(stage), last - start)
+            _clear(k_c.index(stage), last - start)
+            _clear(k_e.index(stage), last - start)
+            fence_async_shared()
+        score = gl.zeros([ROWS, TILE], gl.float32, S)
+        mbarrier.wait(full_b.index(stage), parity)
+        score = warpgroup_mma(q_b, k_b.index(stage).permute((1, 0)), score, use_acc=False, is_async=True)
+        mbarrier.wait(full_c.index(stage), parity)
+        score = warpgroup_mma(q_c, k_c.index(stage).permute((1, 0)), score, is_async=True)
+        mbarrier.wait(full_a.index(stage), parity)
+        score = warpgroup_mma(q_a, k_a.index(stage).permute((1, 0)), score, is_async=True)
+        score = warpgroup_mma(q_e, k_e.index(stage).permute((1, 0)), score, is_async=True)
+        score = warpgroup_mma_wait(0, deps=[score])
+        if start + TILE > whole:
+            key = start + gl.arange(0, TILE, gl.SliceLayout(0, S))
+            score = gl.where(key[None, :] <= open_to[:, None], score, -float("inf"))
+        higher = gl.maximum(peak, gl.max(score, 1) * scale)
+        weight = gl.exp2(score * scale - higher[:, None])
+        fade = gl.exp2(peak - higher)
+        peak = higher
+        total = total * fade + gl.sum(weight, 1)
+        half_weight = weight.to(p_tile.dtype)
+        mbarrier.wait(p_free, (tile & 1) ^ 1)
+        p_tile.store(half_weight)
+        fades.store(fade)
+        fence_async_shared()
+        mbarrier.arrive(p_full)
+        acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, O))[:, None]
+        operand = gl.convert_layout(half_weight, gl.DotOperandLayout(0, O, 2))
+        acc = warpgroup_mma(operand, k_a.index(stage), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(free_a.index(stage))
+        tile += 1
     known = gl.where(total > 0, total, 1.0)
-    finish(1.0 / known, fades, p_full, p_free, tiles)
+    part = 1.0 / known
+    mbarrier.wait(p_free, (tile & 1) ^ 1)
+    fades.store(part)
+    mbarrier.arrive(p_full)
     if not DIRECT:
         to = base.to(gl.int64) + row
         gl.store(lse_ptr + to, gl.where(total > 0, peak + gl.log2(known), -float("inf")), mask=row < held)
+    _write(o_ptr, acc * gl.convert_layout(part, gl.SliceLayout(1, O))[:, None], base, block,
+           rows if DIRECT else held, 0, 4 * A, O)  # fmt: skip
 
 
 @gluon.jit
-def _values(  # type: ignore[no-untyped-def]
-    pieces, weights, fades, bars, o_ptr, tiles, base, block, rows, HALF: gl.constexpr
+def _write(  # type: ignore[no-untyped-def]
+    o_ptr, acc, base, block, rows, COLUMN: gl.constexpr, RANK: gl.constexpr, O: gl.constexpr
 ):
-    """A group of the values: half HALF of the channels."""
-    A: gl.constexpr = pieces.shape[2]
-    ROWS: gl.constexpr = weights.shape[1]
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, A, 16])
-    low, high = add(pieces, weights, fades, bars, 0, 0, tiles, HALF, False)
-    m = block * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, O))
-    channel = 2 * HALF * A + gl.arange(0, A, gl.SliceLayout(0, O))
-    place = o_ptr + (base.to(gl.int64) + m)[:, None] * (4 * A) + channel[None, :]
-    known = (m < rows)[:, None]
-    gl.store(place, low.to(o_ptr.dtype.element_ty), mask=known)
-    gl.store(place + A, high.to(o_ptr.dtype.element_ty), mask=known)
+    """The result's channels from COLUMN on to memory."""
+    m = block * acc.shape[0] + gl.arange(0, acc.shape[0], gl.SliceLayout(1, O))
+    channel = COLUMN + gl.arange(0, acc.shape[1], gl.SliceLayout(0, O))
+    place = o_ptr + (base.to(gl.int64) + m)[:, None] * RANK + channel[None, :]
+    gl.store(place, acc.to(o_ptr.dtype.element_ty), mask=(m < rows)[:, None])
+
+
+@gluon.jit
+def _follow(k_parts, p_tile, fades, bars, o_ptr, first, last, base, block, rows):  # type: ignore[no-untyped-def]
+    """The second group: the other values, by the weights that the first left in `p_tile`."""
+    _k_a, k_b, k_c, _k_e = k_parts
+    _full_a, full_b, full_c, _free_a, free_b, p_full, p_free = bars
+    ROWS: gl.constexpr = p_tile.shape[0]
+    STAGES: gl.constexpr = k_b.shape[0]
+    TILE: gl.constexpr = k_b.shape[1]
+    A: gl.constexpr = k_b.shape[2]
+    C: gl.constexpr = k_c.shape[2]
+    B_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, A, 16])
+    C_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    acc_b = gl.zeros([ROWS, A], gl.float32, B_O)
+    acc_c = gl.zeros([ROWS, C], gl.float32, C_O)
+    tile = 0
+    for _ in range(first, last, TILE):
+        stage = tile % STAGES
+        parity = (tile // STAGES) & 1
+        mbarrier.wait(full_b.index(stage), parity)
+        mbarrier.wait(full_c.index(stage), parity)
+        mbarrier.wait(p_full, tile & 1)
+        fade = fades.load(gl.SliceLayout(1, C_O))
+        acc_c = acc_c * fade[:, None]
+        acc_b = acc_b * gl.convert_layout(fade, gl.SliceLayout(1, B_O))[:, None]
+        acc_c = warpgroup_mma(p_tile, k_c.index(stage), acc_c, is_async=True)
+        acc_b = warpgroup_mma(p_tile, k_b.index(stage), acc_b, is_async=True)
+        acc_b, acc_c = warpgroup_mma_wait(0, deps=[acc_b, acc_c])
+        mbarrier.arrive(p_free)
+        mbarrier.arrive(free_b.index(stage))
+        tile += 1
+    mbarrier.wait(p_full, tile & 1)
+    part = fades.load(gl.SliceLayout(1, C_O))
+    _write(o_ptr, acc_c * part[:, None], base, block, rows, 2 * A, 4 * A, C_O)
+    part_b = gl.convert_layout(part, gl.SliceLayout(1, B_O))
+    _write(o_ptr, acc_b * part_b[:, None], base, block, rows, A, 4 * A, B_O)
 
 
 @gluon.jit(do_not_specialize=("rows", "heads", "width", "table_stride", "splits"))
 def _attend(  # type: ignore[no-untyped-def]
-    a, b, c, q_ptr, table_ptr, ends_ptr, o_ptr, lse_ptr, scale, rows, heads, width, table_stride, splits,
+    a_desc, c_desc, e_desc, q_ptr, table_ptr, ends_ptr, o_ptr, lse_ptr, scale, rows, heads, width, table_stride,
+    splits,
     ROWS: gl.constexpr, TILE: gl.constexpr, A: gl.constexpr, E: gl.constexpr, PAGE: gl.constexpr,
-    FIXED: gl.constexpr, DIRECT: gl.constexpr, HELD: gl.constexpr, PIECES: gl.constexpr, SLOTS: gl.constexpr,
-    VALUES: gl.constexpr, FETCH: gl.constexpr, AHEAD: gl.constexpr, PACKED: gl.constexpr,
+    FIXED: gl.constexpr, DIRECT: gl.constexpr, FOLLOW: gl.constexpr,
 ):  # fmt: skip
-    """As `mla_decode._attend`: ROWS of a sequence's queries against one split of its keys. PACKED pages come as
-    pointers to codes, scales and rotary parts, others as descriptors of a tile's quarter and of its rotary part."""
+    """As `mla_decode._attend`: ROWS of a sequence's queries against one split of its keys. The descriptors are of a
+    tile's quarter, half and rotary part."""
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
     block = gl.program_id(0)
     split = gl.program_id(1)
     s = gl.program_id(2)
@@ -250,47 +251,60 @@ def _attend(  # type: ignore[no-untyped-def]
     if not DIRECT:
         base += split * gl.num_programs(2) * rows
     held = gl.where(first < last, rows, 0)  # a program without keys runs through, touching nothing
-    written = rows if DIRECT else held
-
-    queries, pieces, ropes, weights, fades, bars = allocate(
-        q_ptr.dtype.element_ty, HELD, PIECES, ROWS, TILE, A, E, SLOTS, 1
-    )
-    raw = pieces
-    if PACKED:
-        LINES: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 1, [1, 0])
-        raw = gl.allocate_shared_memory(a.dtype.element_ty, [4, TILE, A], LINES)
-    tiles = gl.maximum(gl.cdiv(last - first, TILE), 0)
-    table_ptr += s * table_stride
+    W: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    q_a = gl.allocate_shared_memory(dtype, [ROWS, A], W)
+    q_b = gl.allocate_shared_memory(dtype, [ROWS, A], W)
+    q_c = gl.allocate_shared_memory(dtype, [ROWS, 2 * A], W)
+    q_e = gl.allocate_shared_memory(dtype, [ROWS, E], W)
+    k_a = gl.allocate_shared_memory(dtype, [2, TILE, A], W)
+    k_b = gl.allocate_shared_memory(dtype, [2, TILE, A], W)
+    k_c = gl.allocate_shared_memory(dtype, [2, TILE, 2 * A], W)
+    k_e = gl.allocate_shared_memory(dtype, [2, TILE, E], W)
+    p_tile = gl.allocate_shared_memory(dtype, [ROWS, TILE], W)
+    fades = gl.allocate_shared_memory(gl.float32, [ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full_a = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    full_b = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    full_c = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    free_a = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    free_b = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    p_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    p_free = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    for i in gl.static_range(2):
+        mbarrier.init(full_a.index(i), count=1)
+        mbarrier.init(full_b.index(i), count=1)
+        mbarrier.init(full_c.index(i), count=1)
+        mbarrier.init(free_a.index(i), count=1)
+        mbarrier.init(free_b.index(i), count=1)
+    mbarrier.init(p_full, count=1)
+    mbarrier.init(p_free, count=1)
+    q_parts = (q_a, q_b, q_c, q_e)
+    k_parts = (k_a, k_b, k_c, k_e)
+    bars = (full_a, full_b, full_c, free_a, free_b, p_full, p_free)
     gl.warp_specialize(
         [
             (
-                _scores,
+                _lead,
                 (
-                    q_ptr, s * rows, queries, pieces, ropes, weights, fades, bars, lse_ptr, first, last, tiles, scale,
-                    base, block, rows, held, heads, end, width, HELD, AHEAD, DIRECT, PACKED,
+                    q_ptr, s * rows, q_parts, k_parts, p_tile, fades, bars, o_ptr, lse_ptr, first, last, scale, base,
+                    block, rows, held, heads, end, width, DIRECT,
                 ),
             ),
-            (_values, (pieces, weights, fades, bars, o_ptr, tiles, base, block, written, 0)),
-            (_values, (pieces, weights, fades, bars, o_ptr, tiles, base, block, written, 1)),
-            (
-                _fetch_packed if PACKED else _fetch,
-                (a, b, c, raw, pieces, ropes, bars, table_ptr, first, last, PAGE),
-            ),
+            (_follow, (k_parts, p_tile, fades, bars, o_ptr, first, last, base, block, rows if DIRECT else held)),
+            (_fetch, (a_desc, c_desc, e_desc, k_parts, bars, table_ptr + s * table_stride, first, last, PAGE)),
         ],
-        [4, 4, 4 if PACKED else 1],
-        [VALUES, VALUES, FETCH],
+        [4, 1],
+        [FOLLOW, 24],
     )  # fmt: skip
 
 
 def supported(q_NHC: Tensor, pages_PTC: Tensor, rank: int) -> bool:
-    """Whether `launch` takes these: bf16 queries of the released size on a Hopper GPU, bf16 or FP8 pages of whole
-    tiles."""
+    """Whether `launch` takes these: bf16 latents of the released size on a Hopper GPU, in pages of whole tiles."""
     return (
         AVAILABLE
         and q_NHC.is_cuda
         and torch.cuda.get_device_capability(q_NHC.device)[0] == 9
-        and q_NHC.dtype == torch.bfloat16
-        and pages_PTC.dtype in (torch.bfloat16, torch.uint8)
+        and q_NHC.dtype == pages_PTC.dtype == torch.bfloat16
         and pages_PTC.is_contiguous()
         and (rank, q_NHC.shape[2] - rank) == (RANK, ROPE)
         and pages_PTC.shape[1] % TILE == 0
@@ -311,27 +325,15 @@ def launch(
     width: int,
     fixed: int,
     direct: bool,
-    how: tuple[int, int, bool] | None = None,
 ) -> None:
     """Stage 1 over `grid` (blocks of rows, splits, sequences) into `o` and `lse`; `scale` for base-2 exponents."""
-    quarter, packed = RANK // 4, pages_PTC.dtype == torch.uint8
-    held, pieces, ahead = how or ((0, 6, False) if packed else (2, 10, False))
-    if packed:
-        source: Any = (
-            pages_PTC.view(torch.float8_e4m3fn),
-            pages_PTC.view(torch.float32)[..., RANK // 4 :],
-            pages_PTC.view(torch.bfloat16)[..., RANK // 2 + 8 :],
-        )
-    else:
-        latents = pages_PTC.view(-1, pages_PTC.shape[2])
-        shape, strides = list(latents.shape), list(latents.stride())
-        descs = (
-            TensorDescriptor(latents, shape, strides, t, gl.NVMMASharedLayout.get_default_for(t, gl.bfloat16))
-            for t in ([TILE, quarter], [TILE, ROPE])
-        )
-        source = (*descs, None)
+    latents = pages_PTC.view(-1, pages_PTC.shape[2])
+    shape, strides = list(latents.shape), list(latents.stride())
+    descs = (
+        TensorDescriptor(latents, shape, strides, t, gl.NVMMASharedLayout.get_default_for(t, gl.bfloat16))
+        for t in ([TILE, RANK // 4], [TILE, RANK // 2], [TILE, ROPE])
+    )
     _attend[grid](
-        *source, q_NHC, table_SB, ends_S, o, lse, scale, rows, q_NHC.shape[1], width, table_SB.stride(0), grid[1],
-        ROWS=ROWS, TILE=TILE, A=quarter, E=ROPE, PAGE=pages_PTC.shape[1], FIXED=fixed, DIRECT=direct, HELD=held,
-        PIECES=pieces, SLOTS=SLOTS, VALUES=VALUES, FETCH=80 if packed else 24, AHEAD=ahead, PACKED=packed, num_warps=4,
+        *descs, q_NHC, table_SB, ends_S, o, lse, scale, rows, q_NHC.shape[1], width, table_SB.stride(0), grid[1],
+        ROWS=ROWS, TILE=TILE, A=RANK // 4, E=ROPE, PAGE=pages_PTC.shape[1], FIXED=fixed, DIRECT=direct, FOLLOW=240, num_warps=4,
     )  # fmt: skip
