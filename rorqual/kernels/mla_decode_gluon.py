@@ -335,5 +335,6 @@ def launch(
     )
     _attend[grid](
         *descs, q_NHC, table_SB, ends_S, o, lse, scale, rows, q_NHC.shape[1], width, table_SB.stride(0), grid[1],
-        ROWS=ROWS, TILE=TILE, A=RANK // 4, E=ROPE, PAGE=pages_PTC.shape[1], FIXED=fixed, DIRECT=direct, FOLLOW=240, num_warps=4,
+        ROWS=ROWS, TILE=TILE, A=RANK // 4, E=ROPE, PAGE=pages_PTC.shape[1], FIXED=fixed, DIRECT=direct, FOLLOW=240,
+        num_warps=4,
     )  # fmt: skip
