@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from benchmarks import invariant, lite, serving, spec, tiny
+from benchmarks import invariant, lite, spec, tiny, turns
 from benchmarks.context import context
 from benchmarks.decode import latent, smollm2
 from benchmarks.load import load
@@ -13,7 +13,7 @@ from benchmarks.loading import loading
 from benchmarks.start import start
 
 K = 1024
-CPU = {"smollm2": smollm2, "latent": latent, "loading": loading, "tiny": tiny.main, "turns": serving.turns}
+CPU = {"smollm2": smollm2, "latent": latent, "loading": loading, "tiny": tiny.main, "turns": turns.turns}
 GPU = {
     "lite": lite.main,
     "lite-profile": partial(lite.main, True),

@@ -1,4 +1,4 @@
-"""The engine against growing contexts (one GPU), and on replayed conversations (any machine)."""
+"""Replayed conversations: what the prefix cache finds."""
 
 from __future__ import annotations
 
