@@ -159,10 +159,10 @@ def _pool(  # type: ignore[no-untyped-def]
             at = (ring.to(tl.int64) * LENGTH + old) * WIDTH + half
             row = (n - WINDOW + 1 + slot_of).to(tl.int64)
             bias = (slot_of % RATIO) * WIDTH + half
-            there, new = live & held[:, None], live & brought[:, None]
-            g = tl.load(gate + (row * gate_row + half)[:, None] + c[None, :], mask=new, other=float("-inf"))
-            g += tl.load(ape + bias[:, None] + c[None, :], mask=new, other=0.0)
-            x = tl.load(kv + (row * kv_row + half)[:, None] + c[None, :], mask=new, other=0.0)
+            there, here = live & held[:, None], live & brought[:, None]
+            g = tl.load(gate + (row * gate_row + half)[:, None] + c[None, :], mask=here, other=float("-inf"))
+            g += tl.load(ape + bias[:, None] + c[None, :], mask=here, other=0.0)
+            x = tl.load(kv + (row * kv_row + half)[:, None] + c[None, :], mask=here, other=0.0)
             kept = tl.load(ring_gate + at[:, None] + c[None, :], mask=there, other=float("-inf"))
             g = tl.where(there, kept, g)
             x = tl.where(there, tl.load(ring_kv + at[:, None] + c[None, :], mask=there, other=0.0), x)

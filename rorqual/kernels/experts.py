@@ -228,9 +228,7 @@ def plan(tokens: int, chosen: int, count: int, fp8: bool, fixed: bool, gluon: bo
         return Plan(Tiles(32, 32, 128, 4, 4, True), Tiles(32, 64, 128, 4, 4, True))
     if full <= 64:
         return Plan(Tiles(64, 64, 64, 4, 4, True), Tiles(64, 128, 64, 4, 4, True))
-    if fp8 and fixed:
-        return Plan(Tiles(64, 64, 128, 4, 3, True), Tiles(64, 128, 128, 4, 3, True), codes=True)
-    if fp8 and gluon:
+    if fp8 and gluon and not fixed:
         tile = Tiles(128, 128, 128, 4, 4, False)
         return Plan(tile, tile, codes=True, gluon=True)
     if fp8:

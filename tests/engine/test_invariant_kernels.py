@@ -59,6 +59,10 @@ def serve(engine: Engine, prompts: list[list[int]], new: int, between: int = 0) 
             engine.step()
     while engine.busy:
         engine.step()
+    for handle in handles:
+        if handle.error is not None:
+            raise handle.error
+        assert len(handle.completion.ids) == new
     return handles
 
 
