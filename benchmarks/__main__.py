@@ -14,6 +14,7 @@ CPU = {"smollm2": smollm2, "latent": latent, "loading": loading, "tiny": tiny.ma
 GPU = {
     "lite": lite.main,
     "lite-profile": partial(lite.main, True),
+    "lite-prefill": lite.prefill,
     "invariant": invariant.main,
     "invariant-profile": partial(invariant.main, True),
     "load": serving.load,
