@@ -14,9 +14,11 @@ from rorqual.engine.request import Handle, Request
 from rorqual.engine.runner import Drawn, Flight, Pass, Runner
 from rorqual.engine.sampling import SamplingError
 from rorqual.engine.scheduler import Plan, Scheduler
+from rorqual.engine.team import Team, TeamError
 from rorqual.kernels.linear import packing
 from rorqual.nn import InputError, Transformer
 from rorqual.nn.cache import ROLLBACK
+from rorqual.nn.layout import Layout
 from rorqual.nn.paged import ring_bytes
 
 
@@ -44,6 +46,7 @@ class Core:
         speculate: bool,
         invariant: bool = False,
         fp8_cache: bool = False,
+        layout: Layout | None = None,
     ) -> None:
         lanes = model.lanes(fp8_cache)[: None if speculate else len(model.layers)]
         rings = 0
@@ -68,6 +71,7 @@ class Core:
         self._stopping = False
         self.steps = 0
         """Passes run so far."""
+        self.team = Team(self, layout) if layout is not None and layout.world > 1 else None
 
     # -------------------------------------------------------------------------------------- submit
 
@@ -81,10 +85,15 @@ class Core:
                 f"engine's pages hold {held} in all: shorten it, lower max_new_tokens, or give the engine more memory"
             )
         with self._lock:
-            if self.scheduler.waiting >= self.max_waiting:
+            waiting = self.scheduler.waiting if self.team is None else self.team.waiting
+            if waiting >= self.max_waiting:
                 raise EngineFull(
-                    f"{self.scheduler.waiting} requests wait already, the engine takes {self.max_waiting}: try later"
+                    f"{waiting} requests wait already, the engine takes {self.max_waiting}: try later"
                 )
+            if self.team is not None:
+                handle = self.team.submit(answer, priority)
+                self._progress.notify_all()
+                return handle
             handle = Handle(self)
             self._arrivals += 1
             request = Request(answer, handle, priority, self._arrivals, list(answer.prompt))
@@ -98,6 +107,11 @@ class Core:
     @property
     def busy(self) -> bool:
         """Whether any request is under way."""
+        return self.has_own or (self.team is not None and self.team.leads and self.team.busy)
+
+    @property
+    def has_own(self) -> bool:
+        """The same, of requests that this process works on."""
         return bool(self._flight or self.scheduler.running or self.scheduler.waiting)
 
     def step(self) -> bool:
@@ -106,12 +120,21 @@ class Core:
         On a GPU a pass is started before the draws of the one before it are read, so the device need not wait
         for the host; its own draws come after that, when grammars know what they allow.
         """
-        with self._lock, self._products():
-            self._check_weights()
+        team = self.team
+        with self._lock, self._products(), contextlib.nullcontext() if team is None else team.guarding():
+            if team is None:
+                self._check_weights()
+            else:
+                team.obey()
+                if team.closed:
+                    return False
             plan = self.scheduler.plan(self._limit)
-            passed = self._forward(plan) if plan else None
+            runs = bool(plan) if team is None else team.meet(plan)
+            passed = self._forward(plan) if runs else None
+            if team is not None:
+                team.deliver()
             self._land()
-            if passed is not None:
+            if passed is not None and plan:
                 self._draw(passed, plan)
             if not self._ahead:
                 self._land()
@@ -128,9 +151,11 @@ class Core:
         try:
             passed = self.runner.forward(plan)
         except torch.OutOfMemoryError as error:
+            self._raise_if(self.team is not None)  # others are in the middle of this pass and need this rank
             self._with_less(plan, error)
             return None
         except Exception as error:
+            self._raise_if(self.team is not None)
             self._fail(plan.requests, error)
             return None
         self.steps += 1
@@ -160,6 +185,7 @@ class Core:
         try:
             self._flight = (plan, self.runner.draw(passed))
         except Exception as error:
+            self._raise_if(self._shares_requests)
             for request in passed.requests:
                 request.flying -= 1
             self._fail(plan.requests, error)
@@ -180,11 +206,23 @@ class Core:
             if self.speculate:
                 self.runner.draft(passed, landed)
         except Exception as error:
+            self._raise_if(self._shares_requests)
             self._fail(plan.requests, error)
         for request in plan.requests:
             if request.running and not request.finished:
                 self._record(request)
             request.handle._notify()
+
+    @property
+    def _shares_requests(self) -> bool:
+        """Whether other ranks work on the same requests: none may part from the others."""
+        return self.team is not None and self.team.layout.tensor > 1
+
+    @staticmethod
+    def _raise_if(condition: bool) -> None:
+        """Raise what is being handled if `condition` holds."""
+        if condition:
+            raise  # noqa: PLE0704
 
     def _take(self, request: Request, drawn: Drawn) -> None:
         """New tokens of a request: to its answer, and to its owner."""
@@ -244,6 +282,11 @@ class Core:
             request = handle.request
             if request is None or request.finished:
                 return
+            if self.team is not None:
+                self.team.cancel(handle)
+                handle._notify()
+                self._progress.notify_all()
+                return
             request.answer.done.finish_reason = "cancelled"
             self.scheduler.drop(request)
             handle._notify()
@@ -256,6 +299,13 @@ class Core:
         are computed anew from their tokens. Changes PyTorch counts (in place, optimizers) are noticed without
         this call; writes through `.data` are not."""
         with self._lock:
+            if self.team is None:
+                self._renew()
+            else:
+                self.team.weights_changed()
+
+    def _renew(self) -> None:
+        with self._lock:
             self._land()
             self._weights = self._weights_stamp()
             for pack in self.model.packs():
@@ -267,8 +317,13 @@ class Core:
     def _weights_stamp(self) -> int:
         return sum(p._version for p in self._parameters)
 
+    def _stale(self) -> bool:
+        """Whether weights have changed since it was last looked."""
+        before, self._weights = self._weights, self._weights_stamp()
+        return before != self._weights
+
     def _check_weights(self) -> None:
-        if self._weights_stamp() != self._weights:
+        if self._stale():
             self.weights_changed()
 
     # --------------------------------------------------------------------------------- who drives it
@@ -297,7 +352,10 @@ class Core:
                     self._progress.wait()
                 if self._stopping:
                     return
-            self.step()
+            try:
+                self.step()
+            except TeamError:
+                return  # it has been given to everyone who waits
 
     def _wait(self, handle: Handle) -> None:
         """Until something new may have come for a handle: drive the engine, or wait for its thread."""

@@ -62,14 +62,18 @@ class Graphs:
         self._read: list[torch.cuda.Event] = []
         self._turn = 0
 
-    def run(self, requests: Sequence[Request], width: int, newest: Tensor) -> tuple[Tensor, Tensor] | None:
+    def run(
+        self, requests: Sequence[Request], width: int, newest: Tensor, least: tuple[int, int] = (1, 1)
+    ) -> tuple[Tensor, Tensor] | None:
         """The pass of these requests, each bringing its last token (and its draft if `width` is 2): what
-        `forward` gives, for their tokens alone. None if there are too many for any graph."""
+        `forward` gives, for their tokens alone. None if there are too many for any graph. `least`: sequences and
+        page-table columns that the graph has room for at least (the same on all ranks that meet in it)."""
         count = len(requests)
-        size = next((s for s in SIZES if s >= count), None)
+        size = next((s for s in SIZES if s >= max(count, least[0])), None)
         if size is None:
             return None
-        blocks = max(len(r.pages) for r in requests)
+        blocks = max((len(r.pages) for r in requests), default=1)
+        blocks = max(blocks, least[1])
         blocks = max(8, 1 << (blocks - 1).bit_length())
         key = (size, width, blocks)
         numbers = self._numbers(requests, size, width, blocks, newest.shape[0] - 1)
@@ -150,7 +154,8 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(side)
         packed.copy_(kept)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads (a communicator's watchdog) may look at events meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             out = once()
         self._pool = graph.pool()
         return _Recorded(graph, packed, out)

@@ -11,13 +11,14 @@ from torch import Tensor
 from rorqual.engine.batch import Batch, Staging, lay_out
 from rorqual.engine.draws import ACCEPT, DRAFT, RESIDUAL, judge, logprobs_of
 from rorqual.engine.grammar import fill_masks
-from rorqual.engine.graphs import Graphs
+from rorqual.engine.graphs import SIZES, Graphs
 from rorqual.engine.request import Request
 from rorqual.engine.sampling import UNSOUND, Sampler
 from rorqual.engine.scheduler import Plan
+from rorqual.engine.team import Together
 from rorqual.kernels.mode import invariant as batch_invariant
 from rorqual.nn import Transformer
-from rorqual.nn.paged import PagedStep, Store, new_store
+from rorqual.nn.paged import Group, PagedStep, Store, new_store
 
 
 @dataclass
@@ -140,6 +141,12 @@ class Runner:
         """The last token drawn for each slot, for passes that start before the host has seen it."""
         self._q: Tensor | None = None
         """What each slot's draft was drawn from [slots, V], where drafts are sampled."""
+        self.together: Together | None = None
+        """What the ranks of an engine of many have agreed on for the next pass."""
+
+    def has_graph(self, size: int) -> bool:
+        """Whether a pass of so many decoding sequences can run as a graph."""
+        return self._graphs is not None and not self.speculate and size <= SIZES[-1]
 
     # ------------------------------------------------------------------------------------- forward
 
@@ -160,12 +167,15 @@ class Runner:
             )
         for source, target in plan.ring_copies:
             self.copy_ring(source, target)
-        if self._graphs is not None and not plan.chunks:
-            widths = {request.width for request in plan.decodes}
+        together = self.together
+        if self._graphs is not None and not plan.chunks and (together is None or together.graphs):
+            widths = {request.width for request in plan.decodes} or {1}
             if len(widths) == 1:
                 passed = self._replay(plan, widths.pop())
                 if passed is not None:
                     return passed
+        if not plan:
+            return self._idle()
         batch = lay_out(plan, self.page_size, self._staging, one_group_of_chunks=self.device.type == "cuda")
         if batch.late is not None:
             batch.ids_N[batch.late[0]] = self._newest[batch.late[1]]
@@ -179,6 +189,15 @@ class Runner:
             state = self.model.run_paged(batch.ids_N[None], batch.step, self.stores)
             logits = self.model.logits(self.model.finish(state[:, batch.columns])[0])
         return Pass(batch.drawing, [r.slot for r in batch.drawing], batch.widths, logits, state, batch)
+
+    def _idle(self) -> Pass:
+        """A pass for other ranks' sake: one token that no request has, on page 0."""
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        ends = torch.ones(1, dtype=torch.int32, device=self.device)
+        offsets = torch.tensor([0, 1], dtype=torch.int32).to(self.device)
+        group = Group(slice(0, 1), [0], [1], 1, 1, zero[None].int(), zero, ends, offsets, decoding=True)
+        state = self.model.run_paged(zero[None], PagedStep(zero, [group], self.page_size), self.stores)
+        return Pass([], [], [], state.new_empty(0, self.model.config.vocab), state)
 
     def _by_token(self, batch: Batch) -> Tensor:
         """The pass token by token, each as if it were alone (batch-invariant mode without kernels for it)."""
@@ -203,7 +222,8 @@ class Runner:
         assert self._graphs is not None
         if self.speculate:  # what MTP needs of the batch is laid out below
             return None
-        out = self._graphs.run(plan.decodes, width, self._newest)
+        least = (self.together.size, self.together.blocks) if self.together is not None else (1, 1)
+        out = self._graphs.run(plan.decodes, width, self._newest, least)
         if out is None:
             return None
         slots = [r.slot for r in plan.decodes]
