@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from benchmarks import lite, serving, tiny
+from benchmarks import lite, serving, tiny, two
 from benchmarks.decode import latent, smollm2
 from benchmarks.loading import loading
 
@@ -16,6 +16,8 @@ GPU = {
     "lite-profile": partial(lite.main, True),
     "load": serving.load,
     "start": serving.start,
+    "two": two.main,
+    "two-profile": partial(two.main, True),
     "context-v32": partial(serving.context, "deepseek-v3.2", [4 * K, 16 * K, 64 * K, 128 * K]),
     "context-v3": partial(serving.context, "deepseek-v3", [4 * K, 16 * K, 64 * K, 128 * K]),
     "context-v4": partial(serving.context, "deepseek-v4-flash", [4 * K, 64 * K, 256 * K, 1024 * K]),

@@ -222,7 +222,7 @@ class Core:
     def _raise_if(condition: bool) -> None:
         """Raise what is being handled if `condition` holds."""
         if condition:
-            raise  # noqa: PLE0704
+            raise
 
     def _take(self, request: Request, drawn: Drawn) -> None:
         """New tokens of a request: to its answer, and to its owner."""

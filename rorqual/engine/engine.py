@@ -176,9 +176,7 @@ class Engine(Core):
             handle.cancel()
 
 
-def _laid_out(
-    model: Transformer, layout: Layout | None, speculate: bool, invariant: bool
-) -> Layout | None:
+def _laid_out(model: Transformer, layout: Layout | None, speculate: bool, invariant: bool) -> Layout | None:
     """The layout that `model` is spread by, now if it wasn't; None for one process."""
     found = layout_of(model)
     if found is not None and layout is not None and found is not layout:
@@ -189,7 +187,9 @@ def _laid_out(
     if speculate and layout.gathers:
         raise InputError("speculation isn't written for data ranks that share experts: leave it off")
     if invariant and layout.world > 1:
-        raise InputError("batch-invariant mode is for one process: sums over ranks have an order of their own")
+        raise InputError(
+            "batch-invariant mode is for one process: sums over ranks have an order of their own"
+        )
     if found is None:
         spread(model, layout)
     return layout

@@ -20,6 +20,7 @@ import os
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ from rorqual.engine.request import Handle, Request
 from rorqual.engine.sampling import Sampler, Sampling, SamplingError
 from rorqual.engine.scheduler import Plan
 from rorqual.nn import InputError
-from rorqual.nn.layout import Axis, Layout, _gather
+from rorqual.nn.layout import Axis, Layout, connected, gather_into
 
 if TYPE_CHECKING:
     from rorqual.engine.core import Core
@@ -249,7 +250,9 @@ class Team:
             self._brought = [(rank, n["got"]) for rank, n in enumerate(notes) if "got" in n]
         if not self.layout.gathers:
             return bool(plan)
-        tokens, chunks, size, blocks = (max(column) for column in zip(*(n["pass"] for n in notes), strict=True))
+        tokens, chunks, size, blocks = (
+            max(column) for column in zip(*(n["pass"] for n in notes), strict=True)
+        )
         graphs = chunks == 0 and self.core.runner.has_graph(size)
         self.core.runner.together = Together(graphs, size, blocks)
         self.layout.tokens = None if graphs else max(1, tokens)
@@ -345,10 +348,8 @@ class Team:
     def _exchange_bytes(self, data: bytes, room: int) -> list[bytes]:
         mine = torch.frombuffer(bytearray(data.ljust(room, b"\0")), dtype=torch.uint8)
         out = torch.empty(room * self.layout.world, dtype=torch.uint8)
-        try:
-            _gather(out, mine, group=self.layout.host)
-        except RuntimeError as error:
-            raise ConnectionError(f"another rank has gone: {error}") from error
+        with connected():
+            gather_into(out, mine, group=self.layout.host)
         whole = out.numpy().tobytes()
         return [whole[i : i + room] for i in range(0, len(whole), room)]
 
@@ -368,13 +369,15 @@ class Team:
         """Say what happened here to all ranks and callers; what to raise."""
         rank = self.layout.rank
         if self.error is None:
-            first = self._posted()
-            if first is None:
+            text = self._posted()
+            if text is None and isinstance(error, ConnectionError):
+                text = f"rank {rank} lost the others: {error}"
+            elif text is None:
                 text = f"rank {rank} failed: {type(error).__name__}: {error}"
                 with contextlib.suppress(Exception):
                     self._store.set(self._key, text)
-            else:
-                text = first
+                if self.leads:  # its process may keep the store: the others are to read this before it goes
+                    time.sleep(2 * WATCH)
             self.error = TeamError(f"{text}; the engine has ended on all ranks")
         self._ended.set()
         for request, _ in self._fronts.values():

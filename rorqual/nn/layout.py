@@ -13,6 +13,7 @@ import os
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from rorqual.nn.errors import InputError
 
@@ -20,8 +21,19 @@ FOREVER = datetime.timedelta(days=365)
 """How long a rank waits for the others on the host: an engine may have nothing to do for days."""
 
 # Newer names first; the older ones are deprecated where these are.
-_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_scatter_sum = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+scatter_sum_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class connected:
+    """What a collective raises inside, as a ConnectionError: another rank has gone."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            raise ConnectionError(f"another rank has gone: {str(error).splitlines()[0]:.200}") from error
 
 
 class Axis:
@@ -34,27 +46,31 @@ class Axis:
         """The sum of all ranks' `x`, which may be overwritten."""
         _refuse_gradients(x)
         x = x.contiguous()
-        dist.all_reduce(x, group=self.group)
+        with connected():
+            dist.all_reduce(x, group=self.group)
         return x
 
     def gather(self, x_ND: Tensor) -> Tensor:
         """All ranks' rows in the order of the ranks, `[size * N, ...]`; each brings as many."""
         _refuse_gradients(x_ND)
         out = x_ND.new_empty(self.size * x_ND.shape[0], *x_ND.shape[1:])
-        _gather(out, x_ND.contiguous(), group=self.group)
+        with connected():
+            gather_into(out, x_ND.contiguous(), group=self.group)
         return out
 
     def scatter_sum(self, x_MD: Tensor) -> Tensor:
         """This rank's rows `[M / size, ...]` of the sum of all ranks' `x_MD`."""
         _refuse_gradients(x_MD)
         out = x_MD.new_empty(x_MD.shape[0] // self.size, *x_MD.shape[1:])
-        _scatter_sum(out, x_MD.contiguous(), group=self.group)
+        with connected():
+            scatter_sum_into(out, x_MD.contiguous(), group=self.group)
         return out
 
     def first(self, x: Tensor) -> Tensor:
         """The first rank's `x` on all ranks, in place."""
         if x.numel():
-            dist.broadcast(x, group=self.group, group_src=0)
+            with connected():
+                dist.broadcast(x, group=self.group, group_src=0)
         return x
 
 
@@ -107,9 +123,7 @@ class Layout:
         _start(self.device)
         self.rank = dist.get_rank()
         self.row, self.column = divmod(self.rank, tensor)
-        mesh = dist.init_device_mesh(
-            self.device.type, (self.data, tensor), mesh_dim_names=("data", "tensor")
-        )
+        mesh = init_device_mesh(self.device.type, (self.data, tensor), mesh_dim_names=("data", "tensor"))
         if tensor > 1:
             self.tensor_axis = Axis(mesh.get_group("tensor"), tensor, self.column)
         if self.data > 1:

@@ -57,7 +57,14 @@ class Experts(nn.Module):
             return self._all(x_ND, ids_NK, weights_NK)
         stacks = self.gate.stack(), self.up.stack(), self.down.stack()
         return experts(
-            x_ND, ids_NK, weights_NK, *stacks, limit=self.limit, shared=shared, fixed=is_invariant(), of=self.of
+            x_ND,
+            ids_NK,
+            weights_NK,
+            *stacks,
+            limit=self.limit,
+            shared=shared,
+            fixed=is_invariant(),
+            of=self.of,
         )
 
     def _all(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:

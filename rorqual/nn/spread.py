@@ -229,7 +229,7 @@ def _cut_matrix(matrix: Matrix, dim: int, span: _Span, keep_bias: bool = True) -
     if matrix.scale is not None and block is not None:
         each = 1 if stacked else block[dim]
         _cut(matrix, "scale", dim, _Span(span.begin // each, span.end // each))
-    if getattr(matrix, "bias", None) is not None:
+    if isinstance(matrix, Linear) and matrix.bias is not None:
         if dim == 0:
             _cut(matrix, "bias", 0, span)
         elif not keep_bias:
