@@ -18,6 +18,7 @@ GPU = {
     "start": serving.start,
     "two": two.main,
     "two-profile": partial(two.main, True),
+    "two-nccl": partial(two.main, True, False),
     "context-v32": partial(serving.context, "deepseek-v3.2", [4 * K, 16 * K, 64 * K, 128 * K]),
     "context-v3": partial(serving.context, "deepseek-v3", [4 * K, 16 * K, 64 * K, 128 * K]),
     "context-v4": partial(serving.context, "deepseek-v4-flash", [4 * K, 64 * K, 256 * K, 1024 * K]),

@@ -31,13 +31,13 @@ def measure(engine: Engine, batch: int, context: int, steps: int) -> tuple[float
     return decode(engine, batch, context, steps)
 
 
-def main(with_profile: bool = False, layers: int = 27, steps: int = 64) -> None:
+def main(with_profile: bool = False, direct: bool = True, layers: int = 27, steps: int = 64) -> None:
     """The table, printed by rank 0; `with_profile` also says which kernels take its time."""
     batch, context = BATCH, CONTEXT
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs two GPUs or more")
     begun = time.perf_counter()
-    both = Layout()
+    both = Layout(direct=direct)
     if both.world == 1:
         raise SystemExit(
             "start this benchmark with several processes: torchrun --nproc-per-node 2 -m benchmarks two"
@@ -55,7 +55,7 @@ def main(with_profile: bool = False, layers: int = 27, steps: int = 64) -> None:
     ranks = both.world
     for name, layout in (
         (f"data {ranks}, experts over {ranks}", both),
-        (f"tensor {ranks}, experts over {ranks}", Layout(tensor=ranks)),
+        (f"tensor {ranks}, experts over {ranks}", Layout(tensor=ranks, direct=direct)),
     ):
         model = fresh(lite(layers), layout)
         with Engine(model, layout=layout, max_requests=batch // layout.data, **options) as engine:

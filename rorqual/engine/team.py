@@ -197,14 +197,16 @@ class Team:
     def close(self) -> None:
         """End the engine on all ranks; requests under way are cancelled. Rank 0 says it, the others hear it."""
         if self.closed or not self.leads:
-            self.closed = True
             return
         for request, _ in list(self._fronts.values()):
             self.core._cancel(request.handle)
         if self.error is None:
             with self.guarding():
                 self._exchange({"do": [CLOSE]})
-        self.closed = True
+        self._close()
+
+    def _close(self) -> None:
+        self.closed, self.layout.tokens = True, None
         self._ended.set()
 
     def _check_open(self) -> None:
@@ -242,8 +244,7 @@ class Team:
         notes = self._exchange(note)
         self._heard = notes[0]["do"]
         if self._heard == [CLOSE]:
-            self.closed = True
-            self._ended.set()
+            self._close()
             return False
         self._others_busy = any(n["busy"] for n in notes)
         if self.leads:
@@ -411,8 +412,12 @@ class Team:
             self.error = self.error or TeamError(f"{text}; the engine has ended on all ranks")
             if self.layout.device.type == "cuda":
                 for axis in (self.layout.data_axis, self.layout.tensor_axis):
+                    if axis is None:
+                        continue
+                    if axis.peers is not None:
+                        axis.peers.stop.fill_(1)
                     with contextlib.suppress(Exception):
-                        axis.group._get_backend(self.layout.device).abort()  # type: ignore[union-attr]
+                        axis.group._get_backend(self.layout.device).abort()
             if not self._ended.wait(GRACE) and not self.leads:
                 print(f"rank {self.layout.rank} ends: {self.error}", file=sys.stderr, flush=True)
                 os._exit(1)  # the thread that runs the engine hangs in a call that nothing will answer

@@ -114,7 +114,9 @@ def prompts_of(count: int) -> list[list[int]]:
     ]
 
 
-def serve(cases: list[tuple[str, tuple[int, ...], dict[str, Any]]], device: str = "cpu") -> list[Any]:
+def serve(
+    cases: list[tuple[str, tuple[int, ...], dict[str, Any]]], device: str = "cpu", direct: bool = False
+) -> list[Any]:
     """Each case's model and layout under random arrivals, cancels and short memory. Rank 0 gives what is wrong
     with the answers; every rank its books."""
     dtype = "float64" if device == "cpu" else "float32"
@@ -123,7 +125,7 @@ def serve(cases: list[tuple[str, tuple[int, ...], dict[str, Any]]], device: str 
     for kind, numbers, options in cases:
         random.seed(f"{kind}{numbers}")
         if numbers not in layouts:
-            layouts[numbers] = Layout(*numbers, device=device if device == "cpu" else None)
+            layouts[numbers] = Layout(*numbers, device=device if device == "cpu" else None, direct=direct)
         engine = engine_of(stirred(kind, dtype), layouts[numbers], 52, step_tokens=24, **options)
         if not engine.leads:
             engine.follow()

@@ -196,8 +196,9 @@ def test_one_process_is_a_layout_too() -> None:
         assert engine.leads and engine.generate([3, 4, 5], ranks.GREEDY).ids == plain.ids
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=TWO_GPUS) for k in ("gqa", "v3", "v32", "v4")])
-def test_two_gpus(kind: str) -> None:
-    """By kernels, graphs and NCCL, in fp32: the CPU's answers."""
+@pytest.mark.parametrize("direct", [pytest.param(d, marks=TWO_GPUS) for d in (False, True)])
+@pytest.mark.parametrize("kind", ["gqa", "v3", "v32", "v4"])
+def test_two_gpus(kind: str, direct: bool) -> None:
+    """By kernels, graphs, and NCCL or each other's memory, in fp32: the CPU's answers."""
     cases = [case for case in TWO if case[0] == kind]
-    check(together(ranks.serve, 2, cases, "cuda"), cases)
+    check(together(ranks.serve, 2, cases, "cuda", direct), cases)
