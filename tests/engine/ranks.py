@@ -176,6 +176,8 @@ def _submit_and_compare(engine: Engine, alone: Model, options: dict[str, Any]) -
                 wrong.append(f"{i}: log-probabilities {far:.1e} off")
     if sum(handle.completion.finish_reason == "cancelled" for _, _, handle in jobs) == 0:
         wrong.append("nothing was cancelled in time: the test has to")
+    if sum(handle.request.cached for _, _, handle in jobs) == 0:
+        wrong.append("nothing was found in the prefix cache: the test has to")
     if options.get("speculate") and sum(h.completion.drafted for _, _, h in jobs) == 0:
         wrong.append("nothing was drafted")
     return wrong
@@ -223,17 +225,33 @@ def doubtful() -> list[Any]:
             engine.submit([1], GREEDY)
         except ValueError as error:
             out.append(str(error))
+        plain = model.logits
+        model.logits = lambda hidden: -plain(hidden)  # it would draw other tokens than rank 0
         engine.follow()
         return out
     with engine:
         bad, good = engine.submit([3, 7, 4], GREEDY), engine.submit([3, 6, 4], GREEDY)
-        first = good.result().ids
+        out.append(good.result().ids == stirred("v3").generate([3, 6, 4], GREEDY).ids)
         try:
             bad.result()
         except Exception as error:
             out.append(f"{type(error).__name__}: {error}"[:60])
-        engine.weights_changed()
-        out.append(engine.generate([3, 6, 4], GREEDY).ids == first)
+        found = []
+        for turn in range(3):
+            if turn == 2:
+                engine.weights_changed()
+            handle = engine.submit(list(range(20, 29)), GREEDY)
+            handle.result()
+            found.append(handle.request.cached)
+        out.append(found)
+        long = engine.submit([3, 6, 4], Sampling(0.0, max_new_tokens=100, ignore_eos=True))
+        for _ in range(5):
+            engine.step()
+        busy = len(engine.scheduler.everyone())
+        long.cancel()
+        for _ in range(2):
+            engine.step()
+        out.append([busy, long.completion.finish_reason, len(engine.scheduler.everyone())])
         try:
             engine.follow()
         except ValueError as error:

@@ -76,8 +76,10 @@ def test_a_rank_that_raises_ends_all_and_is_named(rank: int, device: str) -> Non
 def test_what_goes_wrong_on_its_own() -> None:
     leader, follower = together(ranks.doubtful, 2)
     assert leader == [
-        "SamplingError: the model gave NaN or infinite logits: the we",
         True,
+        "SamplingError: the model gave NaN or infinite logits: the we",
+        [0, 8, 0],
+        [1, "cancelled", 0],
         "rank 0 leads: it submits requests, and the other ranks follow",
         "the engine is closed",
     ] or pytest.fail(str(leader))
