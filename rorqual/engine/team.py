@@ -1,7 +1,8 @@
 """Several ranks as one engine: rank 0 takes requests, and all ranks run their passes in step.
 
 Every rank has a core of its own. The ranks of a tensor row are told the same requests at the same moment and take
-the same decisions: schedules follow from requests and tokens, and tokens are those the row's first rank drew.
+the same decisions: schedules follow from requests and tokens, and tokens from logits that are the same bits on all
+of them (sums over ranks are). A running sum over what was drawn, sent along, finds it should that ever fail.
 Rows have requests of their own, and meet in the layers of experts. So all ranks meet once a step on the host
 (`meet`): each says what its next pass is, how many tokens, whether a graph could run it; a pass is run by all or
 by none, a row without work bringing one token that nobody reads. With the same message rank 0 sends what its
@@ -27,15 +28,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from rorqual.engine.grammar import Grammar, GrammarError
 from rorqual.engine.loop import Answer, Delta
 from rorqual.engine.request import Handle, Request
-from rorqual.engine.sampling import Sampler, Sampling, SamplingError
+from rorqual.engine.sampling import Sampling, SamplingError
 from rorqual.engine.scheduler import Plan
 from rorqual.nn import InputError
-from rorqual.nn.layout import Axis, Layout, connected, gather_into
+from rorqual.nn.layout import Layout, connected, gather_into
 
 if TYPE_CHECKING:
     from rorqual.engine.core import Core
@@ -87,6 +87,7 @@ class Relay(Handle):
     def _put(self, delta: Delta) -> None:
         assert self.request is not None
         done, news = self.request.answer.done, self.team.news_of(self.number)
+        self.team.drew(self.number, delta.id)
         news.tokens.append(delta.id)
         if done.logprobs is not None:
             news.logprobs = [*(news.logprobs or ()), done.logprobs[-1]]
@@ -102,26 +103,7 @@ class Relay(Handle):
         news.end = request.cached, request.preemptions, done.drafted, done.accepted
         if self.error is not None:
             news.error = type(self.error).__name__, str(self.error)
-
-
-class Agreed(Sampler):
-    """A sampler whose draws are those of the row's first rank."""
-
-    def __init__(self, axis: Axis, *args: Any) -> None:
-        super().__init__(*args)
-        self.axis = axis
-
-    def draw(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.axis.first(super().draw(*args, **kwargs))
-
-    def draw_from(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.axis.first(super().draw_from(*args, **kwargs))
-
-    def distribution(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.axis.first(super().distribution(*args, **kwargs))
-
-    def failed(self, *args: Any) -> Tensor:
-        return self.axis.first(super().failed(*args).int()) > 0
+            self.team.drew(self.number, -1)
 
 
 class Team:
@@ -145,9 +127,8 @@ class Team:
         self._news: dict[int, _News] = {}
         self._others_busy = False
         self._ended = threading.Event()
-        if layout.tensor_axis is not None:
-            model, runner = core.model, core.runner
-            runner.sampler = Agreed(layout.tensor_axis, model.config.vocab, model.device, core.slots)
+        self._drawn = 0
+        """A sum over all that this rank's requests have drawn: the same on all ranks of a row."""
         self._watch_for_failures()
 
     # ------------------------------------------------------------------------------------ callers
@@ -233,7 +214,7 @@ class Team:
         tokens = sum(r.width for r in plan.decodes) + sum(c for _, c in plan.chunks)
         blocks = max((len(r.pages) for r in plan.decodes), default=1)
         note: dict[str, Any] = {"pass": [tokens, len(plan.chunks), len(plan.decodes), blocks]}
-        note["busy"] = self.core.has_own
+        note["busy"], note["drawn"] = self.core.has_own, self._drawn
         if self.leads:
             note["do"], self._orders = self._orders, []
         if self.layout.column == 0 and self._news:
@@ -246,6 +227,7 @@ class Team:
         if self._heard == [CLOSE]:
             self._close()
             return False
+        self._check_rows(notes)
         self._others_busy = any(n["busy"] for n in notes)
         if self.leads:
             self._brought = [(rank, n["got"]) for rank, n in enumerate(notes) if "got" in n]
@@ -258,6 +240,18 @@ class Team:
         self.core.runner.together = Together(graphs, size, blocks)
         self.layout.tokens = None if graphs else max(1, tokens)
         return bool(tokens)
+
+    def _check_rows(self, notes: list[dict[str, Any]]) -> None:
+        """The ranks of a row draw by themselves, from logits of the same bits. Plans follow from what was drawn two
+        passes ago, so a difference is found before it can lead to different passes."""
+        for rank, note in enumerate(notes):
+            first = rank - rank % self.layout.tensor
+            if note["drawn"] != notes[first]["drawn"]:
+                raise RuntimeError(f"ranks {first} and {rank} drew different tokens for the same requests")
+
+    def drew(self, number: int, token: int) -> None:
+        """Count a token of a request, or -1 for its failure, into what the row has drawn."""
+        self._drawn = (self._drawn * 31 + number * 1_000_003 + token) % (1 << 61)
 
     def obey(self) -> None:
         """Do what rank 0 said with the last message."""
@@ -414,8 +408,8 @@ class Team:
                 for axis in (self.layout.data_axis, self.layout.tensor_axis):
                     if axis is None:
                         continue
-                    if axis.peers is not None:
-                        axis.peers.stop.fill_(1)
+                    if axis.near is not None:
+                        axis.near.stop.fill_(1)
                     with contextlib.suppress(Exception):
                         axis.group._get_backend(self.layout.device).abort()
             if not self._ended.wait(GRACE) and not self.leads:

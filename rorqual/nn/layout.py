@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from rorqual.kernels.peers import Peers, room
+from rorqual.kernels.exchange import Near, room
 from rorqual.nn.errors import InputError
 
 FOREVER = datetime.timedelta(days=365)
@@ -42,15 +42,15 @@ class Axis:
 
     def __init__(self, group: dist.ProcessGroup, size: int, rank: int) -> None:
         self.group, self.size, self.rank = group, size, rank
-        self.peers: Peers | None = None
+        self.near: Near | None = None
         """The way to exchange small tensors through each other's memory, where there is one."""
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`, which may be overwritten."""
         _refuse_gradients(x)
         x = x.contiguous()
-        if self.peers is not None and self.peers.takes(x):
-            return self.peers.sum(x)
+        if self.near is not None and self.near.takes(x):
+            return self.near.sum(x)
         with connected():
             dist.all_reduce(x, group=self.group)
         return x
@@ -58,8 +58,8 @@ class Axis:
     def gather(self, x_ND: Tensor) -> Tensor:
         """All ranks' rows in the order of the ranks, `[size * N, ...]`; each brings as many."""
         _refuse_gradients(x_ND)
-        if self.peers is not None and self.peers.takes(x_ND):
-            return self.peers.gather(x_ND.contiguous())
+        if self.near is not None and self.near.takes(x_ND):
+            return self.near.gather(x_ND.contiguous())
         out = x_ND.new_empty(self.size * x_ND.shape[0], *x_ND.shape[1:])
         with connected():
             gather_into(out, x_ND.contiguous(), group=self.group)
@@ -68,8 +68,8 @@ class Axis:
     def scatter_sum(self, x_MD: Tensor) -> Tensor:
         """This rank's rows `[M / size, ...]` of the sum of all ranks' `x_MD`."""
         _refuse_gradients(x_MD)
-        if self.peers is not None and self.peers.takes(x_MD):
-            return self.peers.scatter_sum(x_MD.contiguous())
+        if self.near is not None and self.near.takes(x_MD):
+            return self.near.scatter_sum(x_MD.contiguous())
         out = x_MD.new_empty(x_MD.shape[0] // self.size, *x_MD.shape[1:])
         with connected():
             scatter_sum_into(out, x_MD.contiguous(), group=self.group)
@@ -93,7 +93,8 @@ class Layout:
     layer's heads and widths. `expert`: ranks that the routed experts are spread over, all of them by default, or
     `tensor` for rows with all experts each. `device` defaults to this process's GPU, or the CPU where there is none.
 
-    `direct`: GPUs of one machine exchange small tensors by reading each other's memory (`kernels.peers`).
+    `direct`: GPUs of one machine exchange small tensors by reading each other's memory (`kernels.exchange`), where
+    they can; else NCCL takes all.
 
     Reads torchrun's variables and starts `torch.distributed` if the caller has not. Raises `InputError` for
     numbers that don't make up the ranks there are.
@@ -105,7 +106,7 @@ class Layout:
         tensor: int = 1,
         expert: int | None = None,
         device: torch.device | str | None = None,
-        direct: bool = False,
+        direct: bool = True,
     ) -> None:
         world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
         for name, value in (("data", data), ("tensor", tensor), ("expert", expert)):
@@ -141,14 +142,8 @@ class Layout:
         if self.data > 1:
             self.data_axis = Axis(mesh.get_group("data"), self.data, self.row)
         self.host = dist.new_group(backend="gloo", timeout=FOREVER)
-        if (
-            direct
-            and self.device.type == "cuda"
-            and os.environ.get("LOCAL_WORLD_SIZE", str(world)) == str(world)
-        ):
-            for axis in (self.tensor_axis, self.data_axis):
-                if axis is not None:
-                    axis.peers = _connect(axis, self.device)
+        if direct and self.device.type == "cuda":
+            self._connect()
         self.warm_up()
 
     def __deepcopy__(self, memo: object) -> Layout:
@@ -173,6 +168,17 @@ class Layout:
                 axis.scatter_sum(axis.gather(x))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def _connect(self) -> None:
+        """Let axes exchange small tensors through each other's memory, if that works on all ranks."""
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE", str(self.world)) == str(self.world)
+        axes = [axis for axis in (self.tensor_axis, self.data_axis) if axis is not None]
+        for axis in axes if one_machine else ():
+            try:
+                near = _near(axis, self.device)
+            except (RuntimeError, ImportError, AttributeError):
+                near = None
+            axis.near = near if self.least(int(near is not None)) else None
 
     def least(self, value: int) -> int:
         """The least of all ranks' values (on the host)."""
@@ -211,7 +217,7 @@ def _start(device: torch.device) -> None:
         dist.init_process_group("gloo")
 
 
-def _connect(axis: Axis, device: torch.device) -> Peers:
+def _near(axis: Axis, device: torch.device) -> Near:
     """Memory that all ranks of an axis can read."""
     # Nothing here uses multicast objects, so none are to be made.
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
@@ -223,9 +229,9 @@ def _connect(axis: Axis, device: torch.device) -> Peers:
     torch.cuda.synchronize(device)  # before others can know of it
     handle = symmetric.rendezvous(memory, axis.group.group_name)
     bases = [handle.get_buffer(rank, (size,), torch.uint8).data_ptr() for rank in range(axis.size)]
-    peers = Peers(bases, axis.rank, device)
-    peers.holds = memory, handle
-    return peers
+    near = Near(bases, axis.rank, device)
+    near.holds = memory, handle
+    return near
 
 
 def _refuse_gradients(x: Tensor) -> None:

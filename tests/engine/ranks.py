@@ -225,8 +225,6 @@ def doubtful() -> list[Any]:
             engine.submit([1], GREEDY)
         except ValueError as error:
             out.append(str(error))
-        plain = model.logits
-        model.logits = lambda hidden: -plain(hidden)  # it would draw other tokens than rank 0
         engine.follow()
         return out
     with engine:
@@ -261,6 +259,23 @@ def doubtful() -> list[Any]:
     except ValueError as error:
         out.append(str(error))
     return out
+
+
+def differ() -> str:
+    """Rank 1 draws other tokens than rank 0."""
+    model, layout = stirred("v3"), Layout(tensor=2, device="cpu")
+    if layout.rank == 1:
+        plain = model.logits
+        model.logits = lambda hidden: -plain(hidden)  # type: ignore[method-assign]
+    engine = engine_of(model, layout, 200)
+    try:
+        if engine.leads:
+            engine.generate([1, 2, 3], GREEDY)
+        else:
+            engine.follow()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def leave_early() -> str:

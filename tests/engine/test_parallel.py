@@ -86,6 +86,11 @@ def test_what_goes_wrong_on_its_own() -> None:
     assert follower == ["rank 0 takes requests; this is rank 1, which calls engine.follow()"]
 
 
+def test_ranks_of_a_row_that_draw_different_tokens() -> None:
+    for heard in together(ranks.differ, 2):
+        assert "ranks 0 and 1 drew different tokens" in heard
+
+
 def test_a_leader_that_goes_without_a_word() -> None:
     leader, follower = together(ranks.leave_early, 2)
     assert leader == 3 and "another rank has gone" in follower

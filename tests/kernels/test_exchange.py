@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rorqual.kernels.peers import PROGRAMS, SLOT, Peers, room
+from rorqual.kernels.exchange import PROGRAMS, SLOT, Near, room
 from tests.engine.ranks import together
 
 SHAPES = [(3, 7), (1, 5000), (6, 1024), (2, 33)]
@@ -25,7 +25,7 @@ def exchange(place: str, ranks: int) -> list[str]:
 
     rank, bytes_each = int(os.environ["RANK"]), room(ranks)
     shared = torch.from_file(place, shared=True, size=ranks * bytes_each, dtype=torch.uint8)
-    peers = Peers([shared.data_ptr() + r * bytes_each for r in range(ranks)], rank, torch.device("cpu"))
+    peers = Near([shared.data_ptr() + r * bytes_each for r in range(ranks)], rank, torch.device("cpu"))
     wrong = []
     for turn in range(6):
         shape, dtype = SHAPES[turn % len(SHAPES)], (torch.float32, torch.bfloat16, torch.float64)[turn % 3]
@@ -55,7 +55,7 @@ def test_exchanges(ranks: int, tmp_path: Path) -> None:
 
 
 def test_what_it_takes() -> None:
-    peers = Peers([0, 0], 0, torch.device("cpu"))
+    peers = Near([0, 0], 0, torch.device("cpu"))
     assert peers.takes(torch.empty(SLOT * PROGRAMS, dtype=torch.uint8).view(torch.bfloat16))
     assert not peers.takes(torch.empty(SLOT * PROGRAMS + 2, dtype=torch.uint8).view(torch.bfloat16))
     assert not peers.takes(torch.empty(4, dtype=torch.int64)) and not peers.takes(torch.empty(0))

@@ -100,7 +100,7 @@ def exchange_kernel(
     tl.store(epochs_ptr + pid, epoch)
 
 
-class Peers:
+class Near:
     """This rank's end: addresses of all ranks' shared memory (`room` bytes each), in the order of ranks."""
 
     def __init__(self, bases: Sequence[int], rank: int, device: torch.device) -> None:

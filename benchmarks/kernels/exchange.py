@@ -1,6 +1,6 @@
 """Exchanges of a decoding pass between GPUs: through peers' memory, and by NCCL, as replays of a CUDA graph.
 
-torchrun --nproc-per-node 2 -m benchmarks.kernels.peers
+torchrun --nproc-per-node 2 -m benchmarks.kernels.exchange
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def check(axis: Axis, plain: Axis) -> float:
 def main() -> None:
     layout = Layout(direct=True)
     axis = layout.data_axis
-    assert axis is not None and axis.peers is not None and layout.host is not None
+    assert axis is not None and axis.near is not None and layout.host is not None
     plain = Axis(axis.group, axis.size, axis.rank)
     far = check(axis, plain)
     if layout.rank == 0:
