@@ -236,7 +236,8 @@ class Team:
         tokens, chunks, size, blocks = (
             max(column) for column in zip(*(n["pass"] for n in notes), strict=True)
         )
-        graphs = chunks == 0 and self.core.runner.has_graph(size)
+        own = self.core.runner.graphs
+        graphs = chunks == 0 and own is not None and own.fits(size)
         self.core.runner.together = Together(graphs, size, blocks)
         self.layout.tokens = None if graphs else max(1, tokens)
         return bool(tokens)
