@@ -86,12 +86,19 @@ def stirred(kind: str, dtype: str = "float64") -> Model:
     return model
 
 
-def engine_of(model: Model, layout: Layout, tokens: int, slots: int = 3, **options: Any) -> Engine:
-    """An engine whose ranks hold pages for about `tokens` tokens each."""
+def engine_of(
+    model: Model, layout: Layout, tokens: int, slots: int = 3, ahead: bool = False, **options: Any
+) -> Engine:
+    """An engine whose ranks hold pages for about `tokens` tokens each; `ahead`: passes as on a GPU, laid out as its
+    graphs have them, and begun before the draws of the one before are read."""
     lanes = model.lanes()[: None if options.get("speculate") else len(model.layers)]
     size = max(4, *(lane.every for kinds in lanes for lane in kinds.values()))
     memory = 2 * slots * ring_bytes(lanes) + page_bytes(lanes, size) * max(-(-tokens // size), 2)
-    return Engine(model, layout=layout, max_requests=slots, memory=memory, page_size=size, **options)
+    engine = Engine(model, layout=layout, max_requests=slots, memory=memory, page_size=size, **options)
+    if ahead:
+        engine.runner.graphs = engine.runner.new_graphs()
+        engine._ahead = True
+    return engine
 
 
 def books(engine: Engine) -> list[int]:
