@@ -99,6 +99,8 @@ class _Work:
 
     def block(self, block: Block) -> None:
         tensor = self.layout.tensor_axis
+        if self.layout.world > 1:
+            self.jobs.append(lambda: setattr(block, "whole", False))
         if tensor is not None:
             match block.attention:
                 case MLA():
