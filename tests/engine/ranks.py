@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import random
@@ -257,6 +258,7 @@ def doubtful() -> list[Any]:
         for _ in range(2):
             engine.step()
         out.append([busy, long.completion.finish_reason, len(engine.scheduler.everyone())])
+        out.append(asyncio.run(_streamed(engine)) == good.completion.ids)
         try:
             engine.follow()
         except ValueError as error:
@@ -266,6 +268,10 @@ def doubtful() -> list[Any]:
     except ValueError as error:
         out.append(str(error))
     return out
+
+
+async def _streamed(engine: Engine) -> list[int]:
+    return [delta.id async for delta in engine.stream([3, 6, 4], GREEDY)]
 
 
 def differ() -> str:

@@ -83,6 +83,7 @@ def test_what_goes_wrong_on_its_own() -> None:
         "SamplingError: the model gave NaN or infinite logits: the we",
         [0, 8, 0],
         [1, "cancelled", 0],
+        True,
         "rank 0 leads: it submits requests, and the other ranks follow",
         "the engine is closed",
     ] or pytest.fail(str(leader))
