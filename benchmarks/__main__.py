@@ -15,6 +15,7 @@ GPU = {
     "lite": lite.main,
     "lite-profile": partial(lite.main, True),
     "spec": spec.main,
+    "lite-prefill": lite.prefill,
     "load": serving.load,
     "start": serving.start,
     "two": two.main,

@@ -64,9 +64,14 @@ def quantize_reference(x_ND: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor
 
 
 def quantize_fast(
-    x_ND: Tensor, pow2: bool = False, ahead: bool = False, how: dict[str, int] | None = None
+    x_ND: Tensor,
+    pow2: bool = False,
+    ahead: bool = False,
+    how: dict[str, int] | None = None,
+    followed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` by the kernel above. The tensors returned have room for rows up to a multiple of 4."""
+    """`quantize_rows` by the kernel above. The tensors returned have room for rows up to a multiple of 4. `followed`:
+    the next kernel is launched to run ahead."""
     rows, width = x_ND.shape
     room, groups = blocks(rows, 4) * 4, blocks(width, BLOCK)
     codes = torch.empty(room, width, dtype=FP8, device=x_ND.device)
@@ -74,7 +79,7 @@ def quantize_fast(
     how = how or {"BN": 1 if rows <= 16 else 16, "num_warps": 1 if rows <= 16 else 4}
     quantize[(triton.cdiv(room, how["BN"]), groups)](
         x_ND, codes, scale, rows, room, width, x_ND.stride(0), codes.stride(0), scale.stride(0), scale.stride(1),
-        POWERS=pow2, **how, **launching(ahead and x_ND.is_cuda),
+        POWERS=pow2, **how, **({"AHEAD": True, "launch_pdl": ahead} if followed else launching(ahead and x_ND.is_cuda)),
     )  # fmt: skip
     return codes[:rows], scale[:rows]
 
@@ -248,7 +253,7 @@ def plan(rows: int, out_width: int, width: int) -> dict[str, Any]:
         and groups >= split * (8 if 2 * tiles * split <= PROCESSORS else 32)
     ):
         split *= 2
-    how |= {"SPLIT": split, "BN": BN, "BO": 64, "FETCH": 512 if rows <= 64 and width >= 512 else 0}
+    how |= {"SPLIT": split, "BN": BN, "BO": 64, "FETCH": 512 if rows <= 32 and width >= 512 else 0}
     if rows <= 32:
         return how | {"STAGES": 4, "UNROLL": 2}
     return how | {"STAGES": 8 if tiles * split <= PROCESSORS else 6}  # one program a multiprocessor, or two
@@ -275,9 +280,16 @@ def fast(
     """`reference` by the kernels above, blocks of 128x128. `how` replaces `plan`; `quantized` is x's codes and
     scales where they are at hand."""
     (rows, width), out_width = x_ND.shape, codes_OD.shape[0]
-    x, x_scale = quantized or quantize_fast(x_ND, pow2, ahead)
+    # Of few rows the product is set up while they are quantised, whatever was before.
+    chained = (
+        rows <= 64
+        and quantized is None
+        and x_ND.is_cuda
+        and torch.cuda.get_device_capability(x_ND.device)[0] >= 9
+    )
+    x, x_scale = quantized or quantize_fast(x_ND, pow2, ahead, followed=chained)
     how = how or plan(rows, out_width, width)
-    launch = launching(ahead and x_ND.is_cuda)
+    launch = launching(chained or (ahead and x_ND.is_cuda))
     powers = scale.dtype == E8M0
     scale = scale.view(torch.uint8) if powers else scale
     y = x_ND.new_empty(rows, out_width)

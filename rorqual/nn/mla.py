@@ -132,13 +132,20 @@ class MLA(nn.Module):
             assert c_q is not None and absorbed is not None
             slots_Nk = self.index.paged(x_1ND, c_q[None], step, store["index"])
             return self.o(self._chosen(q_NHd, absorbed, pages, slots_Nk).flatten(1))[None]
+        # The many rows of a prompt are written where they belong, the few others brought there.
+        whole = q_NHd.new_empty(*q_NHd.shape[:2], p.v_dim) if len(step.groups) > 1 else None
         out = [
             self._decode(q_NHd[g.tokens], absorbed[g.tokens] if absorbed is not None else None, pages, g)
             if g.decoding
-            else self._prefill(q_NHd[g.tokens], pages, g, step)
+            else self._prefill(q_NHd[g.tokens], pages, g, step, None if whole is None else whole[g.tokens])
             for g in step.groups
         ]
-        return self.o((out[0] if len(out) == 1 else torch.cat(out)).flatten(1))[None]
+        if whole is None:
+            return self.o(out[0].flatten(1))[None]
+        for g, part in zip(step.groups, out, strict=True):
+            if g.decoding:
+                whole[g.tokens] = part
+        return self.o(whole.flatten(1))[None]
 
     def _decode(self, q_NHd: Tensor, absorbed: Tensor | None, pages: Tensor, g: Group) -> Tensor:
         """Absorbed attention of a few queries a sequence: `[n, H, v]`."""
@@ -162,7 +169,7 @@ class MLA(nn.Module):
         u_NHc = mla_sparse(absorbed, pages, slots_Nk, rank=p.kv_rank, scale=p.scale)
         return heads_down(u_NHc, w_HrC[:, p.nope_dim :], None, scale, p.nope_dim)
 
-    def _prefill(self, q_NHd: Tensor, pages: Tensor, g: Group, step: PagedStep) -> Tensor:
+    def _prefill(self, q_NHd: Tensor, pages: Tensor, g: Group, step: PagedStep, out: Tensor | None) -> Tensor:
         """Expanded attention of long chunks to their sequences' latents, old and new: `[n, H, v]`."""
         p, total = self.part, sum(s + c for s, c in zip(g.starts, g.counts, strict=True))
         starts_k = step.once(("keys", g.tokens.start), lambda: F.pad(g.ends_S.cumsum(0), (1, 0)).int())
@@ -171,7 +178,7 @@ class MLA(nn.Module):
         k_MHn, v_MHv = kv_MHd.split((p.nope_dim, p.v_dim), -1)
         return mla_prefill(
             q_NHd, k_MHn, latent_MC[:, p.kv_rank :], v_MHv, g.offsets_S1, starts_k,
-            max_q=g.width, max_k=g.end, scale=p.scale,
+            max_q=g.width, max_k=g.end, scale=p.scale, out=out,
         )  # fmt: skip
 
     def forward(
