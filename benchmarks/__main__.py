@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from benchmarks import lite, serving, spec, tiny, two
+from benchmarks import invariant, lite, serving, spec, tiny, two
 from benchmarks.decode import latent, smollm2
 from benchmarks.loading import loading
 
@@ -14,8 +14,10 @@ CPU = {"smollm2": smollm2, "latent": latent, "loading": loading, "tiny": tiny.ma
 GPU = {
     "lite": lite.main,
     "lite-profile": partial(lite.main, True),
-    "spec": spec.main,
     "lite-prefill": lite.prefill,
+    "invariant": invariant.main,
+    "invariant-profile": partial(invariant.main, True),
+    "spec": spec.main,
     "load": serving.load,
     "start": serving.start,
     "two": two.main,

@@ -18,6 +18,7 @@ import torch
 from benchmarks.lite import lite
 from rorqual.engine.engine import Engine
 from rorqual.engine.sampling import Sampling
+from rorqual.engine.staging import Coming
 from rorqual.nn import Transformer
 
 
@@ -34,8 +35,10 @@ def forced(engine: Engine, share: float) -> None:
         sampler.judge = judge  # type: ignore[method-assign]
 
 
-def rate(engine: Engine, batch: int, context: int, steps: int, sampling: Sampling) -> tuple[float, float]:
-    """Tokens a second of `batch` answers in step, and milliseconds a pass."""
+def rate(
+    engine: Engine, batch: int, context: int, steps: int, sampling: Sampling
+) -> tuple[float, float, float]:
+    """Tokens a second of `batch` answers in step, milliseconds a pass, and how many of these the host worked."""
     prompts = torch.randint(0, engine.model.config.vocab, (batch, context)).tolist()
     handles = [engine.submit(p, sampling) for p in prompts]
 
@@ -44,19 +47,30 @@ def rate(engine: Engine, batch: int, context: int, steps: int, sampling: Samplin
 
     while min(len(h.completion.ids) for h in handles) < 12:
         engine.step()
-    before = count()
+    before, waited, genuine = count(), 0.0, Coming.land
+
+    def land(self: Coming) -> list[torch.Tensor]:
+        nonlocal waited
+        begun = time.perf_counter()
+        found = genuine(self)
+        waited += time.perf_counter() - begun
+        return found
+
+    Coming.land = land  # type: ignore[method-assign]
     torch.cuda.synchronize()
     begun = time.perf_counter()
     for _ in range(steps):
         engine.step()
+    worked = time.perf_counter() - begun - waited
     torch.cuda.synchronize()
     took = time.perf_counter() - begun
+    Coming.land = genuine  # type: ignore[method-assign]
     tokens = count() - before
     for handle in handles:
         handle.cancel()
     while engine.busy:
         engine.step()
-    return tokens / took, 1e3 * took / steps
+    return tokens / took, 1e3 * took / steps, 1e3 * worked / steps
 
 
 KINDS = {
@@ -84,8 +98,8 @@ def main(
             name = f"drafts {share:.0%} forced" if speculate else "plain"
             try:
                 rate(engine, batch, context, 4, sampling)
-                speed, ms = rate(engine, batch, context, steps, sampling)
-                told.append(f"{name} {speed:,.0f} tok/s, {ms:.2f} ms a pass")
+                speed, ms, host = rate(engine, batch, context, steps, sampling)
+                told.append(f"{name} {speed:,.0f} tok/s, {ms:.2f} ms a pass (host {host:.2f})")
             except Exception:
                 told.append(f"{name} failed: {traceback.format_exc(limit=-3)}")
             del engine

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from rorqual.engine.draws import ACCEPT, RESIDUAL
-from rorqual.engine.fused import Tables, _uniform
+from rorqual.engine.fused import Tables
+from rorqual.engine.fused_parts import _uniform
 from rorqual.kernels.fuse import chained
 from rorqual.kernels.gpu import tl, triton
 

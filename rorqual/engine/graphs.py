@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,7 @@ class Graphs:
         """The pass of these requests, each bringing its last token (and, if `width` is 2, its draft or a token in
         its place). `least`: sequences and page-table columns that the graph has room for at least (the same on all
         ranks that meet in it)."""
-        size = next(s for s in SIZES if s >= max(len(requests), least[0]))
+        size = SIZES[bisect_left(SIZES, max(len(requests), least[0]))]
         blocks = max([least[1], *(len(r.pages) for r in requests)])
         blocks = max(8, 1 << (blocks - 1).bit_length())
         idle = self.left.newest_S.shape[0] - 1
@@ -137,10 +138,10 @@ class Graphs:
         step.shared["slots", 1] = laid.slots_N
         return laid, step, *self.forward(laid.ids_N[None], step)
 
-    def _after(self, made: Recorded, size: int, width: int) -> Tensor:
+    def _after(self, made: Recorded, offsets: Tensor) -> Tensor:
         """MTP's part of it."""
         assert self.further is not None and made.following is not None and made.counts is not None
-        columns = torch.arange(0, size * width, width, device=made.packed.device) + made.counts - 1
+        columns = offsets[:-1] + (made.counts - 1)
         return self.further(made.state, made.following.view(1, -1), made.step, columns)
 
     def _prepared(self, packed: Tensor, size: int, width: int) -> tuple[Tensor, Recorded]:
@@ -159,7 +160,7 @@ class Graphs:
             made.laid, made.step, made.logits, made.state = self._pass(packed, size, width, offsets)
 
         def mtp() -> None:
-            made.drafting = self._after(made, size, width)
+            made.drafting = self._after(made, offsets)
 
         made.replay, made.replay_mtp = again, mtp
         return made
@@ -173,7 +174,7 @@ class Graphs:
             for _ in range(2):
                 offsets, made = self._prepared(packed, size, width)
                 if self.further is not None:
-                    self._after(made, size, width)
+                    self._after(made, offsets)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads (a communicator's watchdog) may look at events meanwhile.
@@ -184,6 +185,6 @@ class Graphs:
         if self.further is not None:
             mtp = torch.cuda.CUDAGraph()
             with torch.cuda.graph(mtp, pool=self._pool, capture_error_mode="thread_local"):
-                made.drafting = self._after(made, size, width)
+                made.drafting = self._after(made, offsets)
             made.replay_mtp = mtp.replay
         return made

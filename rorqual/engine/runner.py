@@ -138,16 +138,17 @@ class Runner:
         self._ring_names = [
             [name for name, lane in kinds.items() if lane.keep is not None] for kinds in lanes
         ]
-        self.sampler = Sampler(
-            model.config.vocab, self.device, slots + 1
-        )  # one more, for idle rows of graphs
+        idle = 1  # a slot for idle rows of graphs
+        self.sampler = Sampler(model.config.vocab, self.device, slots + idle)
         self._staging = Staging(self.device)
         there = self.sampler.newest_S
         self._left = Left(there, torch.zeros_like(there), torch.zeros_like(there))
         self.together: Together | None = None
         """What the ranks of an engine of many have agreed on for the next pass."""
         self.graphs: Graphs | None = None
-        if self.device.type == "cuda" and not invariant:
+        self._by_rows = model.fixed_rows or not invariant
+        """Whether a pass takes all its tokens at once: else each is a pass of its own."""
+        if self.device.type == "cuda" and self._by_rows:
             model.adjoin()
             self.graphs = self.new_graphs()
 
@@ -229,7 +230,7 @@ class Runner:
             if late is not None:
                 batch.ids_N[late[0]] = table[late[1]]
         rows = len(batch.drawing)
-        if self.invariant:
+        if not self._by_rows:
             state = self._by_token(batch)
             parts = [self._head(state[:, c : c + 1]) for c in batch.columns.tolist()]
             logits = torch.cat(parts) if parts else state.new_empty(0, self.model.config.vocab)
@@ -375,15 +376,16 @@ class Runner:
         source, drawn_4R, rows = passed.source, passed.drawn_4R, len(passed.requests)
         assert drawn_4R is not None
         passed.undrafted = False
-        if isinstance(source, Recorded):
-            assert self.graphs is not None
-            logits = self.graphs.draft(source, drawn_4R[:2].T, drawn_4R[2])
-        else:
-            source.next_N[source.columns[:rows]] = drawn_4R[0]
-            if passed.drafted:
-                source.next_N[source.columns[rows:]] = drawn_4R[1, self._index(passed.drafted)]
-            columns = source.columns[:rows] + drawn_4R[2] - 1
-            logits = self._further(passed.state, source.next_N[None], source.step, columns)
+        with batch_invariant(self.invariant):
+            if isinstance(source, Recorded):
+                assert self.graphs is not None
+                logits = self.graphs.draft(source, drawn_4R[:2].T, drawn_4R[2])
+            else:
+                source.next_N[source.columns[:rows]] = drawn_4R[0]
+                if passed.drafted:
+                    source.next_N[source.columns[rows:]] = drawn_4R[1, self._index(passed.drafted)]
+                columns = source.columns[:rows] + drawn_4R[2] - 1
+                logits = self._further(passed.state, source.next_N[None], source.step, columns)
         slots_R = self.sampler.index(passed.slots)
         self._left.held_S[slots_R] = passed.starts_R + drawn_4R[2]
         requests, slots = passed.requests, passed.slots

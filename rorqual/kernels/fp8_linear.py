@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.kernels.gpu import tl, triton, usable
+from rorqual.kernels.mode import by_fixed_kernels
 from rorqual.kernels.quant import E8M0, FP8, blocks, dequantize_fp8, encode_fp8, fp8_scale
 from rorqual.kernels.skinny import PROCESSORS, add_parts, await_inputs, fetch_ahead, launching, release
 
@@ -26,6 +27,9 @@ FEW_WIDTH = 4096
 
 BAND = 8
 """Tiles of rows that go through the weight together, so that both stay in L2."""
+
+FIXED_ROWS = 2048
+"""Rows that the form for batch-invariant mode takes at a time."""
 
 # ---------------------------------------------------------------------------------------- activations
 
@@ -153,7 +157,7 @@ def few(
     tl.store(at, values.to(y.dtype.element_ty), mask=inside[:, None] & (which < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def product(
     x, x_scale, w, w_scale, bias, y, rows, out_width, x_row, s_row, s_group, w_row, b_row, y_row, y_split,
     D: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
@@ -259,6 +263,30 @@ def plan(rows: int, out_width: int, width: int) -> dict[str, Any]:
     return how | {"STAGES": 8 if tiles * split <= PROCESSORS else 6}  # one program a multiprocessor, or two
 
 
+def fixed_plan(rows: int, out_width: int, width: int) -> dict[str, Any]:
+    """The same where a row's bits may not depend on the number of rows: the weight on the tall side, and the channels
+    split by the weight's shape alone."""
+    tiles, groups, split = blocks(out_width, 64), blocks(width, BLOCK), 1
+    while split < 8 and tiles * split <= PROCESSORS and groups >= 8 * split:
+        split *= 2
+    BN = 128 if rows > 64 else max(16, triton.next_power_of_2(rows))
+    return {
+        "SPLIT": split, "TALL": True, "BN": BN, "BO": 64, "STAGES": 4, "UNROLL": 1, "FETCH": 0, "num_warps": 4,
+    }  # fmt: skip
+
+
+def fixed(
+    x_ND: Tensor, codes_OD: Tensor, scale: Tensor, bias: Tensor | None = None, pow2: bool = False
+) -> Tensor:
+    """`fast` for batch-invariant mode: `FIXED_ROWS` rows at a time, for each split leaves a sum a row in fp32."""
+    out_width, width = codes_OD.shape
+    parts = [
+        fast(x, codes_OD, scale, bias, pow2, how=fixed_plan(x.shape[0], out_width, width))
+        for x in x_ND.split(FIXED_ROWS)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def in_library(rows: int, out_width: int, width: int) -> bool:
     """Whether cuBLASLt takes the shape and is faster: where its tiles fill the chip. It reads the scales of a
     weight in fours along the width, whatever their stride says."""
@@ -355,6 +383,8 @@ def fp8_linear(
         and x_ND.dtype in (torch.bfloat16, torch.float32)
         and x_ND.stride(1) == codes_OD.stride(1) == scale.stride(1) == 1
     ):
+        if by_fixed_kernels(x_ND):
+            return fixed(x_ND, codes_OD, scale, bias, pow2)
         whole = x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and scale.is_contiguous()
         if whole and in_library(x_ND.shape[0], *codes_OD.shape):
             return library(x_ND, codes_OD, scale, bias, pow2)

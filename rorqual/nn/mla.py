@@ -19,6 +19,7 @@ from rorqual.kernels.linear import Pack
 from rorqual.kernels.mla_decode import mla_decode, packed_bytes
 from rorqual.kernels.mla_prefill import gather_latents, mla_prefill
 from rorqual.kernels.mla_sparse import mla_sparse
+from rorqual.kernels.mode import is_invariant
 from rorqual.kernels.skinny import heads_down, heads_up
 from rorqual.nn.cache import Slots
 from rorqual.nn.errors import InputError
@@ -122,7 +123,10 @@ class MLA(nn.Module):
         cos, sin = (t[0] for t in step.rotation(p.rope))
         norm, slots_N = self.kv_a_norm, step.slots()
         absorbed = None
-        if self.index is not None or all(group.decoding for group in step.groups):
+        # In batch-invariant mode every token is a decoding row of its own: there is one order of sums for all.
+        alone = is_invariant() and self.index is None
+        groups = [step.by_token(g) for g in step.groups] if alone else step.groups
+        if self.index is not None or all(group.decoding for group in groups):
             absorbed = q_NHd.new_empty(*q_NHd.shape[:2], p.kv_rank + p.rope_dim)
         mla_write(
             kv_NC, norm.weight, norm.eps, cos, sin, q_NHd[..., p.nope_dim :], pages, slots_N,
@@ -133,16 +137,16 @@ class MLA(nn.Module):
             slots_Nk = self.index.paged(x_1ND, c_q[None], step, store["index"])
             return self.o(self._chosen(q_NHd, absorbed, pages, slots_Nk).flatten(1))[None]
         # The many rows of a prompt are written where they belong, the few others brought there.
-        whole = q_NHd.new_empty(*q_NHd.shape[:2], p.v_dim) if len(step.groups) > 1 else None
+        whole = q_NHd.new_empty(*q_NHd.shape[:2], p.v_dim) if len(groups) > 1 else None
         out = [
             self._decode(q_NHd[g.tokens], absorbed[g.tokens] if absorbed is not None else None, pages, g)
             if g.decoding
             else self._prefill(q_NHd[g.tokens], pages, g, step, None if whole is None else whole[g.tokens])
-            for g in step.groups
+            for g in groups
         ]
         if whole is None:
             return self.o(out[0].flatten(1))[None]
-        for g, part in zip(step.groups, out, strict=True):
+        for g, part in zip(groups, out, strict=True):
             if g.decoding:
                 whole[g.tokens] = part
         return self.o(whole.flatten(1))[None]
@@ -157,8 +161,9 @@ class MLA(nn.Module):
         scale = self.kv_b.scale
         heads_up(q_NHd[..., : p.nope_dim], w_HrC[:, : p.nope_dim], absorbed[..., : p.kv_rank], scale)
         u_NHc = mla_decode(
-            absorbed, pages, g.table_SB, g.ends_S, width=g.width, rank=p.kv_rank, scale=p.scale
-        )
+            absorbed, pages, g.table_SB, g.ends_S, width=g.width, rank=p.kv_rank, scale=p.scale,
+            splits="fixed" if is_invariant() else None,
+        )  # fmt: skip
         return heads_down(u_NHc, w_HrC[:, p.nope_dim :], None, scale, p.nope_dim)
 
     def _chosen(self, q_NHd: Tensor, absorbed: Tensor, pages: Tensor, slots_Nk: Tensor) -> Tensor:
