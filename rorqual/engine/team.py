@@ -296,7 +296,10 @@ class Team:
 
     def news_of(self, number: int) -> _News:
         """What the next message will say of a request."""
-        return self._news.setdefault(number, _News())
+        news = self._news.get(number)
+        if news is None:
+            news = self._news[number] = _News()
+        return news
 
     def leave(self, number: int) -> bool:
         """A request of this rank has ended; whether that is new."""
