@@ -7,7 +7,9 @@ from functools import partial
 
 from benchmarks import invariant, lite, serving, spec, tiny, two
 from benchmarks.decode import latent, smollm2
+from benchmarks.load import load
 from benchmarks.loading import loading
+from benchmarks.start import start
 
 K = 1024
 CPU = {"smollm2": smollm2, "latent": latent, "loading": loading, "tiny": tiny.main, "turns": serving.turns}
@@ -18,8 +20,8 @@ GPU = {
     "invariant": invariant.main,
     "invariant-profile": partial(invariant.main, True),
     "spec": spec.main,
-    "load": serving.load,
-    "start": serving.start,
+    "load": load,
+    "start": start,
     "two": two.main,
     "two-profile": partial(two.main, True),
     "two-nccl": partial(two.main, True, False),

@@ -69,6 +69,8 @@ class Core:
         self._parameters = [p for p in model.parameters() if not p.is_inference()]
         self._weights = self._weights_stamp()
         self._stopping = False
+        self._spoken = False
+        """Whether any token has come yet: the first is not kept waiting for the next pass's kernels."""
         self.steps = 0
         """Passes run so far."""
         self.team = Team(self, layout) if layout is not None and layout.world > 1 else None
@@ -140,7 +142,8 @@ class Core:
             if passed is not None:
                 self._draw(passed, plan)
             # Drafts under a grammar wait for the tokens before them; and after the last request nobody would land.
-            if not self._ahead or (passed is not None and passed.undrafted) or not self.scheduler.running:
+            undrafted = passed is not None and passed.undrafted
+            if not self._ahead or not self._spoken or undrafted or not self.scheduler.running:
                 self._land()
             self._progress.notify_all()
             return runs or self.busy
@@ -218,6 +221,7 @@ class Core:
         (plan, flight), self._flight = self._flight, None
         passed = flight.passed
         self._arrive(passed)
+        self._spoken = self._spoken or bool(passed.requests)
         try:
             landed = flight.land()
             for request, drawn in zip(passed.requests, landed, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor
 from rorqual.engine.packed import FIELDS, Laid, Left, fields, lay, numbers
 from rorqual.engine.request import Request
 from rorqual.engine.staging import Staging
+from rorqual.kernels.ahead import compiled_ahead
+from rorqual.nn.layout import apart
 from rorqual.nn.paged import Group, PagedStep
 
 Forward = Callable[[Tensor, PagedStep], tuple[Tensor, Tensor]]
@@ -171,10 +174,11 @@ class Graphs:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):
-                offsets, made = self._prepared(packed, size, width)
-                if self.further is not None:
-                    self._after(made, offsets)
+            with contextlib.suppress(Exception), apart(), compiled_ahead():
+                self._prepared(packed, size, width)
+            offsets, made = self._prepared(packed, size, width)
+            if self.further is not None:
+                self._after(made, offsets)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads (a communicator's watchdog) may look at events meanwhile.

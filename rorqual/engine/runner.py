@@ -13,6 +13,7 @@ from rorqual.engine.draws import logprobs_of
 from rorqual.engine.grammar import fill_masks
 from rorqual.engine.graphs import Graphs, Recorded
 from rorqual.engine.packed import Left
+from rorqual.engine.rehearse import Rehearsals
 from rorqual.engine.request import Request
 from rorqual.engine.sampling import UNSOUND, Sampler
 from rorqual.engine.scheduler import Plan
@@ -141,6 +142,7 @@ class Runner:
         idle = 1  # a slot for idle rows of graphs
         self.sampler = Sampler(model.config.vocab, self.device, slots + idle)
         self._staging = Staging(self.device)
+        self._rehearsals = Rehearsals(self)
         there = self.sampler.newest_S
         self._left = Left(there, torch.zeros_like(there), torch.zeros_like(there))
         self.together: Together | None = None
@@ -225,6 +227,8 @@ class Runner:
 
     def _run(self, plan: Plan) -> Pass:
         """Any plan, as it comes."""
+        if self.graphs is not None and self.device.type == "cuda":
+            self._rehearsals.rehearse(plan)
         batch = lay_out(plan, self.page_size, self._staging, one_group_of_chunks=self.device.type == "cuda")
         for late, table in ((batch.late, self._left.newest_S), (batch.drafts, self._left.draft_S)):
             if late is not None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rorqual.kernels import mla_decode_gluon
+from rorqual.kernels import mla_decode_gluon, peers
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.quant import FP8, dequantize_fp8, quantize_fp8
 
@@ -482,8 +482,12 @@ def mla_decode(
     channels = packed_bytes(rank, rope) if pages_PTC.dtype == torch.uint8 else rank + rope
     if pages_PTC.shape[2] != channels:
         raise ValueError(f"pages hold {pages_PTC.shape[2]} a token, the queries' shape asks for {channels}")
+    given: dict[str, Any] = {"width": width, "rank": rank, "scale": scale}
+    peer = peers.mla_decode(q_NHC, pages_PTC, table_SB, ends_S, **given) if splits is None else None
+    if peer is not None:
+        return peer
     run = fast if usable(q_NHC, pages_PTC) and supported(q_NHC, pages_PTC, rank) else reference
-    return run(q_NHC, pages_PTC, table_SB, ends_S, width=width, rank=rank, scale=scale, splits=splits)
+    return run(q_NHC, pages_PTC, table_SB, ends_S, splits=splits, **given)
 
 
 def supported(q_NHC: Tensor, pages_PTC: Tensor, rank: int) -> bool:

@@ -7,8 +7,11 @@ knows no model; `nn.spread` cuts a model by it. Collectives run in the current s
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +27,20 @@ FOREVER = datetime.timedelta(days=365)
 # Newer names first; the older ones are deprecated where these are.
 gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 scatter_sum_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+_apart: ContextVar[bool] = ContextVar("apart", default=False)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Inside, this rank exchanges nothing with others, which need not be here: sums and gathers give numbers of the
+    right shape and nothing more. For passes that only compile kernels."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
 
 
 class connected:
@@ -48,6 +65,8 @@ class Axis:
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`, which may be overwritten."""
         _refuse_gradients(x)
+        if _apart.get():
+            return x
         x = x.contiguous()
         if self.near is not None and self.near.takes(x):
             return self.near.sum(x)
@@ -58,6 +77,8 @@ class Axis:
     def gather(self, x_ND: Tensor) -> Tensor:
         """All ranks' rows in the order of the ranks, `[size * N, ...]`; each brings as many."""
         _refuse_gradients(x_ND)
+        if _apart.get():
+            return torch.cat([x_ND] * self.size)
         if self.near is not None and self.near.takes(x_ND):
             return self.near.gather(x_ND.contiguous())
         out = x_ND.new_empty(self.size * x_ND.shape[0], *x_ND.shape[1:])
@@ -68,6 +89,8 @@ class Axis:
     def scatter_sum(self, x_MD: Tensor) -> Tensor:
         """This rank's rows `[M / size, ...]` of the sum of all ranks' `x_MD`."""
         _refuse_gradients(x_MD)
+        if _apart.get():
+            return x_MD[: x_MD.shape[0] // self.size]
         if self.near is not None and self.near.takes(x_MD):
             return self.near.scatter_sum(x_MD.contiguous())
         out = x_MD.new_empty(x_MD.shape[0] // self.size, *x_MD.shape[1:])
@@ -77,7 +100,7 @@ class Axis:
 
     def first(self, x: Tensor) -> Tensor:
         """The first rank's `x` on all ranks, in place."""
-        if x.numel():
+        if x.numel() and not _apart.get():
             with connected():
                 dist.broadcast(x, group=self.group, group_src=0)
         return x

@@ -200,10 +200,10 @@ def break_down(rank: int, when: int, device: str) -> list[str]:
     def fail(*_: Any) -> None:
         nonlocal passes
         passes += 1
-        if layout.rank == rank and passes == when:
+        if layout.rank == rank and passes >= when:
             raise ArithmeticError("a kernel failed")
 
-    engine.model.layers[1].ff_norm.register_forward_pre_hook(fail)
+    engine.model.layers[1].ff.register_forward_pre_hook(fail)
     heard = []
     try:
         if not engine.leads:

@@ -10,7 +10,7 @@ import torch
 
 from rorqual.family import MLA, Layer, ModelConfig, MoE, Rope, SwiGLU
 from rorqual.nn import InputError, Transformer
-from rorqual.nn.layout import Axis, Layout
+from rorqual.nn.layout import Axis, Layout, apart
 from rorqual.nn.spread import spread
 from tests.engine import ranks
 from tests.engine.ranks import stirred, together
@@ -173,6 +173,13 @@ def test_quantised_blocks_are_cut_whole() -> None:
         assert torch.equal(experts[1], experts[0][2 * rank : 2 * rank + 2])
     with pytest.raises(InputError, match="shares of 64 attention outputs cut through the 128"):
         spread(model, layout_of(1, 4, 0))
+
+
+def test_nothing_is_exchanged_apart() -> None:
+    axis, x = Axis(None, 2, 0), torch.ones(4, 3)  # type: ignore[arg-type]
+    with apart():
+        assert axis.gather(x).shape == (8, 3) and axis.scatter_sum(x).shape == (2, 3)
+        assert axis.sum(x).shape == axis.first(x).shape == (4, 3)
 
 
 def test_layouts_that_do_not_fit() -> None:
