@@ -11,6 +11,7 @@ import torch
 from rorqual.family import MLA, Layer, ModelConfig, MoE, Rope, SwiGLU
 from rorqual.nn import InputError, Transformer
 from rorqual.nn.layout import Axis, Layout, apart
+from rorqual.nn.paged import Group, PagedStep, new_store
 from rorqual.nn.spread import spread
 from tests.engine import ranks
 from tests.engine.ranks import stirred, together
@@ -173,6 +174,24 @@ def test_quantised_blocks_are_cut_whole() -> None:
         assert torch.equal(experts[1], experts[0][2 * rank : 2 * rank + 2])
     with pytest.raises(InputError, match="shares of 64 attention outputs cut through the 128"):
         spread(model, layout_of(1, 4, 0))
+
+
+def test_a_layer_that_is_cut_is_not_run_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that join a layer's parts would skip what adds the ranks up."""
+    single = pytest.importorskip("rorqual.nn.single")
+
+    def fits(*_: object) -> bool:
+        raise AssertionError("a layer of which other ranks hold parts was to be run by itself")
+
+    monkeypatch.setattr(single, "fits", fits)
+    block = spread(stirred("v3"), layout_of(1, 2, 0)).layers[1]
+    zero, ends = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int32)
+    offsets = torch.tensor([0, 1], dtype=torch.int32)
+    group = Group(slice(0, 1), [0], [1], 1, 1, zero[None].int(), zero, ends, offsets, decoding=True)
+    store = new_store(block.attention.lanes(torch.float64), 2, 4, 0, torch.device("cpu"))
+    x = torch.randn(1, 1, 32, dtype=torch.float64)
+    with torch.no_grad():
+        block.deferred(x, None, zero[None], PagedStep(zero, [group], 4), store)
 
 
 def test_nothing_is_exchanged_apart() -> None:
