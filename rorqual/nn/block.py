@@ -65,9 +65,9 @@ class Block(nn.Module):
 
     def deferred(
         self, x: Tensor, pending: Tensor | None, ids_BT: Tensor, step: Step, cache: Any
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """`forward` on x + `pending`, with its own last sum left to whoever comes next: each sum then goes with
-        the norm after it. Returns the residual and what is still to be added."""
+        the norm after it. Returns the residual and what is still to be added, if anything."""
         if single.fits(x, step):
             total = x if pending is None else x + pending
             after = single.attend(self.attention, self.attention_norm, total, step, cache, self.ff)

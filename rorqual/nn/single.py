@@ -46,10 +46,10 @@ def fits(x_1ND: Tensor, step: Step) -> bool:
 
 
 def attend(
-    brick: nn.Module, norm: RMSNorm, x_1ND: Tensor, step: PagedStep, store: Store, ff: nn.Module | None = None
+    brick: nn.Module, norm: RMSNorm, x_1ND: Tensor, step: Step, store: Store, ff: nn.Module | None = None
 ) -> Tensor | None:
     """x + attention(norm(x)). While it waits for its rows it asks for weights of `ff` that need no choice."""
-    if not isinstance(brick, MLA) or brick.index is not None:
+    if not isinstance(brick, MLA) or brick.index is not None or not isinstance(step, PagedStep):
         return None
     p, x_ND, group, pages = brick.part, x_1ND[0], step.groups[0], store["latent"]
     first = brick.q if p.q_rank is None else brick.q_a
