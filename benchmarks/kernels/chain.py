@@ -147,7 +147,9 @@ def main() -> None:
                 )
             way.ASK = False
             print(f"{kind}: {layer_time(p):6.1f} us without asking ahead", flush=True)
-            way.ASK = True
+            way.ASK, way.CHOOSE = True, False
+            print(f"{kind}: {layer_time(p):6.1f} us with the choice in a launch of its own", flush=True)
+            way.CHOOSE = True
             pieces(p, kind)
             if os.environ.get("SWEEP"):
                 sweep(p, kind)
@@ -192,7 +194,7 @@ def pieces(p: Pass, kind: str) -> None:
         e, s = layers[n].ff.experts, layers[n].ff.shared
         shared: Any = tuple(way._weights(m) for m in (s.gate, s.up, s.down))
         stacks = e.gate.stack(), e.up.stack(), e.down.stack()
-        return single_experts.through_experts(row, ids[n], by, *stacks, shared=shared, residual_1D=row)
+        return single_experts.through_experts(row, (ids[n], by), *stacks, shared=shared, residual_1D=row)
 
     def project(n: int) -> Any:
         norm, m = layers[n].attention_norm, layers[n].attention
@@ -310,7 +312,7 @@ def single_launches(p: Pass, trial: tuple[str, Any, Any]) -> Callable[[], None]:
                 ids = torch.arange(6, device=device, dtype=torch.int32)[None]
                 shared: Any = tuple(way._weights(m) for m in (s.gate, s.up, s.down))
                 single_experts.through_experts(
-                    x, ids, ids.float(), e.gate.stack(), e.up.stack(), e.down.stack(), shared=shared, residual_1D=x,
+                    x, (ids, ids.float()), e.gate.stack(), e.up.stack(), e.down.stack(), shared=shared, residual_1D=x,
                     how=expert(1408, 2048, codes),
                 )  # fmt: skip
 

@@ -8,24 +8,44 @@ matrices, which need no choice, are asked for before the kernels in front have e
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from rorqual.kernels.experts import Shared, Weights, alike
 from rorqual.kernels.gpu import tl, triton
 from rorqual.kernels.quant import E8M0
+from rorqual.kernels.route import Rule, _ordered, _scores
 from rorqual.kernels.single import WIDEST, factor, fits, launch_options
 
 
 @triton.jit
+def ranking(logits, bias, E: tl.constexpr, EP: tl.constexpr, SCORE: tl.constexpr, BIASED: tl.constexpr):
+    """Place of each of EP experts in the order of choice `[EP]`, and its score: `route`'s rules for routers
+    without groups."""
+    e = tl.arange(0, EP)
+    real = e < E
+    score = _scores(tl.load(logits + e, mask=real, other=0.0), real, SCORE)
+    ranked = score
+    if BIASED:
+        ranked += tl.load(bias + e, mask=real, other=0.0)
+    key = tl.where(real, _ordered(ranked), -0x80000000)
+    before = (key[None, :] > key[:, None]) | ((key[None, :] == key[:, None]) & (e[None, :] < e[:, None]))
+    return tl.sum(before.to(tl.int32), 1), score
+
+
+@triton.jit
 def up_kernel(
-    x, ids, weights, gate, up, gate_scale, up_scale, common_gate, common_up, common_gate_scale, common_up_scale,
+    x, ids, weights, logits, bias, scaling, gate, up, gate_scale, up_scale, common_gate, common_up, common_gate_scale, common_up_scale,
     inner, limit, experts, shared,
     W: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, BO: tl.constexpr,
-    CODES: tl.constexpr, POWERS: tl.constexpr, LIMIT: tl.constexpr, AHEAD: tl.constexpr,
+    CODES: tl.constexpr, POWERS: tl.constexpr, LIMIT: tl.constexpr, CHOOSE: tl.constexpr, E: tl.constexpr,
+    EP: tl.constexpr, SCORE: tl.constexpr, BIASED: tl.constexpr, NORMALIZE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """inner `[K + shared, W]` = weight * swiglu(gate x, up x), BO channels of one expert a program; the shared
-    experts' programs come first and their rows last."""
+    experts' programs come first and their rows last. CHOOSE: experts and weights are found from the router's logits,
+    by every program for itself."""
     ACROSS: tl.constexpr = (W + BO - 1) // BO
     SCALES: tl.constexpr = (D + 127) // 128
     slot = tl.program_id(0) // ACROSS
@@ -35,9 +55,23 @@ def up_kernel(
         if routed:
             tl.extra.cuda.gdc_wait()
     k = slot - shared
-    expert = tl.load(ids + k, mask=routed, other=0).to(tl.int64)
-    real = (expert >= 0) & (expert < experts)
-    expert = tl.where(real, expert, 0)
+    if CHOOSE:
+        real = routed | (slot >= 0)
+        expert = slot * 0
+        weight = 1.0
+        if routed:
+            rank, score = ranking(logits, bias, E, EP, SCORE, BIASED)
+            expert = tl.sum(tl.where(rank == k, tl.arange(0, EP), 0))
+            weight = tl.sum(tl.where(rank == k, score, 0.0))
+            if NORMALIZE:
+                weight = weight / (tl.sum(tl.where(rank < K, score, 0.0)) + 1e-20)
+            weight = weight * scaling
+        expert = expert.to(tl.int64)
+    else:
+        expert = tl.load(ids + k, mask=routed, other=0).to(tl.int64)
+        real = (expert >= 0) & (expert < experts)
+        expert = tl.where(real, expert, 0)
+        weight = tl.load(weights + k, mask=routed, other=1.0).to(tl.float32)
     matrix = tl.where(routed, expert, slot)
     o = column + tl.arange(0, BO)
     g = tl.arange(0, GROUPS)
@@ -67,7 +101,6 @@ def up_kernel(
     if LIMIT:
         gate_y = tl.minimum(gate_y, limit)
         up_y = tl.minimum(tl.maximum(up_y, -limit), limit)
-    weight = tl.load(weights + k, mask=routed, other=1.0).to(tl.float32)
     y = gate_y * tl.sigmoid(gate_y) * up_y * weight
     y = tl.where(real, y, 0.0)
     line = tl.where(routed, k, K + slot)
@@ -76,9 +109,10 @@ def up_kernel(
 
 @triton.jit
 def down_kernel(
-    inner, ids, down, down_scale, common, common_scale, residual, y, experts, shared, common_row, common_s_row,
+    inner, ids, logits, bias, down, down_scale, common, common_scale, residual, y, experts, shared, common_row, common_s_row,
     W: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr,
-    BO: tl.constexpr, CODES: tl.constexpr, POWERS: tl.constexpr, RESIDUAL: tl.constexpr, AHEAD: tl.constexpr,
+    BO: tl.constexpr, CODES: tl.constexpr, POWERS: tl.constexpr, RESIDUAL: tl.constexpr, CHOOSE: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, SCORE: tl.constexpr, BIASED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """y `[D]`, BO channels a program: the sum over experts of inner `[K + shared, W]` times their down matrices,
     and the residual."""
@@ -92,7 +126,12 @@ def down_kernel(
     routed = slot < K
     live = slot < K + shared
     # Before the wait: the kernel in front has let this one start only after the choice was there.
-    expert = tl.load(ids + slot, mask=routed, other=0).to(tl.int64)
+    if CHOOSE:
+        rank, _ = ranking(logits, bias, E, EP, SCORE, BIASED)
+        mine = rank[None, :] == slot[:, None]
+        expert = tl.sum(tl.where(mine & routed[:, None], tl.arange(0, EP)[None, :], 0), 1).to(tl.int64)
+    else:
+        expert = tl.load(ids + slot, mask=routed, other=0).to(tl.int64)
     live = live & (expert >= 0) & (expert < experts)
     expert = tl.where(live, expert, 0)
     g = tl.arange(0, GROUPS)
@@ -123,6 +162,19 @@ def down_kernel(
     tl.store(y + to, total.to(kind), mask=to < D)
 
 
+class Logits(NamedTuple):
+    """A router's logits `[1, E]` fp32, from which the kernels choose themselves: see `chooses`."""
+
+    logits: Tensor
+    bias: Tensor | None
+    rule: Rule
+
+
+def chooses(experts: int, rule: Rule, hashed: bool) -> bool:
+    """Whether the kernels choose by such a rule: one of few experts, not by groups and not by table."""
+    return experts <= 64 and rule.groups == 1 and not hashed
+
+
 def plan(width: int, hidden: int, codes: bool) -> tuple[dict[str, int], dict[str, int]]:
     """Channels a program and its warps, for both products."""
     if hidden > 4096 or width > 2048:
@@ -134,8 +186,7 @@ def plan(width: int, hidden: int, codes: bool) -> tuple[dict[str, int], dict[str
 
 def through_experts(
     x_1D: Tensor,
-    ids_1K: Tensor,
-    weights_1K: Tensor,
+    choice: tuple[Tensor, Tensor] | Logits,
     gate: Weights,
     up: Weights,
     down: Weights,
@@ -147,9 +198,19 @@ def through_experts(
 ) -> Tensor:
     """`kernels.experts.experts` for one token x `[1, D]`: `[1, D]`; the residual is added to the rounded sum.
 
-    ids int32 `[1, K]`, weights fp32; all must be fit (`experts_fit`).
+    `choice`: ids int32 `[1, K]` and weights fp32, or the router's logits. All must be fit (`experts_fit`).
     """
-    (count, width, hidden), chosen = gate.codes.shape, ids_1K.shape[1]
+    count, width, hidden = gate.codes.shape
+    if isinstance(choice, Logits):
+        ids_1K, weights_1K, logits, bias, rule = None, None, choice.logits, choice.bias, choice.rule
+        chosen = rule.top_k
+    else:
+        (ids_1K, weights_1K), logits, bias, rule = choice, None, None, Rule(1, "sigmoid")
+        chosen = ids_1K.shape[1]
+    choosing = {
+        "CHOOSE": logits is not None, "E": count, "EP": triton.next_power_of_2(count), "SCORE": rule.score,
+        "BIASED": bias is not None,
+    }  # fmt: skip
     extra = shared[0].codes.shape[0] // width if shared is not None else 0
     common = shared or (gate, up, down)
     codes, options = gate.scale is not None, launch_options(x_1D)
@@ -159,15 +220,15 @@ def through_experts(
     first, second = how or plan(width, hidden, codes)
     by = [_scale(w, powers) for w in (gate, up, down, *common)]
     up_kernel[((chosen + extra) * triton.cdiv(width, first["BO"]),)](
-        x_1D, ids_1K, weights_1K, gate.codes, up.codes, by[0], by[1], common[0].codes, common[1].codes, by[3], by[4],
+        x_1D, ids_1K, weights_1K, logits, bias, rule.scale, gate.codes, up.codes, by[0], by[1], common[0].codes, common[1].codes, by[3], by[4],
         inner, limit or 0.0, count, extra, W=width, D=hidden, GROUPS=groups(hidden), K=chosen, CODES=codes,
-        POWERS=powers, LIMIT=limit is not None, **first, **options,
+        POWERS=powers, LIMIT=limit is not None, NORMALIZE=rule.normalize, **choosing, **first, **options,
     )  # fmt: skip
     down_kernel[(triton.cdiv(hidden, second["BO"]),)](
-        inner, ids_1K, down.codes, by[2], common[2].codes, by[5], residual_1D, y_1D, count, extra,
+        inner, ids_1K, logits, bias, down.codes, by[2], common[2].codes, by[5], residual_1D, y_1D, count, extra,
         common[2].codes.stride(-2), by[5].stride(-2), W=width, D=hidden, GROUPS=groups(width), K=chosen,
         SLOTS=triton.next_power_of_2(chosen + extra), CODES=codes, POWERS=powers,
-        RESIDUAL=residual_1D is not None, **second, **options,
+        RESIDUAL=residual_1D is not None, **choosing, **second, **options,
     )  # fmt: skip
     return y_1D
 

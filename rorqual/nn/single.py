@@ -26,6 +26,9 @@ from rorqual.nn.step import Step
 ON = True
 """Whether passes of one token take this way."""
 
+CHOOSE = True
+"""Whether the experts' kernels choose from the router's logits themselves."""
+
 ASK = True
 """Whether kernels that have little to read ask for weights of those to come."""
 
@@ -104,9 +107,11 @@ def feed(brick: nn.Module, norm: RMSNorm, x_1ND: Tensor, ids_1N: Tensor) -> Tens
     r = router.part
     rule = Rule(router.top_k, r.score, r.groups, r.keep, r.group_score, r.normalize, r.scale)
     table = router.table
-    choice = chosen(logits_NE, router.bias, rule, table, ids_1N[0] if table is not None else None)
+    choice: Any = single_experts.Logits(logits_NE, router.bias, rule)
+    if not (CHOOSE and single_experts.chooses(router.weight.shape[0], rule, table is not None)):
+        choice = chosen(logits_NE, router.bias, rule, table, ids_1N[0] if table is not None else None)
     y = single_experts.through_experts(
-        normed_ND, *choice, *stacks, limit=e.limit, shared=shared, residual_1D=x_ND
+        normed_ND, choice, *stacks, limit=e.limit, shared=shared, residual_1D=x_ND
     )
     return y[None]
 

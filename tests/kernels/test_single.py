@@ -9,6 +9,7 @@ from torch import Tensor
 from rorqual.kernels import experts, single, single_experts, single_mla
 from rorqual.kernels.experts import Weights
 from rorqual.kernels.quant import E8M0, FP8, quantize_fp8
+from rorqual.kernels.route import Rule, choose_reference
 from tests.interpreter import repair
 
 
@@ -108,10 +109,31 @@ def test_experts(device: torch.device, codes: str, shared: int, limit: float | N
         res = torch.randn(1, hidden, device=device).bfloat16() if residual else None
         how = {"BO": 4, "num_warps": 4}, {"BO": 2, "num_warps": 4}
         y = single_experts.through_experts(
-            x, ids_NK, by, gate, up, down, limit=limit, shared=common, residual_1D=res, how=how
+            x, (ids_NK, by), gate, up, down, limit=limit, shared=common, residual_1D=res, how=how
         )
         want = experts.reference(x, ids_NK, by, gate, up, down, limit=limit, shared=common)
         close(y, want if res is None else want + res, 2e-2)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(
+    "rule", [Rule(3, "sigmoid", normalize=True, scale=2.5), Rule(2, "softmax"), Rule(6, "sqrtsoftplus")]
+)
+def test_experts_choose(device: torch.device, rule: Rule, biased: bool) -> None:
+    """From logits, some of them equal: the experts that `route` would take, with their weights."""
+    count, width, hidden = 13, 24, 40
+    gate, up, down = (
+        Weights(matrix(count, *s, codes=False, device=device)[0])
+        for s in ((width, hidden), (width, hidden), (hidden, width))
+    )
+    x = torch.randn(1, hidden, device=device).bfloat16()
+    bias = torch.randn(count, device=device) * 0.1 if biased else None
+    for _ in range(3):
+        logits = torch.randn(1, count, device=device)
+        logits[0, 7] = logits[0, 2] = logits.max() if not biased else logits[0, 0]
+        y = single_experts.through_experts(x, single_experts.Logits(logits, bias, rule), gate, up, down)
+        ids, by = choose_reference(logits, bias, rule)
+        close(y, experts.reference(x, ids, by, gate, up, down), 1e-2)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
