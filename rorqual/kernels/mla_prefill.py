@@ -299,7 +299,7 @@ def _gather(  # type: ignore[no-untyped-def]
             page = tl.load(table + s * table_s + tl.program_id(0)).to(tl.int64)
             for start in tl.static_range(0, PAGE, ROWS):
                 place = start + tl.arange(0, ROWS)[:, None]
-                real = begin + place < end
+                real = (place < PAGE) & (begin + place < end)  # pages may be smaller than ROWS
                 mask = real & (column < FIRST)
                 row = tl.load(pages + page * p_p + place * p_t + column, mask=mask, other=0.0)
                 if QUANTIZED:

@@ -154,16 +154,18 @@ def fp8_pages(pages: int, page_size: int, rank: int, rope: int) -> tuple[Tensor,
 
 
 @pytest.mark.parametrize("lengths", [[17, 0, 1, 48, 0, 16], [40], [33, 20]], ids=str)
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp8", "strided"])
-def test_gathering_latents(kind: str, lengths: list[int], device: torch.device) -> None:
-    P, T, rank, rope = 12, 16, 256, 16
+@pytest.mark.parametrize(
+    ("kind", "T"), [("fp32", 16), ("bf16", 16), ("bf16", 4), ("fp8", 16), ("strided", 64)]
+)
+def test_gathering_latents(kind: str, T: int, lengths: list[int], device: torch.device) -> None:
+    P, rank, rope = 8 + 192 // T, 256, 16
     if kind == "fp8":
         pages, held = fp8_pages(P, T, rank, rope)
     else:
         pages = torch.randn(P, T, 2, rank + rope).to(torch.bfloat16 if kind == "bf16" else torch.float32)
         pages = pages[:, :, 1] if kind == "strided" else pages[:, :, 1].contiguous()
         held = pages.double()
-    table = torch.zeros(len(lengths), 4, dtype=torch.int32)
+    table = torch.zeros(len(lengths), -(-48 // T), dtype=torch.int32)
     free = torch.randperm(P - 1) + 1
     expected = []
     for s, length in enumerate(lengths):
