@@ -16,35 +16,31 @@ from torch import Tensor
 from rorqual.kernels.experts import Shared, Weights, alike
 from rorqual.kernels.gpu import tl, triton
 from rorqual.kernels.quant import E8M0
-from rorqual.kernels.route import Rule, _ordered, _scores
+from rorqual.kernels.route import Rule
 from rorqual.kernels.single import WIDEST, factor, fits, launch_options
 
 
 @triton.jit
-def ranking(logits, bias, E: tl.constexpr, EP: tl.constexpr, SCORE: tl.constexpr, BIASED: tl.constexpr):
-    """Place of each of EP experts in the order of choice `[EP]`, and its score: `route`'s rules for routers
-    without groups."""
-    e = tl.arange(0, EP)
-    real = e < E
-    score = _scores(tl.load(logits + e, mask=real, other=0.0), real, SCORE)
-    ranked = score
-    if BIASED:
-        ranked += tl.load(bias + e, mask=real, other=0.0)
-    key = tl.where(real, _ordered(ranked), -0x80000000)
-    before = (key[None, :] > key[:, None]) | ((key[None, :] == key[:, None]) & (e[None, :] < e[:, None]))
-    return tl.sum(before.to(tl.int32), 1), score
+def ranking(keys, E: tl.constexpr, EP: tl.constexpr):
+    """Place of each of EP experts in the order of choice `[EP]`: best first, among equals the lower number."""
+    mine = tl.arange(0, EP)[:, None]
+    other = tl.arange(0, EP)[None, :]
+    key = tl.load(keys + mine, mask=mine < E, other=-0x80000000)
+    its = tl.load(keys + other, mask=other < E, other=-0x80000000)
+    before = (its > key) | ((its == key) & (other < mine))
+    return tl.sum(before.to(tl.int32), 1)
 
 
 @triton.jit
 def up_kernel(
-    x, ids, weights, logits, bias, scaling, gate, up, gate_scale, up_scale, common_gate, common_up, common_gate_scale, common_up_scale,
-    inner, limit, experts, shared,
+    x, ids, weights, keys, scores, scaling, gate, up, gate_scale, up_scale, common_gate, common_up,
+    common_gate_scale, common_up_scale, inner, limit, experts, shared,
     W: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, BO: tl.constexpr,
     CODES: tl.constexpr, POWERS: tl.constexpr, LIMIT: tl.constexpr, CHOOSE: tl.constexpr, E: tl.constexpr,
-    EP: tl.constexpr, SCORE: tl.constexpr, BIASED: tl.constexpr, NORMALIZE: tl.constexpr, AHEAD: tl.constexpr,
+    EP: tl.constexpr, NORMALIZE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """inner `[K + shared, W]` = weight * swiglu(gate x, up x), BO channels of one expert a program; the shared
-    experts' programs come first and their rows last. CHOOSE: experts and weights are found from the router's logits,
+    experts' programs come first and their rows last. CHOOSE: experts and weights are found from the router's scores,
     by every program for itself."""
     ACROSS: tl.constexpr = (W + BO - 1) // BO
     SCALES: tl.constexpr = (D + 127) // 128
@@ -60,8 +56,10 @@ def up_kernel(
         expert = slot * 0
         weight = 1.0
         if routed:
-            rank, score = ranking(logits, bias, E, EP, SCORE, BIASED)
-            expert = tl.sum(tl.where(rank == k, tl.arange(0, EP), 0))
+            rank = ranking(keys, E, EP)
+            e = tl.arange(0, EP)
+            score = tl.load(scores + e, mask=e < E, other=0.0)
+            expert = tl.sum(tl.where(rank == k, e, 0))
             weight = tl.sum(tl.where(rank == k, score, 0.0))
             if NORMALIZE:
                 weight = weight / (tl.sum(tl.where(rank < K, score, 0.0)) + 1e-20)
@@ -109,10 +107,11 @@ def up_kernel(
 
 @triton.jit
 def down_kernel(
-    inner, ids, logits, bias, down, down_scale, common, common_scale, residual, y, experts, shared, common_row, common_s_row,
+    inner, ids, keys, down, down_scale, common, common_scale, residual, y, experts, shared, common_row,
+    common_s_row,
     W: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr,
     BO: tl.constexpr, CODES: tl.constexpr, POWERS: tl.constexpr, RESIDUAL: tl.constexpr, CHOOSE: tl.constexpr,
-    E: tl.constexpr, EP: tl.constexpr, SCORE: tl.constexpr, BIASED: tl.constexpr, AHEAD: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """y `[D]`, BO channels a program: the sum over experts of inner `[K + shared, W]` times their down matrices,
     and the residual."""
@@ -127,7 +126,7 @@ def down_kernel(
     live = slot < K + shared
     # Before the wait: the kernel in front has let this one start only after the choice was there.
     if CHOOSE:
-        rank, _ = ranking(logits, bias, E, EP, SCORE, BIASED)
+        rank = ranking(keys, E, EP)
         mine = rank[None, :] == slot[:, None]
         expert = tl.sum(tl.where(mine & routed[:, None], tl.arange(0, EP)[None, :], 0), 1).to(tl.int64)
     else:
@@ -162,17 +161,17 @@ def down_kernel(
     tl.store(y + to, total.to(kind), mask=to < D)
 
 
-class Logits(NamedTuple):
-    """A router's logits `[1, E]` fp32, from which the kernels choose themselves: see `chooses`."""
+class Scores(NamedTuple):
+    """What a router says, not yet chosen from (`kernels.single.scored`)."""
 
-    logits: Tensor
-    bias: Tensor | None
+    scores: Tensor
+    keys: Tensor
     rule: Rule
 
 
 def chooses(experts: int, rule: Rule, hashed: bool) -> bool:
-    """Whether the kernels choose by such a rule: one of few experts, not by groups and not by table."""
-    return experts <= 64 and rule.groups == 1 and not hashed
+    """Whether the kernels choose by such a rule: among few experts, not by groups and not by table."""
+    return experts <= 64 and rule.score != "softmax" and rule.groups == 1 and not hashed
 
 
 def plan(width: int, hidden: int, codes: bool) -> tuple[dict[str, int], dict[str, int]]:
@@ -186,7 +185,7 @@ def plan(width: int, hidden: int, codes: bool) -> tuple[dict[str, int], dict[str
 
 def through_experts(
     x_1D: Tensor,
-    choice: tuple[Tensor, Tensor] | Logits,
+    choice: tuple[Tensor, Tensor] | Scores,
     gate: Weights,
     up: Weights,
     down: Weights,
@@ -198,19 +197,14 @@ def through_experts(
 ) -> Tensor:
     """`kernels.experts.experts` for one token x `[1, D]`: `[1, D]`; the residual is added to the rounded sum.
 
-    `choice`: ids int32 `[1, K]` and weights fp32, or the router's logits. All must be fit (`experts_fit`).
+    `choice`: ids int32 `[1, K]` and weights fp32, or the router's scores. All must be fit (`experts_fit`).
     """
     count, width, hidden = gate.codes.shape
-    if isinstance(choice, Logits):
-        ids_1K, weights_1K, logits, bias, rule = None, None, choice.logits, choice.bias, choice.rule
-        chosen = rule.top_k
-    else:
-        (ids_1K, weights_1K), logits, bias, rule = choice, None, None, Rule(1, "sigmoid")
-        chosen = ids_1K.shape[1]
-    choosing = {
-        "CHOOSE": logits is not None, "E": count, "EP": triton.next_power_of_2(count), "SCORE": rule.score,
-        "BIASED": bias is not None,
-    }  # fmt: skip
+    rule = choice.rule if isinstance(choice, Scores) else Rule(choice[0].shape[1], "sigmoid")
+    chosen, own = rule.top_k, isinstance(choice, Scores)
+    ids_1K, weights_1K = (None, None) if own else choice[:2]
+    scores, keys = choice[:2] if own else (None, None)
+    choosing = {"CHOOSE": own, "E": count, "EP": triton.next_power_of_2(count)}
     extra = shared[0].codes.shape[0] // width if shared is not None else 0
     common = shared or (gate, up, down)
     codes, options = gate.scale is not None, launch_options(x_1D)
@@ -220,12 +214,13 @@ def through_experts(
     first, second = how or plan(width, hidden, codes)
     by = [_scale(w, powers) for w in (gate, up, down, *common)]
     up_kernel[((chosen + extra) * triton.cdiv(width, first["BO"]),)](
-        x_1D, ids_1K, weights_1K, logits, bias, rule.scale, gate.codes, up.codes, by[0], by[1], common[0].codes, common[1].codes, by[3], by[4],
+        x_1D, ids_1K, weights_1K, keys, scores, rule.scale, gate.codes, up.codes, by[0], by[1], common[0].codes,
+        common[1].codes, by[3], by[4],
         inner, limit or 0.0, count, extra, W=width, D=hidden, GROUPS=groups(hidden), K=chosen, CODES=codes,
         POWERS=powers, LIMIT=limit is not None, NORMALIZE=rule.normalize, **choosing, **first, **options,
     )  # fmt: skip
     down_kernel[(triton.cdiv(hidden, second["BO"]),)](
-        inner, ids_1K, logits, bias, down.codes, by[2], common[2].codes, by[5], residual_1D, y_1D, count, extra,
+        inner, ids_1K, keys, down.codes, by[2], common[2].codes, by[5], residual_1D, y_1D, count, extra,
         common[2].codes.stride(-2), by[5].stride(-2), W=width, D=hidden, GROUPS=groups(width), K=chosen,
         SLOTS=triton.next_power_of_2(chosen + extra), CODES=codes, POWERS=powers,
         RESIDUAL=residual_1D is not None, **choosing, **second, **options,

@@ -21,14 +21,23 @@ from rorqual.kernels.cache_write import FP8_BLOCK, mla_job, mla_write_reference
 from rorqual.kernels.gpu import tl, triton
 from rorqual.kernels.mla_decode import SCALED, _attend
 from rorqual.kernels.mla_decode import reference as attend_reference
-from rorqual.kernels.quant import E8M0
+from rorqual.kernels.quant import E8M0, FP8
 from rorqual.kernels.single import ask, asking, factor, launch_options
 from rorqual.kernels.skinny import await_inputs, heads_reference, release
 
 TILE = 32
 """Keys a program of the attention meets at a time."""
 
-SPLITS = 128
+SHORT = True
+"""Whether `short_attend_kernel` takes pages in the queries' type."""
+
+ROWS = 16
+"""Value channels a program makes."""
+
+BLOCKS = 16
+"""Splits put together at a time."""
+
+SPLITS = 64
 """Splits of the keys at most."""
 
 
@@ -105,6 +114,91 @@ def attend_kernel(
 
 
 @triton.jit
+def _latents(
+    pages, slot, there, RANK: tl.constexpr, QUARTER: tl.constexpr, EP: tl.constexpr, R: tl.constexpr
+):
+    """A tile of latents in quarters `[T, QUARTER]`, and rotary keys `[T, EP]`; zeros where not `there`."""
+    row = pages + slot[:, None] * (RANK + R)
+    c = tl.arange(0, QUARTER)[None, :]
+    r = tl.arange(0, EP)[None, :]
+    c0 = tl.load(row + c, mask=there[:, None] & (c < RANK), other=0.0)
+    c1 = tl.load(row + c + QUARTER, mask=there[:, None] & (c + QUARTER < RANK), other=0.0)
+    c2 = tl.load(row + c + 2 * QUARTER, mask=there[:, None] & (c + 2 * QUARTER < RANK), other=0.0)
+    c3 = tl.load(row + c + 3 * QUARTER, mask=there[:, None] & (c + 3 * QUARTER < RANK), other=0.0)
+    return c0, c1, c2, c3, tl.load(row + RANK + r, mask=there[:, None] & (r < R), other=0.0)
+
+
+@triton.jit
+def short_attend_kernel(
+    q, pages, table, ends, part, lse, scale, rows, heads, width, table_row, splits, asked, asked_size,
+    RANK: tl.constexpr, QUARTER: tl.constexpr, R: tl.constexpr, EP: tl.constexpr, PAGE: tl.constexpr,
+    M: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr, SPAN: tl.constexpr,
+    THREADS: tl.constexpr,
+):  # fmt: skip
+    """Stage 1 of `mla_decode` for pages in the queries' type, one tile of keys a split: M of a sequence's `rows` =
+    width * heads queries against it. Scores are added up in chains of a quarter of the channels, and keys that
+    earlier passes left are read before the kernel in front has ended."""
+    release(AHEAD)
+    s = tl.program_id(2)
+    split = tl.program_id(1)
+    if SPAN:
+        program = tl.program_id(0) + tl.num_programs(0) * (split + splits * s)
+        ask(asked, asked_size, program, tl.num_programs(0) * splits * tl.num_programs(2), THREADS, SPAN)
+    end = tl.load(ends + s)
+    first = split * TILE
+    key = first + tl.arange(0, TILE)
+    page = tl.load(table + s * table_row + first // PAGE, mask=first < end, other=0).to(tl.int64)
+    slot = page * PAGE + (key & (PAGE - 1))
+    old = key < end - width
+    c0, c1, c2, c3, e = _latents(pages, slot, old, RANK, QUARTER, EP, R)
+    await_inputs(AHEAD)
+    if first >= end:
+        return
+    if first + TILE > end - width:
+        new = (key < end) & (key >= end - width)
+        n0, n1, n2, n3, ne = _latents(pages, slot, new, RANK, QUARTER, EP, R)
+        c0 = tl.where(new[:, None], n0, c0)
+        c1 = tl.where(new[:, None], n1, c1)
+        c2 = tl.where(new[:, None], n2, c2)
+        c3 = tl.where(new[:, None], n3, c3)
+        e = tl.where(new[:, None], ne, e)
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    held = (row < rows)[:, None]
+    at = q + (s * rows + row).to(tl.int64)[:, None] * (RANK + R)
+    c = tl.arange(0, QUARTER)[None, :]
+    r = tl.arange(0, EP)[None, :]
+    q0 = tl.load(at + c, mask=held & (c < RANK), other=0.0)
+    q1 = tl.load(at + c + QUARTER, mask=held & (c + QUARTER < RANK), other=0.0)
+    q2 = tl.load(at + c + 2 * QUARTER, mask=held & (c + 2 * QUARTER < RANK), other=0.0)
+    q3 = tl.load(at + c + 3 * QUARTER, mask=held & (c + 3 * QUARTER < RANK), other=0.0)
+    qe = tl.load(at + RANK + r, mask=held & (r < R), other=0.0)
+    s0 = tl.dot(q0, tl.trans(c0), input_precision=PRECISION)
+    s1 = tl.dot(q1, tl.trans(c1), input_precision=PRECISION)
+    s2 = tl.dot(q2, tl.trans(c2), input_precision=PRECISION)
+    s3 = tl.dot(q3, tl.trans(c3), input_precision=PRECISION)
+    score = tl.dot(qe, tl.trans(e), input_precision=PRECISION)
+    score = (score + (s0 + s1) + (s2 + s3)) * scale
+    seen = (key < end)[None, :] & (key[None, :] <= (end - width + row // heads)[:, None])
+    score = tl.where(seen, score, float("-inf"))
+    peak = tl.max(score, 1)
+    weight = tl.exp2(score - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
+    total = tl.sum(weight, 1)
+    total = tl.where(total > 0, total, 1.0)
+    weight = weight.to(c0.dtype)
+    by = 1.0 / total[:, None]
+    to = (split * tl.num_programs(2) + s) * rows + row
+    tl.store(lse + to, peak + tl.log2(total), mask=row < rows)  # nothing seen: -inf
+    out = part + to.to(tl.int64)[:, None] * RANK + c
+    tl.store(out, tl.dot(weight, c0, input_precision=PRECISION) * by, mask=held & (c < RANK))
+    out += QUARTER
+    tl.store(out, tl.dot(weight, c1, input_precision=PRECISION) * by, mask=held & (c + QUARTER < RANK))
+    out += QUARTER
+    tl.store(out, tl.dot(weight, c2, input_precision=PRECISION) * by, mask=held & (c + 2 * QUARTER < RANK))
+    out += QUARTER
+    tl.store(out, tl.dot(weight, c3, input_precision=PRECISION) * by, mask=held & (c + 3 * QUARTER < RANK))
+
+
+@triton.jit
 def gather_kernel(
     part, lse, ends, w, scale, y, splits, w_head, w_row, s_row, y_row, asked, asked_size,
     N: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, V: tl.constexpr, FIRST: tl.constexpr,
@@ -125,13 +219,11 @@ def gather_kernel(
         other=0.0,
     )
     if CODES:
-        line = (head * HEAD_ROWS + FIRST + tl.minimum(v, V - 1)) // 128
-        by_at = scale + line[:, None] * s_row + (c // 128)[None, :]
-        by = factor(by_at, (c < RANK)[None, :] & (v < V)[:, None], POWERS)
+        # BV divides what comes before the block: all its rows lie in one block of scales.
+        line = (head * HEAD_ROWS + FIRST + tl.program_id(0) % ACROSS * BV) // 128
+        by = factor(scale + line * s_row + c // 128, c < RANK, POWERS)
     if SPAN:
         ask(asked, asked_size, tl.program_id(0), tl.num_programs(0), THREADS, SPAN)
-    await_inputs(AHEAD)
-    lane = tl.arange(0, BS)
     for n in tl.static_range(N):
         end = tl.load(ends + n // WIDTH)
         share = tl.cdiv(tl.cdiv(end, splits), TILE) * TILE
@@ -139,26 +231,31 @@ def gather_kernel(
         top = -float("inf")
         mass = 0.0
         u = tl.zeros((CP,), tl.float32)
+        if n == 0:
+            await_inputs(AHEAD)
         for first in tl.range(0, used, BS):
-            there = first + lane < used
-            at = (first + lane).to(tl.int64) * (N * H) + n * H + head
-            weight = tl.load(lse + at, mask=there, other=-float("inf"))
-            new = tl.load(
-                part + at[:, None] * RANK + c[None, :], mask=there[:, None] & (c < RANK)[None, :], other=0.0
-            )
-            higher = tl.maximum(top, tl.max(weight, 0))
+            # Unrolled, a split at a time: no sum goes across threads, and all reads are under way together.
+            higher = top
+            for i in tl.static_range(BS):
+                at = (first + i) * (N * H) + n * H + head
+                higher = tl.maximum(higher, tl.load(lse + at, mask=first + i < used, other=-float("inf")))
             base = tl.where(higher == -float("inf"), 0.0, higher)
             fade = tl.exp2(top - base)
-            weight = tl.exp2(weight - base)
-            u = u * fade + tl.sum(new * weight[:, None], 0)
-            mass = mass * fade + tl.sum(weight, 0)
+            u = u * fade
+            mass = mass * fade
+            for i in tl.static_range(BS):
+                at = (first + i) * (N * H) + n * H + head
+                there = first + i < used
+                weight = tl.exp2(tl.load(lse + at, mask=there, other=-float("inf")) - base)
+                new = tl.load(part + at * RANK + c, mask=there & (c < RANK), other=0.0)
+                u += new * weight
+                mass += weight
             top = higher
         u = u / tl.where(mass > 0, mass, 1.0)
         u = u.to(y.dtype.element_ty).to(tl.float32)
         if CODES:
-            value = tl.sum(tile.to(tl.float32) * by * u[None, :], 1)
-        else:
-            value = tl.sum(tile.to(tl.float32) * u[None, :], 1)
+            u *= by
+        value = tl.sum(tile.to(tl.float32) * u[None, :], 1)
         tl.store(y + n * y_row + head * V + v, value.to(y.dtype.element_ty), mask=v < V)
 
 
@@ -223,37 +320,49 @@ def attention(
     splits = min(SPLITS, triton.cdiv(table_SB.shape[1] * size, TILE))
     part = torch.empty(splits, count * heads, rank, dtype=torch.float32, device=q_NHd.device)
     lse = torch.empty(splits, count * heads, dtype=torch.float32, device=q_NHd.device)
-    if fp8:
-        at = rank // 2 + 2 * -(-rank // SCALED)
-        latents = (pages, pages.view(torch.float32)[..., rank // 4 :], pages.view(torch.bfloat16)[..., at:])
-        strides = [t.stride(1) for t in latents]
-    else:
-        latents, strides = (pages, pages, pages[..., rank:]), [rank + rope, 0, rank + rope]
-    block_c = max(16, triton.next_power_of_2(rank))
     grid = (triton.cdiv(width * heads, 16), splits, table_SB.shape[0])
     asked, amount, span = asking(later[1], math.prod(grid), 4)
-    attend_kernel[grid](
-        q_NHC, *latents, table_SB, ends_S, part, lse, softmax_scale * math.log2(math.e), width * heads, heads, width,
-        table_SB.stride(0), splits, asked, amount,
-        VALUE_STRIDE=strides[0], SCALE_STRIDE=strides[1], ROPE_STRIDE=strides[2], RANK=rank, ROPE=rope, PAGE=size,
-        BLOCK_C=block_c, BLOCK_E=max(16, triton.next_power_of_2(rope)), BLOCK_M=16, BLOCK_N=TILE,
-        GROUP=min(SCALED, block_c), PRECISION="tf32", num_warps=4, num_stages=3, SPAN=span, THREADS=128, **options,
-    )  # fmt: skip
+    exponent = softmax_scale * math.log2(math.e)
+    if SHORT and not fp8 and splits * TILE >= table_SB.shape[1] * size:
+        quarter = max(16, triton.next_power_of_2(triton.cdiv(rank, 4)))
+        short_attend_kernel[grid](
+            q_NHC, pages, table_SB, ends_S, part, lse, exponent, width * heads, heads, width, table_SB.stride(0),
+            splits, asked, amount, RANK=rank, QUARTER=quarter, R=rope, EP=max(16, triton.next_power_of_2(rope)),
+            PAGE=size, M=16, TILE=TILE, PRECISION="tf32", num_warps=4, SPAN=span, THREADS=128, **options,
+        )  # fmt: skip
+    else:
+        latents, strides = (pages, pages, pages[..., rank:]), [rank + rope, 0, rank + rope]
+        if fp8:
+            at = rank // 2 + 2 * -(-rank // SCALED)
+            latents = (
+                pages,
+                pages.view(torch.float32)[..., rank // 4 :],
+                pages.view(torch.bfloat16)[..., at:],
+            )
+            strides = [t.stride(1) for t in latents]
+        block_c = max(16, triton.next_power_of_2(rank))
+        attend_kernel[grid](
+            q_NHC, *latents, table_SB, ends_S, part, lse, exponent, width * heads, heads, width, table_SB.stride(0),
+            splits, asked, amount,
+            VALUE_STRIDE=strides[0], SCALE_STRIDE=strides[1], ROPE_STRIDE=strides[2], RANK=rank, ROPE=rope,
+            PAGE=size, BLOCK_C=block_c, BLOCK_E=max(16, triton.next_power_of_2(rope)), BLOCK_M=16, BLOCK_N=TILE,
+            GROUP=min(SCALED, block_c), PRECISION="tf32", num_warps=4, num_stages=3, SPAN=span, THREADS=128,
+            **options,
+        )  # fmt: skip
 
     y = q_NHd.new_empty(count, heads * values)
-    rows = 16
-    programs = heads * triton.cdiv(values, rows)
+    programs = heads * triton.cdiv(values, ROWS)
     asked, amount, span = asking(later[2], programs, 8)
     gather_kernel[(programs,)](
         part, lse, ends_S, w_HrC[:, nope:], by, y, splits, w_HrC.stride(0), w_HrC.stride(1), s_row, y.stride(0),
         asked, amount, N=count, WIDTH=width, H=heads, V=values, FIRST=nope, HEAD_ROWS=head_rows, RANK=rank,
-        CP=triton.next_power_of_2(rank), BV=rows, BS=16, TILE=TILE, num_warps=8, SPAN=span, THREADS=256,
+        CP=triton.next_power_of_2(rank), BV=ROWS, BS=BLOCKS, TILE=TILE, num_warps=8, SPAN=span, THREADS=256,
         **codes, **options,
     )  # fmt: skip
     return y
 
 
-def fit(q_NHd: Tensor, w_HrC: Tensor, pages: Tensor) -> bool:
+def fit(q_NHd: Tensor, w_HrC: Tensor, pages: Tensor, nope: int) -> bool:
     """Whether `attention` takes these: bf16 rows, and pages that `mla_decode`'s kernel reads."""
     rank, size = w_HrC.shape[2], pages.shape[1]
     kept = pages.is_contiguous() and size & (size - 1) == 0 and size >= TILE
@@ -261,4 +370,6 @@ def fit(q_NHd: Tensor, w_HrC: Tensor, pages: Tensor) -> bool:
         kept = kept and rank % FP8_BLOCK == 0 and all(s % 16 == 0 for s in pages.stride()[:2])
     else:
         kept = kept and pages.dtype == q_NHd.dtype
+    if w_HrC.dtype == FP8:
+        kept = kept and w_HrC.shape[1] % ROWS == 0 and nope % ROWS == 0
     return kept and rank <= 512

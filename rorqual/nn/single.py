@@ -27,7 +27,7 @@ ON = True
 """Whether passes of one token take this way."""
 
 CHOOSE = True
-"""Whether the experts' kernels choose from the router's logits themselves."""
+"""Whether the experts' kernels choose from the router's scores themselves."""
 
 ASK = True
 """Whether kernels that have little to read ask for weights of those to come."""
@@ -65,7 +65,7 @@ def attend(
         or not single.rows_fit(x_ND, *plain)
         or p.heads * p.v_dim > single.WIDEST
         or not single.fits(*_triple(brick.kv_b))
-        or not single_mla.fit(rows, w_HrC, pages)
+        or not single_mla.fit(rows, w_HrC, pages, p.nope_dim)
     ):
         return None
     soon: list[Tensor | None] = [brick.o.weight, None, None]
@@ -101,14 +101,16 @@ def feed(brick: nn.Module, norm: RMSNorm, x_1ND: Tensor, ids_1N: Tensor) -> Tens
     ):
         return None
     normed_ND = torch.empty_like(x_ND)
-    (logits_NE,) = single.rows(
-        x_ND, [router.weight], [None], (norm.weight, norm.eps), normed_ND=normed_ND, out_dtype=torch.float32
-    )
-    r = router.part
+    r, by, table = router.part, (norm.weight, norm.eps), router.table
     rule = Rule(router.top_k, r.score, r.groups, r.keep, r.group_score, r.normalize, r.scale)
-    table = router.table
-    choice: Any = single_experts.Logits(logits_NE, router.bias, rule)
-    if not (CHOOSE and single_experts.chooses(router.weight.shape[0], rule, table is not None)):
+    choice: Any
+    if CHOOSE and single_experts.chooses(router.weight.shape[0], rule, table is not None):
+        found = single.scored(x_ND, by, router.weight, router.bias, r.score, normed_ND)
+        choice = single_experts.Scores(*found, rule)
+    else:
+        (logits_NE,) = single.rows(
+            x_ND, [router.weight], [None], by, normed_ND=normed_ND, out_dtype=torch.float32
+        )
         choice = chosen(logits_NE, router.bias, rule, table, ids_1N[0] if table is not None else None)
     y = single_experts.through_experts(
         normed_ND, choice, *stacks, limit=e.limit, shared=shared, residual_1D=x_ND
