@@ -23,12 +23,13 @@ from rorqual.kernels.single import WIDEST, factor, fits, launch_options
 @triton.jit
 def ranking(keys, E: tl.constexpr, EP: tl.constexpr):
     """Place of each of EP experts in the order of choice `[EP]`: best first, among equals the lower number."""
-    mine = tl.arange(0, EP)[:, None]
-    other = tl.arange(0, EP)[None, :]
+    # Summed along the first axis: that one lies within threads.
+    mine = tl.arange(0, EP)[None, :]
+    other = tl.arange(0, EP)[:, None]
     key = tl.load(keys + mine, mask=mine < E, other=-0x80000000)
     its = tl.load(keys + other, mask=other < E, other=-0x80000000)
     before = (its > key) | ((its == key) & (other < mine))
-    return tl.sum(before.to(tl.int32), 1)
+    return tl.sum(before.to(tl.int32), 0)
 
 
 @triton.jit
@@ -53,17 +54,11 @@ def up_kernel(
     k = slot - shared
     if CHOOSE:
         real = routed | (slot >= 0)
-        expert = slot * 0
-        weight = 1.0
+        e = tl.arange(0, EP)
+        rank = e
         if routed:
             rank = ranking(keys, E, EP)
-            e = tl.arange(0, EP)
-            score = tl.load(scores + e, mask=e < E, other=0.0)
-            expert = tl.sum(tl.where(rank == k, e, 0))
-            weight = tl.sum(tl.where(rank == k, score, 0.0))
-            if NORMALIZE:
-                weight = weight / (tl.sum(tl.where(rank < K, score, 0.0)) + 1e-20)
-            weight = weight * scaling
+        expert = tl.sum(tl.where((rank == k) & routed, e, 0))
         expert = expert.to(tl.int64)
     else:
         expert = tl.load(ids + k, mask=routed, other=0).to(tl.int64)
@@ -89,6 +84,14 @@ def up_kernel(
         # Not before the wait: the second product reads the choice before its own.
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.load(x + d, mask=d < D, other=0.0).to(tl.float32)
+    if CHOOSE:
+        weight = 1.0
+        if routed:
+            score = tl.load(scores + e, mask=e < E, other=0.0)
+            weight = tl.sum(tl.where(rank == k, score, 0.0))
+            if NORMALIZE:
+                weight = weight / (tl.sum(tl.where(rank < K, score, 0.0)) + 1e-20)
+            weight = weight * scaling
     gate_parts = tl.sum(gates.to(tl.float32) * row[None, :, :], 2)
     up_parts = tl.sum(ups.to(tl.float32) * row[None, :, :], 2)
     if CODES:
@@ -127,8 +130,8 @@ def down_kernel(
     # Before the wait: the kernel in front has let this one start only after the choice was there.
     if CHOOSE:
         rank = ranking(keys, E, EP)
-        mine = rank[None, :] == slot[:, None]
-        expert = tl.sum(tl.where(mine & routed[:, None], tl.arange(0, EP)[None, :], 0), 1).to(tl.int64)
+        mine = (rank[:, None] == slot[None, :]) & routed[None, :]
+        expert = tl.sum(tl.where(mine, tl.arange(0, EP)[:, None], 0), 0).to(tl.int64)
     else:
         expert = tl.load(ids + slot, mask=routed, other=0).to(tl.int64)
     live = live & (expert >= 0) & (expert < experts)
