@@ -127,7 +127,7 @@ def rows_kernel(
     if RESIDUAL:
         values = values.to(x.dtype.element_ty).to(tl.float32)
         values += tl.load(residual + which[None, :] * r_row + o[:, None], mask=mask, other=0.0).to(tl.float32)
-    if SCORE:
+    if SCORE != "":
         values = _scores(values, mask, SCORE)
         ranked = values
         if BIASED:
