@@ -2,7 +2,7 @@
 
 `python -m benchmarks.kernels.chain` makes one dense and four mixture layers (distinct weights, 4.6 GB in bf16, so
 that L2 keeps nothing from pass to pass), compares the states that both ways give, and replays three rounds of the four
-as one CUDA graph. `SWEEP=1` also tries other shapes of the launches.
+as one CUDA graph. `SWEEP=1` also tries other shapes of the launches; `WHOLE=1` decodes with the whole model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lite import READ, lite, quantise
+from benchmarks.lite import READ, decode, lite, quantise
+from rorqual.engine.engine import Engine
 from rorqual.kernels import single, single_experts, single_mla
 from rorqual.kernels.route import Rule, chosen
 from rorqual.nn import Transformer
@@ -145,8 +146,27 @@ def apart(got: Tensor | None, want: Tensor, again: Tensor | None, before: Tensor
     return f"{error.median():.0e} {error.max():.0e}{same}"
 
 
+def whole() -> None:
+    """Tokens a second of the whole model at batch 1 and context 512, both ways."""
+    model = Transformer(lite(), device="cuda", seed=0)
+    for kind in ("bf16", "fp8"):
+        if kind == "fp8":
+            quantise(model)
+        for way.ON in (False, True):
+            try:
+                engine = Engine(model, prefix_cache=False, step_tokens=4096, memory=8 * 2**30)
+                decode(engine, 1, 512, 8)
+                rates = [decode(engine, 1, 512)[0] for _ in range(2)]
+                print(f"{kind} {'as one token' if way.ON else 'before'}: {max(rates):.0f} tok/s", flush=True)
+                del engine
+            except Exception:
+                traceback.print_exc(limit=-6)
+
+
 def main() -> None:
     """Compare and time, in bf16 and FP8."""
+    if os.environ.get("WHOLE"):
+        return whole()
     torch.manual_seed(0)
     begun = time.perf_counter()
     model = Transformer(lite(5), device="cuda", seed=0)
@@ -167,9 +187,10 @@ def main() -> None:
                     f"floor {floor(model):.1f}",
                     flush=True,
                 )
-            way.ASK = False
-            print(f"{kind}: {layer_time(p):6.1f} us without asking ahead", flush=True)
-            way.ASK, way.CHOOSE = True, False
+            asked = way.ASK
+            for way.ASK in (0, 1, 2, 3):
+                print(f"{kind}: {layer_time(p):6.1f} us asking ahead for {way.ASK}", flush=True)
+            way.ASK, way.CHOOSE = asked, False
             print(f"{kind}: {layer_time(p):6.1f} us with the choice in a launch of its own", flush=True)
             way.CHOOSE, single_mla.SHORT = True, False
             print(f"{kind}: {layer_time(p):6.1f} us with the attention of many tokens", flush=True)
@@ -335,10 +356,11 @@ def single_launches(p: Pass, trial: tuple[str, Any, Any]) -> Callable[[], None]:
                 )
             else:
                 e, s = moe.experts, moe.shared
-                ids = torch.arange(6, device=device, dtype=torch.int32)[None]
+                keys = torch.arange(64, device=device, dtype=torch.int32)[None]
+                scores = single_experts.Scores(keys.float(), keys, Rule(6, "sigmoid", normalize=True))
                 shared: Any = tuple(way._weights(m) for m in (s.gate, s.up, s.down))
                 single_experts.through_experts(
-                    x, (ids, ids.float()), e.gate.stack(), e.up.stack(), e.down.stack(), shared=shared, residual_1D=x,
+                    x, scores, e.gate.stack(), e.up.stack(), e.down.stack(), shared=shared, residual_1D=x,
                     how=expert(1408, 2048, codes),
                 )  # fmt: skip
 

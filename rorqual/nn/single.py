@@ -29,8 +29,9 @@ ON = True
 CHOOSE = True
 """Whether the experts' kernels choose from the router's scores themselves."""
 
-ASK = True
-"""Whether kernels that have little to read ask for weights of those to come."""
+ASK = 3
+"""What kernels that have little to read ask to be brought into L2 for those to come: nothing (0), the weight of `o`
+(1), the shared experts' first two matrices too (2), and their last (3)."""
 
 
 def fits(x_1ND: Tensor, step: Step) -> bool:
@@ -68,13 +69,12 @@ def attend(
         or not single_mla.fit(rows, w_HrC, pages, p.nope_dim)
     ):
         return None
-    soon: list[Tensor | None] = [brick.o.weight, None, None]
-    last = None
-    if isinstance(ff, MoE) and ff.shared is not None:
-        soon[1:] = ff.shared.gate.weight, ff.shared.up.weight
-        last = ff.shared.down.weight
-    if not ASK:
-        soon, last = [None] * 3, None
+    soon: list[Tensor | None] = [None] * 4
+    if ASK > 0:
+        soon[0] = brick.o.weight
+    if ASK > 1 and isinstance(ff, MoE) and ff.shared is not None:
+        soon[1:3] = ff.shared.gate.weight, ff.shared.up.weight
+        soon[3] = ff.shared.down.weight if ASK > 2 else None
     q, kv_NC = single.rows(x_ND, *_lists(first, brick.kv_a), norm=(norm.weight, norm.eps))
     if p.q_rank is not None:
         (q,) = single.rows(q, *_lists(brick.q_b), norm=(brick.q_a_norm.weight, brick.q_a_norm.eps))
@@ -82,9 +82,9 @@ def attend(
     o_NV = single_mla.attention(
         q.unflatten(-1, (p.heads, p.qk_dim)), kv_NC, (brick.kv_a_norm.weight, brick.kv_a_norm.eps), cos, sin, w_HrC,
         brick.kv_b.scale, pages, step.slots(), group.table_SB, group.ends_S, width=group.width, nope=p.nope_dim,
-        interleaved=p.rope.interleaved, softmax_scale=p.scale, later=soon,
+        interleaved=p.rope.interleaved, softmax_scale=p.scale, later=soon[:3],
     )  # fmt: skip
-    (y,) = single.rows(o_NV, *_lists(brick.o), residual_NO=x_ND, later=last)
+    (y,) = single.rows(o_NV, *_lists(brick.o), residual_NO=x_ND, later=soon[3])
     return y[None]
 
 

@@ -142,11 +142,16 @@ def test_experts_choose(device: torch.device, rule: Rule, biased: bool) -> None:
         close(y, experts.reference(normed, ids, by, gate, up, down), 1e-2)
 
 
-@pytest.mark.parametrize("interleaved", [True, False])
-@pytest.mark.parametrize("codes", ["plain", "codes"])
 @pytest.mark.parametrize(
-    ("ends", "width", "packed"),
-    [([1], 1, False), ([70], 1, True), ([129, 40], 1, False), ([67], 2, True), ([2], 2, False)],
+    ("ends", "width", "packed", "codes", "interleaved"),
+    [
+        ([1], 1, False, "plain", True),
+        ([70], 1, True, "codes", False),
+        ([129, 40], 1, False, "codes", True),
+        ([67], 2, True, "plain", True),
+        ([2], 2, False, "codes", False),
+        ([97], 2, False, "plain", False),
+    ],
 )
 def test_attention(
     device: torch.device, ends: list[int], width: int, packed: bool, codes: str, interleaved: bool
