@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from benchmarks import lite, serving, tiny
+from benchmarks import invariant, lite, serving, tiny
 from benchmarks.decode import latent, smollm2
 from benchmarks.loading import loading
 
@@ -14,6 +14,9 @@ CPU = {"smollm2": smollm2, "latent": latent, "loading": loading, "tiny": tiny.ma
 GPU = {
     "lite": lite.main,
     "lite-profile": partial(lite.main, True),
+    "lite-prefill": lite.prefill,
+    "invariant": invariant.main,
+    "invariant-profile": partial(invariant.main, True),
     "load": serving.load,
     "start": serving.start,
     "context-v32": partial(serving.context, "deepseek-v3.2", [4 * K, 16 * K, 64 * K, 128 * K]),

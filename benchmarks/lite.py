@@ -158,5 +158,98 @@ def profile(engine: Engine, batch: int, context: int) -> None:
         engine.step()
 
 
+def prefill(layers: int = 27, kinds: tuple[str, ...] = ("bf16", "fp8")) -> None:
+    """Reading 8 prompts of 4,096 tokens, and which kernels take the time, in bf16 and with FP8 weights."""
+    model = Transformer(lite(layers), device="cuda", seed=0)
+    for kind in kinds:
+        if kind == "fp8":
+            quantise(model)
+        for budget in (16384, 8192):
+            engine = Engine(model, prefix_cache=False, step_tokens=budget, memory=24 * 2**30)
+            _read(engine, 8, 4096)
+            rates = [8 * 4096 / _read(engine, 8, 4096) for _ in range(3)]
+            print(
+                f"{kind} prefill 8 x 4096 in steps of {budget}:",
+                *(f"{r:,.0f}" for r in rates),
+                "tok/s",
+                flush=True,
+            )
+            if budget == 8192:
+                _profile_reading(engine, 8, 4096)
+                _profile_host(engine)
+            del engine
+            torch.cuda.empty_cache()
+
+
+def _read(engine: Engine, batch: int, context: int) -> float:
+    """Seconds from sending prompts to the last one's first token."""
+    vocab = engine.model.config.vocab
+    sampling = Sampling(temperature=0.0, max_new_tokens=40, ignore_eos=True)
+    prompts = torch.randint(0, vocab, (batch, context)).tolist()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    handles = [engine.submit_answer(Answer(p, sampling, frozenset(), None)) for p in prompts]
+    while min(len(h.completion.ids) for h in handles) < 1:
+        _sound(handles)
+        engine.step()
+    torch.cuda.synchronize()
+    took = time.perf_counter() - begun
+    for handle in handles:
+        handle.cancel()
+    while engine.busy:
+        engine.step()
+    torch.cuda.synchronize()
+    return took
+
+
+def _profile_host(engine: Engine) -> None:
+    """What the host does in a pass so small that the device waits for it."""
+    import cProfile
+    import pstats
+
+    _read(engine, 8, 64)
+    quick = min(_read(engine, 8, 64) for _ in range(3))
+    with cProfile.Profile() as recorded:
+        _read(engine, 8, 64)
+    print(f"-- 8 x 64 tokens: {quick * 1e3:.1f} ms; own time of functions on the host:")
+    stats: dict = pstats.Stats(recorded).stats  # type: ignore[attr-defined]
+    for (file, number, name), (_, calls, own, _, _) in sorted(stats.items(), key=lambda e: -e[1][2])[:26]:
+        print(f"{own * 1e3:8.2f} ms {calls:6} x {name[:40]} {file[-40:]}:{number}", flush=True)
+
+
+def _profile_reading(engine: Engine, batch: int, context: int) -> None:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CUDA]) as prof:
+        took = _read(engine, batch, context)
+    spans = sorted(
+        (e.time_range.start, e.time_range.end, e.name)
+        for e in prof.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA
+    )
+    busy, idle, end, gaps = 0.0, 0.0, spans[0][0], []
+    for start, stop, name in spans:
+        if start > end:
+            idle += start - end
+            gaps.append((start - end, name))
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    passes = batch * context / 8192
+    print(
+        f"-- {took * 1e3:.1f} ms under the profiler; device busy {busy / 1e3:.1f} ms, idle {idle / 1e3:.1f} ms in "
+        f"{len(gaps)} gaps of {len(spans)} launches; longest before:",
+        *(f"{name[:30]} {gap:.0f} us;" for gap, name in sorted(gaps, reverse=True)[:4]),
+    )
+    events = sorted(prof.key_averages(), key=lambda e: -e.device_time_total)
+    for e in events[:32]:
+        each, total = e.device_time_total / max(1, e.count), e.device_time_total / 1e3 / passes
+        share = e.device_time_total / busy
+        print(
+            f"{total:7.3f} ms {share:5.1%} {e.count / passes:6.1f} x {each:7.1f} us  {e.key[:110]}",
+            flush=True,
+        )
+
+
 if __name__ == "__main__":
     main()

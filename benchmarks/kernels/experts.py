@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from rorqual.kernels import experts as op
-from rorqual.kernels import experts_gluon, experts_gluon16, experts_triton
+from rorqual.kernels import experts_run, experts_triton, fp8_gluon
 from rorqual.kernels.experts import Plan, Shared, Tiles, Weights, fast, plan, reference
 from rorqual.kernels.quant import FP8
 
@@ -197,9 +196,32 @@ def families() -> Iterable[tuple[str, bool, list[int], Plan, list[Tiles], list[T
     ups = few((2, 16, 128, 2, 4), (4, 16, 128, 4, 3))
     downs = few((4, 16, 128, 4, 6), (8, 16, 128, 8, 4), (4, 16, 128, 4, 7))
     yield "few", False, [1, 4], plan(1, 6, 64, False, False), ups, downs
-    ups = [Tiles(32, *t, True) for t in ((64, 128, 4, 3), (64, 64, 4, 4), (32, 128, 4, 4))]
-    downs = [Tiles(32, *t, True) for t in ((128, 128, 4, 3), (128, 64, 4, 4), (64, 128, 4, 4))]
-    yield "thin32", False, [256], Plan(ups[0], downs[0]), ups, downs
+    ups = [
+        Tiles(32, *t, True)
+        for t in (
+            (64, 128, 4, 4),
+            (128, 128, 8, 3),
+            (128, 128, 8, 4),
+            (128, 128, 4, 3),
+            (64, 128, 4, 5),
+            (64, 128, 4, 3),
+        )
+    ]
+    downs = [
+        Tiles(32, *t, True)
+        for t in (
+            (128, 128, 4, 3),
+            (128, 128, 4, 4),
+            (128, 128, 8, 4),
+            (64, 128, 4, 5),
+            (128, 128, 4, 5),
+            (128, 128, 8, 5),
+        )
+    ]
+    yield "thin32", True, [256], Plan(ups[0], downs[0], codes=True), ups, downs
+    ups = [Tiles(64, up.out, 128, up.warps, up.stages, True) for up in ups[:4]]
+    downs = [Tiles(64, down.out, 128, down.warps, down.stages, True) for down in downs[:4]]
+    yield "thin64", True, [512], Plan(ups[0], downs[0], codes=True), ups, downs
 
 
 def variants(start: Plan, ups: list[Tiles], downs: list[Tiles]) -> list[Plan]:
@@ -219,7 +241,7 @@ def variants(start: Plan, ups: list[Tiles], downs: list[Tiles]) -> list[Plan]:
 def compile_some(jobs: list[tuple[bool, list[int], Plan, bool]]) -> None:
     """In a process of its own: fill Triton's cache. Small matrices compile to the same kernels."""
     layers = {fp8: Layer(Shape(2, 2048, 1408, 2, 2), fp8) for fp8 in (False, True)}
-    for fp8, sizes, how, op.PDL in jobs:
+    for fp8, sizes, how, experts_run.PDL in jobs:
         for tokens in sizes if how.few else sizes[:1]:
             layer = layers[fp8]
             x, _, _ = layer.batch(tokens)
@@ -238,6 +260,7 @@ def precompile() -> None:
         for _, fp8, sizes, start, ups, downs in families()
         for how in variants(start, ups, downs)
     ]
+    jobs += [(fp8, [700], gluon_plan(fp8, rows, stages), True) for fp8, rows, stages in CUTS]
     sizes = (1, 3, 4, 8, 64, 256, 512, 8192)
     jobs += [
         (fp8, [n], plan(n, 6, 64, fp8, f, True), True)
@@ -246,6 +269,10 @@ def precompile() -> None:
         for n in sizes
     ]
     jobs += [(fp8, [n], plan(n, 6, 64, fp8, False), False) for fp8 in (False, True) for n in (1, 8)]
+    in_parallel(jobs)
+
+
+def in_parallel(jobs: list[tuple[bool, list[int], Plan, bool]]) -> None:
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=compile_some, args=(jobs[i::14],)) for i in range(14)]
     for worker in workers:
@@ -311,18 +338,26 @@ def grouped(
         count = places // t.rows + experts
         order = torch.empty(places, device="cuda", dtype=torch.int32)
         table = torch.empty(3, count, device="cuda", dtype=torch.int32)
-        experts_triton.sort_kernel[(experts, 1)](
-            ids, ids, order, table, codes, codes, scales, places, places, experts, 0, count, 0,
-            ROWS=t.rows, CHUNK=4096, BINS=0, GROUPS=64, PDL=False, num_warps=8,
+        experts_triton.sort_kernel[(experts,)](
+            ids, order, table, codes, codes, scales, places, places, experts, 0, count, 0,
+            ROWS=t.rows, CHUNK=4096, GROUPS=64, PDL=False, num_warps=8,
         )  # fmt: skip
 
+        taken = torch.zeros(1, device="cuda", dtype=torch.int32)
+
         def run(
-            t: Tiles = t, order: Tensor = order, table: Tensor = table, count: int = count, y: Tensor = y
+            t: Tiles = t,
+            order: Tensor = order,
+            table: Tensor = table,
+            count: int = count,
+            y: Tensor = y,
+            taken: Tensor = taken,
         ) -> None:
             if gluon:
-                experts_gluon.down(
-                    codes, scales, order, table, (w.codes, w.scale), (w.codes[0], w.scale[0]), y, t.stages
-                )
+                fp8_gluon.down(
+                    codes, scales, order, table, (w.codes, w.scale), (w.codes[0], w.scale[0]), y, taken.zero_(), 0, 0,
+                    t.rows // 64, t.stages,
+                )  # fmt: skip
                 return
             experts_triton.down_kernel[(count * (out // t.out),)](
                 codes, scales, order, table, w.codes, w.scale, w.codes, w.scale, y, experts, count, depth, depth, out,
@@ -369,16 +404,28 @@ def grouped(
     )
 
 
+CUTS = [(False, 128, 4), (False, 192, 3), (True, 128, 4), (True, 128, 6), (True, 192, 4)]
+
+
+def gluon_plan(fp8: bool, rows: int, stages: int) -> Plan:
+    tile = Tiles(rows, 128, 64, 4, stages, False)
+    return Plan(tile, tile, codes=fp8, gluon=True)
+
+
 def in_gluon() -> None:
     """In a process of its own: a barrier that is waited for in vain can then be ended from outside."""
-    tile = Tiles(experts_gluon16.ROWS, 128, 64, 4, 3, False)
-    how = Plan(tile, tile, gluon=True)
-    layer = Layer(LITE, False)
-    for tokens, options in ((700, {"limit": 1.0}), (3000, {})):
-        guarded("gluon16", lambda: check(layer, tokens, how=how, **options))  # noqa: B023
-    show(layer, (1024, 2048, 8192, 32768), "gluon16", how=how)
-    op.PDL = False
-    guarded("breakdown", lambda: breakdown(layer, 8192, how=how))
+    for fp8, rows, stages in CUTS:
+        layer = Layer(LITE, fp8)
+        how = gluon_plan(fp8, rows, stages)
+        for tokens in (701, 3000):
+            guarded("gluon", lambda: check(layer, tokens, how=how))  # noqa: B023
+        show(layer, (1024, 2048, 8192, 16384), f"gluon {rows}/{stages}", how=how)
+        experts_run.PDL = False
+        guarded("breakdown", lambda: breakdown(layer, 8192, how=how))  # noqa: B023
+        experts_run.PDL = True
+        if fp8:
+            for sizes in GROUPED:
+                guarded("grouped", lambda: grouped(*sizes, [how.down], gluon=True))  # noqa: B023
 
 
 def bounded(target: Callable[[], None], seconds: float) -> None:
@@ -447,18 +494,20 @@ def main() -> None:
             guarded(f"check {tokens}", lambda: check(layer, tokens, **options))  # noqa: B023
         guarded("fixed", lambda: check_fixed(layer))  # noqa: B023
     if sweeping:
-        for op.PDL in (False, True):
+        for experts_run.PDL in (False, True):
             times = [timed(layers[fp8], n)[0] * 1e6 for fp8 in (False, True) for n in (1, 8)]
-            print(f"pdl {op.PDL}: bf16, fp8 N1, 8 us", " ".join(f"{t:.1f}" for t in times), flush=True)
+            print(
+                f"pdl {experts_run.PDL}: bf16, fp8 N1, 8 us", " ".join(f"{t:.1f}" for t in times), flush=True
+            )
         sweep(layers, began + 40)
         show(layers[True], (1, 2, 4), "sorted", how=plan(8, 6, 64, True, False))
         print(f"swept in {time.monotonic() - began:.0f} s", flush=True)
     for layer in layers.values():
         show(layer, (1, 2, 4, 8, 32, 64, 256, 512, 1024, 2048, 8192, 32768))
         show(layer, (8, 64, 8192), "fixed", fixed=True)
-    op.PDL = False  # a kernel that waits for the one before would count its time too
+    experts_run.PDL = False  # a kernel that waits for the one before would count its time too
     guarded("breakdown", lambda: breakdown(layers[True], 8192))
-    op.PDL = True
+    experts_run.PDL = True
     print(f"{time.monotonic() - began:.0f} s", flush=True)
     layers.clear()
     bounded(in_gluon, 25)

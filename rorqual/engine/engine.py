@@ -57,10 +57,6 @@ class Engine(Core):
         step = _whole("step_tokens", step_tokens, 1024 if cpu else 8192)
         if speculate and not len(model.mtp):
             raise InputError("speculate=True needs an MTP module, and this model has none")
-        if invariant and not cpu:
-            raise InputError(
-                "batch-invariant mode isn't wired to the GPU's fixed kernels yet: run it on the CPU, or leave it off"
-            )
         lanes = model.lanes(fp8_cache)[: None if speculate else len(model.layers)]
         every = math.lcm(*(lane.every for layer in lanes for lane in layer.values() if lane.keep is None))
         size = _whole("page_size", page_size, math.lcm(64, every))

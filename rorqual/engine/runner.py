@@ -133,7 +133,9 @@ class Runner:
         self.sampler = Sampler(model.config.vocab, self.device, slots)
         self._staging = Staging(self.device)
         self._graphs = None
-        if self.device.type == "cuda" and not invariant:
+        self._by_rows = model.fixed_rows or not invariant
+        """Whether a pass takes all its tokens at once: else each is a pass of its own."""
+        if self.device.type == "cuda" and self._by_rows:
             model.adjoin()
             self._graphs = Graphs(page_size, self._forward)
         self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
@@ -169,7 +171,7 @@ class Runner:
         batch = lay_out(plan, self.page_size, self._staging, one_group_of_chunks=self.device.type == "cuda")
         if batch.late is not None:
             batch.ids_N[batch.late[0]] = self._newest[batch.late[1]]
-        if self.invariant:
+        if not self._by_rows:
             state = self._by_token(batch)
             rows = [
                 self.model.logits(self.model.finish(state[:, c : c + 1])[0]) for c in batch.columns.tolist()
@@ -319,15 +321,19 @@ class Runner:
         ]
         if at:
             next_N[self._index(at)] = self._index([t for got in drawn for t in got.tokens])
-        state = passed.state if self.model.config.residual is not None else self.model.finish(passed.state)
-        store = self.stores[len(self.model.layers)]
-        hidden, _ = self.model.predict_further_paged(state, next_N[None], batch.step, 0, store)
+        with batch_invariant(self.invariant):
+            state = (
+                passed.state if self.model.config.residual is not None else self.model.finish(passed.state)
+            )
+            store = self.stores[len(self.model.layers)]
+            hidden, _ = self.model.predict_further_paged(state, next_N[None], batch.step, 0, store)
         living = [r for r, request in enumerate(passed.requests) if request.running and not request.finished]
         if not living:
             return
         requests = [passed.requests[r] for r in living]
         slots = [r.slot for r in requests]
-        logits = self.model.logits(hidden[0, self._index([columns[r] for r in living])])
+        with batch_invariant(self.invariant):
+            logits = self.model.logits(hidden[0, self._index([columns[r] for r in living])])
         mask = self._masks(requests, {})
         if all(r.sampling.greedy for r in requests):
             drafts = self.sampler.draw(logits, slots, mask)

@@ -114,7 +114,7 @@ class Scheduler:
             if budget < wanted or not self._reach(request, request.held + wanted):
                 return 0
             plan.decodes.append(request)
-            return wanted
+            return 0  # the budget is the prompts': theirs should not be cut short by a few tokens
         count = self._chunk(request, min(missing, budget))
         if count <= 0 or not self._reach(request, request.held + count):
             return 0

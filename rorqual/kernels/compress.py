@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.kernels.gpu import tl, triton, usable
+from rorqual.kernels.mode import is_invariant
 
 ROLLBACK = 16
 """Tokens of one sequence that `compress_decode` may bring: a ring holds this many more than a window needs."""
@@ -110,8 +111,10 @@ def _pool(  # type: ignore[no-untyped-def]
     POWER: tl.constexpr,
     STAGES: tl.constexpr,
     WRITE: tl.constexpr,
+    FIXED: tl.constexpr,
 ):
-    """Row n's token into its ring (if WRITE), and the entry of the window that it completes."""
+    """Row n's token into its ring (if WRITE), and the entry of the window that it completes. With FIXED the slots are
+    added up in the same groups whichever of them this pass brings."""
     n = tl.program_id(0)
     ring = tl.load(rings + n)
     if ring < 0:
@@ -141,9 +144,30 @@ def _pool(  # type: ignore[no-untyped-def]
     most = tl.full([CHANNELS], float("-inf"), tl.float32)
     total, pooled = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
     live = (c < DIM)[None, :]
-    for start in tl.range(
-        WINDOW - present, WINDOW - fresh, SLOTS, num_stages=STAGES
-    ):  # tokens of earlier passes
+    begin, between = WINDOW - present, WINDOW - fresh
+    if FIXED:
+        begin, between = WINDOW, WINDOW
+        for start in tl.range(0, WINDOW, SLOTS):
+            slot_of = start + tl.arange(0, SLOTS)
+            half = slot_of * 0
+            if OVERLAP:
+                half = tl.where(slot_of < RATIO, 0, DIM)
+            held = (slot_of >= WINDOW - present) & (slot_of < WINDOW)
+            brought = held & (slot_of >= WINDOW - fresh)
+            held = held & (slot_of < WINDOW - fresh)
+            old = tl.maximum(position - WINDOW + 1 + slot_of, 0) % LENGTH
+            at = (ring.to(tl.int64) * LENGTH + old) * WIDTH + half
+            row = (n - WINDOW + 1 + slot_of).to(tl.int64)
+            bias = (slot_of % RATIO) * WIDTH + half
+            there, new = live & held[:, None], live & brought[:, None]
+            g = tl.load(gate + (row * gate_row + half)[:, None] + c[None, :], mask=new, other=float("-inf"))
+            g += tl.load(ape + bias[:, None] + c[None, :], mask=new, other=0.0)
+            x = tl.load(kv + (row * kv_row + half)[:, None] + c[None, :], mask=new, other=0.0)
+            kept = tl.load(ring_gate + at[:, None] + c[None, :], mask=there, other=float("-inf"))
+            g = tl.where(there, kept, g)
+            x = tl.where(there, tl.load(ring_kv + at[:, None] + c[None, :], mask=there, other=0.0), x)
+            most, total, pooled = _add(g, x, most, total, pooled)
+    for start in tl.range(begin, between, SLOTS, num_stages=STAGES):  # tokens of earlier passes
         slot_of = start + tl.arange(0, SLOTS)
         old = position - WINDOW + 1 + slot_of
         at = (ring.to(tl.int64) * LENGTH + old % LENGTH) * WIDTH
@@ -153,7 +177,7 @@ def _pool(  # type: ignore[no-untyped-def]
         g = tl.load(ring_gate + at[:, None] + c[None, :], mask=there, other=float("-inf"))
         x = tl.load(ring_kv + at[:, None] + c[None, :], mask=there, other=0.0)
         most, total, pooled = _add(g, x, most, total, pooled)
-    for start in tl.range(WINDOW - fresh, WINDOW, SLOTS):  # and of this one
+    for start in tl.range(between, WINDOW, SLOTS):  # and of this one
         slot_of = start + tl.arange(0, SLOTS)
         row = (n - WINDOW + 1 + slot_of).to(tl.int64)
         half = slot_of * 0
@@ -250,11 +274,13 @@ def fast(
     channels = triton.next_power_of_2(dim)
     power = triton.next_power_of_2(window)
     slots = min(power, max(1, TILE // channels))
+    fixed = is_invariant()
     _pool[(rows,)](
         kv_NW, gate_NW, ape, ring_kv, ring_gate, ring_N, positions_N, norm_weight, cos_Nr, sin_Nr,
         entry_pages_PEd, entry_slots_N, cos_Nr.shape[1], eps, kv_NW.stride(0), gate_NW.stride(0),
         LENGTH=length, RATIO=ratio, OVERLAP=overlap, DIM=dim, CHANNELS=channels, SLOTS=slots, POWER=power,
-        STAGES=1 if long or power <= slots else 3, WRITE=not long, num_warps=8 if power > slots else 4,
+        STAGES=1 if long or fixed or power <= slots else 3, WRITE=not long, FIXED=fixed,
+        num_warps=8 if power > slots else 4,
     )  # fmt: skip
     if long:
         _keep[(rows,)](

@@ -8,9 +8,9 @@ fp32 in the order of its choice, then the shared experts' and what `add_ND` hold
 `0 .. E - 1` names no expert and adds nothing. `reference` is the definition and the CPU's and training's form.
 
 `fast` runs without a device-to-host sync. A few tokens go through `experts_few` (two launches), more through
-`experts_triton`: sort pairs by expert on the device, two grouped products, sum; on Hopper `experts_gluon` has the
-products of large batches. FP8 matrices are multiplied as codes; except for a few tokens the activations are
-quantised 1x128 on the way (where `reference` multiplies the matrices out).
+`experts_triton`: sort pairs by expert on the device, two grouped products, sum; on Hopper `experts_gluon` (FP8) and
+`experts_gluon16` have the products of large batches. FP8 matrices are multiplied as codes; except for a few tokens
+the activations are quantised 1x128 on the way (where `reference` multiplies the matrices out).
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rorqual.kernels import experts_few, experts_gluon, experts_gluon16, experts_triton
-from rorqual.kernels.gpu import triton, usable
+from rorqual.kernels import gluon_rings
+from rorqual.kernels.experts_run import Batch, run_few, run_sorted
+from rorqual.kernels.gpu import usable
 from rorqual.kernels.linear import linear
+from rorqual.kernels.mode import by_fixed_kernels
 from rorqual.kernels.quant import FP8, dequantize_fp4, dequantize_fp8
 
 BLOCK = (128, 128)
@@ -150,7 +152,12 @@ def reference(
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
     y_NKD = torch.cat(parts_PD)[back].unflatten(0, (tokens, chosen))
-    y_ND = _wide(y_NKD).sum(1)
+    if by_fixed_kernels(x_ND):  # `sum` takes an order that depends on how many tokens there are
+        y_ND = _wide(y_NKD[:, 0])
+        for k in range(1, chosen):
+            y_ND = y_ND + y_NKD[:, k]
+    else:
+        y_ND = _wide(y_NKD).sum(1)
     if shared is not None:
         y_ND = y_ND + _through(x_ND, shared, limit)
     if add_ND is not None:
@@ -187,27 +194,22 @@ class Plan:
     gluon: bool = False
 
 
-PDL = True
-"""Whether kernels are set up while the one before ends (programmatic dependent launch)."""
-
 EXACT = Plan(Tiles(16, 32, 32, 4, 2, True), Tiles(16, 32, 32, 4, 2, True))
 """For fp32 matrices, which are multiplied without tensor cores."""
 
-ONE_CHUNK = 4096
-"""Up to so many pairs every expert's program of the sort looks at all of them itself."""
+LARGE = 512
+"""Pairs of an expert, on average, from which on the tiles of Gluon's products are the larger ones."""
 
 FEW, FEW_FP8 = 4, 2
 """Batches up to these sizes go through `experts_few`."""
 
 
 def plan(tokens: int, chosen: int, count: int, fp8: bool, fixed: bool, gluon: bool = False) -> Plan:
-    """The tiles for a batch, by its shape alone. Measured on an H200 (64 experts, D 2048, W 1408)."""
-    if fixed:
-        depth, stages = (128, 3) if fp8 else (64, 4)
-        return Plan(Tiles(64, 64, depth, 4, stages, True), Tiles(64, 128, depth, 4, stages, True), codes=fp8)
-    if fp8 and tokens <= FEW_FP8:
+    """The tiles for a batch, by its shape alone. Measured on an H200 (64 experts, D 2048, W 1408). `fixed` leaves out
+    those that add up in another order: where a sum stands in a tile of the tensor cores changes nothing."""
+    if fp8 and not fixed and tokens <= FEW_FP8:
         return Plan(Tiles(2, 32, 128, 4, 4, True), Tiles(4, 32, 128, 4, 3, True), few=True)
-    if not fp8 and tokens <= FEW:
+    if not fp8 and not fixed and tokens <= FEW:
         return Plan(Tiles(2, 16, 128, 2, 4, True), Tiles(4, 16, 128, 4, 6, True), few=True)
     mean = tokens * chosen / count
     full = mean + 1.5 * mean**0.5  # few experts have more pairs than that
@@ -224,9 +226,13 @@ def plan(tokens: int, chosen: int, count: int, fp8: bool, fixed: bool, gluon: bo
         return Plan(Tiles(32, 32, 128, 4, 4, True), Tiles(32, 64, 128, 4, 4, True))
     if full <= 64:
         return Plan(Tiles(64, 64, 64, 4, 4, True), Tiles(64, 128, 64, 4, 4, True))
-    if fp8 and gluon:
-        tile = Tiles(128, 128, 128, 4, 4, False)
-        return Plan(tile, tile, codes=True, gluon=True)
+    if fp8 and fixed:
+        return Plan(Tiles(64, 64, 128, 4, 3, True), Tiles(64, 128, 128, 4, 3, True), codes=True)
+    if gluon and not fixed:  # these add shared experts up before they round
+        # Tiles of 192 pairs ask the cache for less, but more of an expert's last one is empty.
+        rows, stages = (192, 4 if fp8 else 3) if mean >= LARGE else (128, 6 if fp8 else 4)
+        tile = Tiles(rows, 128, 128 if fp8 else 64, 4, stages, False)
+        return Plan(tile, tile, codes=fp8, gluon=True)
     if fp8:
         return Plan(Tiles(64, 64, 128, 4, 4, False), Tiles(64, 128, 128, 4, 4, False), codes=True)
     return Plan(Tiles(128, 128, 64, 8, 4, False), Tiles(128, 256, 64, 8, 4, False))
@@ -260,11 +266,6 @@ def alike(gate: Weights, shared: Shared) -> bool:
     return same and shared[0].codes.shape[0] % gate.codes.shape[1] == 0
 
 
-def _scale(weight: Weights) -> Tensor:
-    """The scales in fp32; where there are none, something to point at."""
-    return weight.codes if weight.scale is None else weight.scale.float()
-
-
 def fast(
     x_ND: Tensor,
     ids_NK: Tensor,
@@ -294,196 +295,6 @@ def fast(
     if how is None:
         exact = gate.codes.dtype == torch.float32
         count, width, hidden = gate.codes.shape
-        gluon = experts_gluon.supported(x_ND, width, hidden)
+        gluon = gluon_rings.supported(x_ND, width, hidden)
         how = EXACT if exact else plan(x_ND.shape[0], ids_NK.shape[1], count, fp8, fixed, gluon)
-    return _few(batch, how) if how.few else _sorted(batch, how)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """`fast`'s arguments and their sizes. Without shared experts `shared` holds the routed ones: something to
-    point at."""
-
-    x: Tensor
-    ids: Tensor
-    weights: Tensor
-    routed: Shared
-    shared: Shared
-    shared_width: int
-    limit: float | None
-    add: Tensor | None
-
-    @property
-    def tokens(self) -> int:
-        return self.x.shape[0]
-
-    @property
-    def hidden(self) -> int:
-        return self.x.shape[1]
-
-    @property
-    def chosen(self) -> int:
-        return self.ids.shape[1]
-
-    @property
-    def pairs(self) -> int:
-        return self.ids.numel()
-
-    @property
-    def count(self) -> int:
-        return self.routed[0].codes.shape[0]
-
-    @property
-    def width(self) -> int:
-        return self.routed[0].codes.shape[1]
-
-    @property
-    def extra(self) -> int:
-        """How many experts the shared ones are."""
-        return self.shared_width // self.width
-
-    @property
-    def launch(self) -> dict[str, bool]:
-        """Options of every launch: on Hopper a kernel is set up while the one before it ends."""
-        if not self.x.is_cuda or torch.cuda.get_device_capability(self.x.device)[0] < 9:
-            return {"PDL": False}
-        return {"PDL": PDL, "launch_pdl": PDL}
-
-    @property
-    def fp8(self) -> bool:
-        return self.routed[0].scale is not None
-
-
-def _few(b: Batch, how: Plan) -> Tensor:
-    gate, up, down = b.routed
-    shared_gate, shared_up, shared_down = b.shared
-    slots = min(b.pairs, b.count) + b.extra
-    inner = b.x.new_empty(slots, b.tokens, b.width)
-    y_ND = torch.empty_like(b.x)
-    common = {
-        "PAIRS": max(2, triton.next_power_of_2(b.pairs)),
-        "ROWS": max(8, triton.next_power_of_2(b.tokens)),
-        "FP8": b.fp8,
-        # With FP8 it was slower: 41 us against 35 for one token.
-        **(b.launch if not b.fp8 else {"PDL": False}),
-    }
-    tile = how.up
-    experts_few.few_up_kernel[(slots * triton.cdiv(b.width, tile.out),)](
-        b.x, b.ids, b.weights, gate.codes, up.codes, _scale(gate), _scale(up), shared_gate.codes, shared_up.codes,
-        _scale(shared_gate), _scale(shared_up), inner, b.limit or 0.0, b.pairs, b.tokens, b.count, b.extra, b.width,
-        b.hidden, K=b.chosen, OUT=tile.out, SPLIT=tile.rows, DEPTH=tile.depth, STAGES=tile.stages,
-        LIMIT=b.limit is not None, num_warps=tile.warps, **common,
-    )  # fmt: skip
-    tile = how.down
-    experts_few.few_down_kernel[(triton.cdiv(b.hidden, tile.out),)](
-        inner, b.ids, down.codes, _scale(down), shared_down.codes, _scale(shared_down),
-        y_ND if b.add is None else b.add, y_ND, b.pairs, b.tokens, b.count, b.extra, b.width, b.shared_width, b.hidden,
-        OUT=tile.out, SPLIT=tile.rows, DEPTH=tile.depth, STAGES=tile.stages, ADD=b.add is not None,
-        num_warps=tile.warps, **common,
-    )  # fmt: skip
-    return y_ND
-
-
-def _sorted(b: Batch, how: Plan) -> Tensor:
-    rows = how.up.rows
-    places = b.pairs + b.extra * b.tokens
-    tiles = b.pairs // rows + b.count + b.extra * triton.cdiv(b.tokens, rows)
-    order = b.ids.new_empty(places, dtype=torch.int32)
-    table = b.ids.new_empty(3, tiles, dtype=torch.int32)
-    groups = b.x.numel() // 128 if b.fp8 and not how.gluon else 0
-    codes = b.x.new_empty(b.x.shape, dtype=FP8) if groups else b.x
-    scales = b.x.new_empty(groups, dtype=torch.float32)
-    chunk = min(ONE_CHUNK, max(16, triton.next_power_of_2(b.pairs)))
-    counts, bins, parts_of = order, 0, 1
-    if b.pairs > ONE_CHUNK:
-        chunk, bins, parts_of = 1024, triton.next_power_of_2(b.count + 1), 8
-        counts = b.ids.new_empty(triton.cdiv(b.pairs, chunk), bins, dtype=torch.int32)
-        experts_triton.count_kernel[(counts.shape[0],)](
-            b.ids, counts, b.pairs, b.count, CHUNK=chunk, BINS=bins, num_warps=4, **b.launch
-        )
-    experts_triton.sort_kernel[(b.count + b.extra + triton.cdiv(groups, 64), parts_of)](
-        b.ids, counts, order, table, b.x, codes, scales, b.pairs, b.tokens, b.count, b.extra, tiles, groups,
-        ROWS=rows, CHUNK=chunk, BINS=bins, GROUPS=64, num_warps=8, **b.launch,
-    )  # fmt: skip
-    inner = b.x.new_empty(places, b.width, dtype=FP8 if how.codes else b.x.dtype)
-    inner_scales = b.x.new_empty((places, b.width // 128) if how.codes else (1,), dtype=torch.float32)
-    parts = b.x.new_empty(places, b.hidden)
-    if how.gluon:
-        _gluon_products(b, how, order, table, inner, inner_scales, parts)
-    else:
-        _products(b, how, order, table, codes, scales, inner, inner_scales, parts)
-    y_ND = torch.empty_like(b.x)
-    block = min(2048, triton.next_power_of_2(b.hidden))
-    experts_triton.sum_kernel[(b.tokens, triton.cdiv(b.hidden, block))](
-        parts, b.ids, y_ND if b.add is None else b.add, y_ND, b.tokens, b.count, b.hidden, K=b.chosen,
-        SHARED=b.extra, ADD=b.add is not None, BLOCK=block, num_warps=4, **b.launch,
-    )  # fmt: skip
-    return y_ND
-
-
-def _products(
-    b: Batch,
-    how: Plan,
-    order: Tensor,
-    table: Tensor,
-    x: Tensor,
-    scales: Tensor,
-    inner: Tensor,
-    inner_scales: Tensor,
-    parts: Tensor,
-) -> None:
-    """x's rows, or their codes and scales, to inner by place to parts by pair."""
-    gate, up, down = b.routed
-    shared_gate, shared_up, shared_down = b.shared
-    tiles, rows, tile = table.shape[1], how.up.rows, how.up
-    experts_triton.gate_up_kernel[(tiles * triton.cdiv(b.width, tile.out * (1 + how.codes)),)](
-        x, scales, b.weights, order, table, gate.codes, up.codes, _scale(gate), _scale(up), shared_gate.codes,
-        shared_up.codes, _scale(shared_gate), _scale(shared_up), inner, inner_scales, b.limit or 0.0, b.pairs,
-        b.tokens, b.count, tiles, b.width, b.hidden, K=b.chosen, ROWS=rows, OUT=tile.out, DEPTH=tile.depth,
-        THIN=tile.thin, FP8=b.fp8, CODES=how.codes, EVEN=b.hidden % tile.depth == 0, LIMIT=b.limit is not None,
-        num_warps=tile.warps, num_stages=tile.stages, **b.launch,
-    )  # fmt: skip
-    tile = how.down
-    experts_triton.down_kernel[(tiles * triton.cdiv(b.hidden, tile.out),)](
-        inner, inner_scales, order, table, down.codes, _scale(down), shared_down.codes, _scale(shared_down), parts,
-        b.count, tiles, b.width, b.shared_width, b.hidden, ROWS=rows, OUT=tile.out, DEPTH=tile.depth,
-        THIN=tile.thin, FP8=b.fp8, CODES=how.codes, EVEN=b.width % tile.depth == 0, num_warps=tile.warps,
-        num_stages=tile.stages, **b.launch,
-    )  # fmt: skip
-
-
-def _gluon_products(
-    b: Batch, how: Plan, order: Tensor, table: Tensor, inner: Tensor, inner_scales: Tensor, parts: Tensor
-) -> None:
-    """The same in Gluon, whose copies read rows that lie side by side: x is spread into the experts' order. The
-    shared experts all read the last N rows."""
-    read = b.pairs + (b.tokens if b.extra else 0)
-    x = b.x.new_empty(read, b.hidden, dtype=inner.dtype)
-    scales = b.x.new_empty((read, b.hidden // 128) if b.fp8 else (1,), dtype=torch.float32)
-    experts_triton.spread_kernel[(triton.cdiv(read, 4), triton.cdiv(b.hidden, 2048))](
-        b.x, order, x, scales, b.pairs, b.tokens, read, b.hidden, K=b.chosen, PLACES=4, GROUPS=16, FP8=b.fp8,
-        num_warps=4, **b.launch,
-    )  # fmt: skip
-    routed = [(w.codes, _scale(w)) for w in b.routed]
-    shared = [(w.codes.flatten(0, -2), _scale(w)) for w in b.shared]
-    first, second = how.up.stages, how.down.stages
-    if b.fp8:
-        experts_gluon.gate_up(
-            x, scales, b.weights, order, table, (routed[0], routed[1]), (shared[0], shared[1]), inner, inner_scales,
-            b.limit, b.tokens, first,
-        )  # fmt: skip
-        experts_gluon.down(inner, inner_scales, order, table, routed[2], shared[2], parts, second)
-    else:
-        experts_gluon16.gate_up(
-            x,
-            b.weights,
-            order,
-            table,
-            (routed[0], routed[1]),
-            (shared[0], shared[1]),
-            inner,
-            b.limit,
-            b.tokens,
-            first,
-        )
-        experts_gluon16.down(inner, order, table, routed[2], shared[2], parts, second)
+    return run_few(batch, how) if how.few else run_sorted(batch, how)

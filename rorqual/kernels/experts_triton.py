@@ -38,79 +38,52 @@ def to_fp8(x_RC):
     return (x_RC / scale_R[:, None]).to(tl.float8e4nv), scale_R
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def count_kernel(
-    ids_ptr, counts_ptr, pairs, experts, CHUNK: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """counts `[chunks, BINS]` int32: how many of a chunk's ids are each expert; bin `experts` takes the others."""
-    if PDL:
-        follow()
-    place = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    ids = tl.load(ids_ptr + place, place < pairs, other=-1).to(tl.int32)
-    ids = tl.where((ids >= 0) & (ids < experts), ids, experts)
-    tl.store(counts_ptr + tl.program_id(0) * BINS + tl.arange(0, BINS), tl.histogram(ids, BINS))
+@triton.jit
+def _quantise(x_ptr, codes_ptr, scales_ptr, first, groups, GROUPS: tl.constexpr):
+    """x `[groups, 128]` -> codes, scales `[groups]`: `GROUPS` of them from number `first` on."""
+    group = first + tl.arange(0, GROUPS)
+    place = group.to(tl.int64)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    there = group < groups
+    codes, scale = to_fp8(tl.load(x_ptr + place, there[:, None], other=0.0).to(tl.float32))
+    tl.store(codes_ptr + place, codes, there[:, None])
+    tl.store(scales_ptr + group, scale, there)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def sort_kernel(
-    ids_ptr, counts_ptr, order_ptr, tiles_ptr, x_ptr, codes_ptr, scales_ptr, pairs, tokens, experts, shared,
-    tiles, groups, ROWS: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, GROUPS: tl.constexpr,
-    PDL: tl.constexpr,
+    ids_ptr, order_ptr, tiles_ptr, x_ptr, codes_ptr, scales_ptr, pairs, tokens, experts, shared, tiles, groups,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program `e` lists expert e's pairs in order and its tiles; those after the experts quantise x.
 
     ids `[pairs]`; order `[pairs + shared * tokens]` int32: pair numbers by expert; tiles `[3, tiles]` int32:
     expert (-1: none), first and last + 1 place in `order`. x `[groups, 128]` -> codes, scales `[groups]`.
-    With `BINS`, `count_kernel` has been before, and the programs of axis 1 share an expert's ids.
+    Every expert's program looks at all ids: for up to some thousands.
     """
     if PDL:
         follow()
     pid = tl.program_id(0)
-    part = tl.program_id(1)
     offsets = tl.arange(0, CHUNK)
     if pid < experts:
-        if BINS:
-            chunks = tl.cdiv(pairs, CHUNK)
-            each = tl.cdiv(chunks, tl.num_programs(1))
-            bins = tl.arange(0, BINS)
-            total = tl.zeros((BINS,), tl.int32)
-            earlier = tl.zeros((BINS,), tl.int32)
-            for start in range(0, chunks, 16):
-                chunk = start + tl.arange(0, 16)
-                at = counts_ptr + chunk[:, None] * BINS + bins[None, :]
-                counts = tl.load(at, (chunk < chunks)[:, None], other=0)
-                total += tl.sum(counts, 0)
-                earlier += tl.sum(tl.where((chunk < part * each)[:, None], counts, 0), 0)
-            before = tl.sum(tl.where(bins < pid, total, 0))
-            count = tl.sum(tl.where(bins == pid, total, 0))
-            place = before + tl.sum(tl.where(bins == pid, earlier, 0))
-            first_id = part * each * CHUNK
-            last_id = tl.minimum(first_id + each * CHUNK, pairs)
-        else:
-            lower = tl.zeros((CHUNK,), tl.int32)
-            equal = tl.zeros((CHUNK,), tl.int32)
-            for start in range(0, pairs, CHUNK):
-                ids = tl.load(ids_ptr + start + offsets, start + offsets < pairs, other=-1)
-                lower += ((ids >= 0) & (ids < pid)).to(tl.int32)
-                equal += (ids == pid).to(tl.int32)
-            before = tl.sum(lower)
-            count = tl.sum(equal)
-            place = before
-            first_id = 0
-            last_id = pairs
-        for start in range(first_id, last_id, CHUNK):
+        lower = tl.zeros((CHUNK,), tl.int32)
+        equal = tl.zeros((CHUNK,), tl.int32)
+        for start in range(0, pairs, CHUNK):
+            ids = tl.load(ids_ptr + start + offsets, start + offsets < pairs, other=-1)
+            lower += ((ids >= 0) & (ids < pid)).to(tl.int32)
+            equal += (ids == pid).to(tl.int32)
+        before = tl.sum(lower)
+        count = tl.sum(equal)
+        place = before
+        for start in range(0, pairs, CHUNK):
             ids = tl.load(ids_ptr + start + offsets, start + offsets < pairs, other=-1)
             mine = (ids == pid).to(tl.int32)
             tl.store(order_ptr + place + tl.cumsum(mine) - 1, start + offsets, mine != 0)
             place += tl.sum(mine)
-        if part == 0:
-            first = before // ROWS + pid
-            after = (before + count) // ROWS + pid + 1
-            if pid == experts - 1:
-                after = pairs // ROWS + experts
-            _list_tiles(tiles_ptr, tiles, first, after, before, before + count, pid, ROWS, CHUNK)
-    elif part > 0:
-        return
+        first = before // ROWS + pid
+        after = (before + count) // ROWS + pid + 1
+        if pid == experts - 1:
+            after = pairs // ROWS + experts
+        _list_tiles(tiles_ptr, tiles, first, after, before, before + count, pid, ROWS, CHUNK)
     elif pid < experts + shared:
         begin = pairs + (pid - experts) * tokens
         for start in range(0, tokens, CHUNK):
@@ -119,40 +92,121 @@ def sort_kernel(
         first = pairs // ROWS + experts + (pid - experts) * each
         _list_tiles(tiles_ptr, tiles, first, first + each, begin, begin + tokens, pid, ROWS, CHUNK)
     else:
-        group = (pid - experts - shared) * GROUPS + tl.arange(0, GROUPS)
-        place = group.to(tl.int64)[:, None] * 128 + tl.arange(0, 128)[None, :]
-        there = group < groups
-        codes, scale = to_fp8(tl.load(x_ptr + place, there[:, None], other=0.0).to(tl.float32))
-        tl.store(codes_ptr + place, codes, there[:, None])
-        tl.store(scales_ptr + group, scale, there)
+        _quantise(x_ptr, codes_ptr, scales_ptr, (pid - experts - shared) * GROUPS, groups, GROUPS)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "places"])
-def spread_kernel(
-    x_ptr, order_ptr, codes_ptr, scales_ptr, pairs, tokens, places, hidden, K: tl.constexpr,
-    PLACES: tl.constexpr, GROUPS: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
+@triton.jit(do_not_specialize=[*COUNTS, "chunks"])
+def count_kernel(
+    ids_ptr, counts_ptr, x_ptr, codes_ptr, scales_ptr, pairs, experts, chunks, groups, CHUNK: tl.constexpr,
+    BINS: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows of x `[N, D]` by place in `order`: `[places, D]`; with `FP8` codes and scales `[places, D / 128]`.
-
-    A program has `PLACES` places and `GROUPS` * 128 channels. Places that no pair has get some token's row.
-    """
+    """counts `[chunks, BINS]` int32: how many of a chunk's ids are each expert; bin `experts` takes the others.
+    Programs after the chunks quantise x, as in `sort_kernel`."""
     if PDL:
         follow()
+    pid = tl.program_id(0)
+    if pid < chunks:
+        place = pid * CHUNK + tl.arange(0, CHUNK)
+        ids = tl.load(ids_ptr + place, place < pairs, other=-1).to(tl.int32)
+        ids = tl.where((ids >= 0) & (ids < experts), ids, experts)
+        counts = tl.histogram(ids, BINS)
+        tl.store(counts_ptr + pid * BINS + tl.arange(0, BINS), counts)
+    else:
+        _quantise(x_ptr, codes_ptr, scales_ptr, (pid - chunks) * GROUPS, groups, GROUPS)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def scan_kernel(
+    counts_ptr, taken_ptr, chunks, BINS: tl.constexpr, WIDE: tl.constexpr, HIGH: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """counts `[chunks + 1, BINS]`, `WIDE` bins a program: how many there were before each chunk, and in all. taken
+    `[2]` int32 is zeroed for the products."""
+    if PDL:
+        follow()
+    if tl.program_id(0) == 0:
+        tl.store(taken_ptr + tl.arange(0, 2), tl.zeros((2,), tl.int32))
+    bins = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    total = tl.zeros((WIDE,), tl.int32)
+    for start in range(0, chunks, HIGH):
+        chunk = start + tl.arange(0, HIGH)
+        at = counts_ptr + chunk[:, None] * BINS + bins[None, :]
+        counts = tl.load(at, (chunk < chunks)[:, None], other=0)
+        tl.store(at, total[None, :] + tl.cumsum(counts, 0) - counts, (chunk < chunks)[:, None])
+        total += tl.sum(counts, 0)
+    tl.store(counts_ptr + chunks * BINS + bins, total)
+
+
+@triton.jit(do_not_specialize=[*COUNTS, "chunks"])
+def place_kernel(
+    ids_ptr, counts_ptr, order_ptr, places_ptr, tiles_ptr, pairs, tokens, experts, shared, tiles, chunks,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`sort_kernel`'s order and tiles (no holes among them here), a chunk of the ids a program, after `scan_kernel`;
+    places `[pairs]` int32: where in `order` each pair is (-1: nowhere)."""
+    if PDL:
+        follow()
+    pid = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    total = tl.where(bins < experts, tl.load(counts_ptr + chunks * BINS + bins), 0)
+    before = tl.cumsum(total) - total
+    if pid < chunks:
+        pair = pid * CHUNK + tl.arange(0, CHUNK)
+        ids = tl.load(ids_ptr + pair, pair < pairs, other=-1).to(tl.int32)
+        mine = bins[:, None] == ids[None, :]
+        rank = tl.cumsum(mine.to(tl.int32), 1) - 1
+        first = before + tl.load(counts_ptr + pid * BINS + bins)
+        place = tl.sum(tl.where(mine, first[:, None] + rank, 0), 0)
+        real = (ids >= 0) & (ids < experts)
+        tl.store(order_ptr + place, pair, real)
+        tl.store(places_ptr + pair, tl.where(real, place, -1), pair < pairs)
+    for start in range(pid * CHUNK, shared * tokens, tl.num_programs(0) * CHUNK):
+        extra = start + tl.arange(0, CHUNK)
+        tl.store(order_ptr + pairs + extra, pairs + extra, extra < shared * tokens)
+    tile = pid * TILES + tl.arange(0, TILES)
+    many = (total + ROWS - 1) // ROWS
+    after = tl.cumsum(many)
+    routed = tl.sum(many)
+    done = (tile[:, None] >= after[None, :]) & (bins < experts)[None, :]
+    expert = tl.sum(done.to(tl.int32), 1)
+    chosen = expert[:, None] == bins[None, :]
+    begin = tl.sum(tl.where(chosen, (before - (after - many) * ROWS)[None, :], 0), 1) + tile * ROWS
+    end = tl.sum(tl.where(chosen, (before + total)[None, :], 0), 1)
+    each = (tokens + ROWS - 1) // ROWS
+    late = tile - routed
+    extra = late // each
+    expert = tl.where(late < 0, expert, tl.where(extra < shared, experts + extra, -1))
+    begin = tl.where(late < 0, begin, pairs + extra * tokens + late % each * ROWS)
+    end = tl.where(late < 0, end, pairs + (extra + 1) * tokens)
+    tl.store(tiles_ptr + tile, expert, tile < tiles)
+    tl.store(tiles_ptr + tiles + tile, begin, tile < tiles)
+    tl.store(tiles_ptr + 2 * tiles + tile, tl.minimum(begin + ROWS, end), tile < tiles)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def spread_kernel(
+    x_ptr, places_ptr, spread_ptr, scales_ptr, pairs, hidden, K: tl.constexpr, GROUPS: tl.constexpr,
+    FP8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Rows of x `[N, D]` by place: `[pairs, D]`; with `FP8` codes and scales `[.., D / 128]`, which come by token once
+    more from row `pairs` on. A program has a token and `GROUPS` * 128 channels."""
+    if PDL:
+        follow()
+    token = tl.program_id(0)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     blocks = hidden // 128
     inside = (group < blocks)[:, None]
     channel = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    for i in tl.static_range(PLACES):
-        place = tl.program_id(0).to(tl.int64) * PLACES + i
-        there = inside & (place < places)
-        pair = tl.load(order_ptr + place, place < places, other=0)
-        token = tl.where(pair < pairs, pair // K, (pair - pairs) % tokens)
-        token = tl.minimum(tl.maximum(token, 0), tokens - 1).to(tl.int64)
-        x = tl.load(x_ptr + token * hidden + channel, there, other=0.0)
+    x = tl.load(x_ptr + token.to(tl.int64) * hidden + channel, inside, other=0.0)
+    if FP8:
+        x, scale = to_fp8(x.to(tl.float32))
+        last = (pairs + token).to(tl.int64)
+        tl.store(spread_ptr + last * hidden + channel, x, inside)
+        tl.store(scales_ptr + last * blocks + group, scale, group < blocks)
+    for k in tl.static_range(K):
+        place = tl.load(places_ptr + token * K + k).to(tl.int64)
+        tl.store(spread_ptr + place * hidden + channel, x, inside & (place >= 0))
         if FP8:
-            x, scale = to_fp8(x.to(tl.float32))
-            tl.store(scales_ptr + place * blocks + group, scale, (group < blocks) & (place < places))
-        tl.store(codes_ptr + place * hidden + channel, x, there)
+            tl.store(scales_ptr + place * blocks + group, scale, (group < blocks) & (place >= 0))
 
 
 @triton.jit
@@ -250,7 +304,7 @@ def gate_up_kernel(
     """
     if PDL:
         follow()
-    SPAN: tl.constexpr = 2 * OUT if CODES else OUT
+    SPAN: tl.constexpr = 128 if CODES else OUT
     across = tl.cdiv(width, SPAN)
     tile = tl.program_id(0) // across
     column = tl.program_id(0) % across * SPAN
@@ -286,7 +340,12 @@ def gate_up_kernel(
     inner = inner * weight_R[:, None]
     place = place_R.to(tl.int64)[:, None] * width
     channel = column + tl.arange(0, OUT)[None, :]
-    if CODES:
+    if CODES and OUT == 128:
+        scale_R = tl.maximum(tl.max(tl.abs(inner), 1), 1e-4) / 448.0
+        inner = inner / scale_R[:, None]
+        tl.store(inner_ptr + place + channel, inner.to(inner_ptr.dtype.element_ty), there_R[:, None])
+        tl.store(inner_scale_ptr + place_R * tl.cdiv(width, 128) + column // 128, scale_R, there_R)
+    elif CODES:
         second = _gate_up(
             x_ptr, x_scale_ptr, token_R, there_R, gate, up, gate_scale, up_scale, column + OUT, width, hidden,
             scales, limit, ROWS, OUT, DEPTH, THIN, FP8, EVEN, LIMIT,

@@ -31,11 +31,14 @@ HALF = CUTS[1]
 FULL = {"BN": 64, "BO": 64, "BD": 32, "STAGES": 3, "num_warps": 4}
 """The one cut of bf16 products elsewhere, and of fp32 products."""
 
+FULL_FEW = {"BN": 16, "BO": 16, "BD": 64, "STAGES": 2, "num_warps": 4}
+"""The same for up to 64 rows on a GPU, where fp32 products are added one after the other in any tile."""
+
 BAND = 8
 """Tiles of rows that go through the weight together, so that both stay in L2."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def tiles(
     x, w, bias, y, rows, out_width, x_row, w_row, y_row,
     D: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr,
@@ -73,8 +76,9 @@ def reference(
     x_ND: Tensor, weight_OD: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """x weight^T + bias in fp32, rounded once. One row at a time, so that it is invariant as well."""
-    weight, add = weight_OD.float(), None if bias is None else bias.float()
-    rows = [F.linear(row, weight, add) for row in x_ND.float().split(1)]
+    wide = torch.float64 if torch.float64 in (x_ND.dtype, weight_OD.dtype) else torch.float32
+    weight, add = weight_OD.to(wide), None if bias is None else bias.to(wide)
+    rows = [F.linear(row, weight, add) for row in x_ND.to(wide).split(1)]
     y = torch.cat(rows) if rows else x_ND.new_empty(0, weight_OD.shape[0])
     return y.to(out_dtype or x_ND.dtype)
 
@@ -101,7 +105,9 @@ def fast(
     if how is None and hopper and rows <= skinny.ROWS:
         tall = skinny.dot_plan(out_width, width) | {"SPLIT": 1}
         return skinny.fast(x_ND, weight_OD, bias, out_dtype=out_dtype, how=tall)
-    how = how or (plan(rows, out_width) if hopper else FULL if full else HALF)
+    if how is None and full:
+        how = FULL_FEW if x_ND.is_cuda and rows <= 64 else FULL
+    how = how or (plan(rows, out_width) if hopper else HALF)
     y = x_ND.new_empty(rows, out_width, dtype=out_dtype or x_ND.dtype)
     tiles[(triton.cdiv(rows, how["BN"]) * triton.cdiv(out_width, how["BO"]),)](
         x_ND, weight_OD, bias, y, rows, out_width, x_ND.stride(0), weight_OD.stride(0), y.stride(0),
@@ -115,10 +121,10 @@ def matmul_fixed(
 ) -> Tensor:
     """x `[N, D]` through a weight `[O, D]` (+ bias `[O]`): `[N, O]` in `out_dtype` (default x's).
 
-    bf16 or fp32 each; unless both are bf16, products are taken in full fp32. A row's result depends on that
+    bf16, fp16 or fp32 each; unless both are bf16, products are taken in full fp32. A row's result depends on that
     row and the weight alone, bit for bit, not on N nor on its place.
     """
-    types = (torch.bfloat16, torch.float32)
+    types = (torch.bfloat16, torch.float16, torch.float32)
     if (
         usable(x_ND, weight_OD)
         and x_ND.shape[0] > 0
@@ -128,3 +134,10 @@ def matmul_fixed(
     ):
         return fast(x_ND, weight_OD, bias, out_dtype)
     return reference(x_ND, weight_OD, bias, out_dtype)
+
+
+def linear_fixed(
+    x: Tensor, weight_OD: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """`matmul_fixed` for x `[..., D]`: `[..., O]`."""
+    return matmul_fixed(x.flatten(0, -2), weight_OD, bias, out_dtype).unflatten(0, x.shape[:-1])

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.kernels.gpu import tl, triton, usable
+from rorqual.kernels.mode import by_fixed_kernels
 from rorqual.kernels.quant import E8M0, FP8, blocks, dequantize_fp8, encode_fp8, fp8_scale
 from rorqual.kernels.skinny import PROCESSORS, add_parts, await_inputs, fetch_ahead, launching, release
 
@@ -26,6 +27,9 @@ FEW_WIDTH = 4096
 
 BAND = 8
 """Tiles of rows that go through the weight together, so that both stay in L2."""
+
+FIXED_ROWS = 2048
+"""Rows that the form for batch-invariant mode takes at a time."""
 
 # ---------------------------------------------------------------------------------------- activations
 
@@ -64,9 +68,14 @@ def quantize_reference(x_ND: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor
 
 
 def quantize_fast(
-    x_ND: Tensor, pow2: bool = False, ahead: bool = False, how: dict[str, int] | None = None
+    x_ND: Tensor,
+    pow2: bool = False,
+    ahead: bool = False,
+    how: dict[str, int] | None = None,
+    followed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` by the kernel above. The tensors returned have room for rows up to a multiple of 4."""
+    """`quantize_rows` by the kernel above. The tensors returned have room for rows up to a multiple of 4. `followed`:
+    the next kernel is launched to run ahead."""
     rows, width = x_ND.shape
     room, groups = blocks(rows, 4) * 4, blocks(width, BLOCK)
     codes = torch.empty(room, width, dtype=FP8, device=x_ND.device)
@@ -74,7 +83,7 @@ def quantize_fast(
     how = how or {"BN": 1 if rows <= 16 else 16, "num_warps": 1 if rows <= 16 else 4}
     quantize[(triton.cdiv(room, how["BN"]), groups)](
         x_ND, codes, scale, rows, room, width, x_ND.stride(0), codes.stride(0), scale.stride(0), scale.stride(1),
-        POWERS=pow2, **how, **launching(ahead and x_ND.is_cuda),
+        POWERS=pow2, **how, **({"AHEAD": True, "launch_pdl": ahead} if followed else launching(ahead and x_ND.is_cuda)),
     )  # fmt: skip
     return codes[:rows], scale[:rows]
 
@@ -148,7 +157,7 @@ def few(
     tl.store(at, values.to(y.dtype.element_ty), mask=inside[:, None] & (which < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def product(
     x, x_scale, w, w_scale, bias, y, rows, out_width, x_row, s_row, s_group, w_row, b_row, y_row, y_split,
     D: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
@@ -248,10 +257,34 @@ def plan(rows: int, out_width: int, width: int) -> dict[str, Any]:
         and groups >= split * (8 if 2 * tiles * split <= PROCESSORS else 32)
     ):
         split *= 2
-    how |= {"SPLIT": split, "BN": BN, "BO": 64, "FETCH": 512 if rows <= 64 and width >= 512 else 0}
+    how |= {"SPLIT": split, "BN": BN, "BO": 64, "FETCH": 512 if rows <= 32 and width >= 512 else 0}
     if rows <= 32:
         return how | {"STAGES": 4, "UNROLL": 2}
     return how | {"STAGES": 8 if tiles * split <= PROCESSORS else 6}  # one program a multiprocessor, or two
+
+
+def fixed_plan(rows: int, out_width: int, width: int) -> dict[str, Any]:
+    """The same where a row's bits may not depend on the number of rows: the weight on the tall side, and the channels
+    split by the weight's shape alone."""
+    tiles, groups, split = blocks(out_width, 64), blocks(width, BLOCK), 1
+    while split < 8 and tiles * split <= PROCESSORS and groups >= 8 * split:
+        split *= 2
+    BN = 128 if rows > 64 else max(16, triton.next_power_of_2(rows))
+    return {
+        "SPLIT": split, "TALL": True, "BN": BN, "BO": 64, "STAGES": 4, "UNROLL": 1, "FETCH": 0, "num_warps": 4,
+    }  # fmt: skip
+
+
+def fixed(
+    x_ND: Tensor, codes_OD: Tensor, scale: Tensor, bias: Tensor | None = None, pow2: bool = False
+) -> Tensor:
+    """`fast` for batch-invariant mode: `FIXED_ROWS` rows at a time, for each split leaves a sum a row in fp32."""
+    out_width, width = codes_OD.shape
+    parts = [
+        fast(x, codes_OD, scale, bias, pow2, how=fixed_plan(x.shape[0], out_width, width))
+        for x in x_ND.split(FIXED_ROWS)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def in_library(rows: int, out_width: int, width: int) -> bool:
@@ -275,9 +308,16 @@ def fast(
     """`reference` by the kernels above, blocks of 128x128. `how` replaces `plan`; `quantized` is x's codes and
     scales where they are at hand."""
     (rows, width), out_width = x_ND.shape, codes_OD.shape[0]
-    x, x_scale = quantized or quantize_fast(x_ND, pow2, ahead)
+    # Of few rows the product is set up while they are quantised, whatever was before.
+    chained = (
+        rows <= 64
+        and quantized is None
+        and x_ND.is_cuda
+        and torch.cuda.get_device_capability(x_ND.device)[0] >= 9
+    )
+    x, x_scale = quantized or quantize_fast(x_ND, pow2, ahead, followed=chained)
     how = how or plan(rows, out_width, width)
-    launch = launching(ahead and x_ND.is_cuda)
+    launch = launching(chained or (ahead and x_ND.is_cuda))
     powers = scale.dtype == E8M0
     scale = scale.view(torch.uint8) if powers else scale
     y = x_ND.new_empty(rows, out_width)
@@ -343,6 +383,8 @@ def fp8_linear(
         and x_ND.dtype in (torch.bfloat16, torch.float32)
         and x_ND.stride(1) == codes_OD.stride(1) == scale.stride(1) == 1
     ):
+        if by_fixed_kernels(x_ND):
+            return fixed(x_ND, codes_OD, scale, bias, pow2)
         whole = x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and scale.is_contiguous()
         if whole and in_library(x_ND.shape[0], *codes_OD.shape):
             return library(x_ND, codes_OD, scale, bias, pow2)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rorqual.kernels.gpu import tl, triton, usable
+from rorqual.kernels.mode import is_invariant
 
 CODES = 128
 """Channels of a key kept as FP8: 128 E4M3 codes and one fp32 scale, 132 bytes."""
@@ -345,7 +346,9 @@ def plan(rows: int, sequences: int, max_keys: int, k: int, page: int, dtype: tor
     p = Plan(cap=cap, parts=groups // 64)
     if dtype == torch.float32:  # no tensor cores: tiles that fit the registers
         p = p._replace(keys=32, parts=groups // 32, stages=2)
-    elif rows >= 4 * sequences:
+    elif (
+        rows >= 4 * sequences and not is_invariant()
+    ):  # there heads are added up in one order, that of one query
         p = p._replace(queries=2, keys=128, parts=groups // 128, stages=3)
     elif dtype == torch.uint8:
         p = p._replace(keys=128, parts=groups // 128, stages=3)

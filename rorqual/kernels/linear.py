@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rorqual.kernels.fixed import linear_fixed
+from rorqual.kernels.mode import by_fixed_kernels
 from rorqual.kernels.skinny import skinny
 
 PACK_LIMIT = 2**33
@@ -128,6 +130,8 @@ def reference(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | No
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, pack: Pack | None = None) -> Tensor:
     """`reference` for one weight, by the fastest way at hand; `pack` keeps its copy between calls."""
+    if by_fixed_kernels(x, weight):
+        return linear_fixed(x, weight, bias)
     if x.is_cuda and not torch.is_grad_enabled():
         return skinny(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     if not _usable(x, (weight,)):
@@ -145,8 +149,11 @@ def linears(
 ) -> Sequence[Tensor]:
     """`reference` for several weights that read the same rows; `pack` keeps their joint copy between calls.
     The results may be views of one tensor."""
-    if x.is_cuda and not torch.is_grad_enabled():
-        whole = joint(weights) if not any(b is not None for b in biases) else None
+    fixed = by_fixed_kernels(x)
+    if fixed or (x.is_cuda and not torch.is_grad_enabled()):
+        # Rows of a joint product of odd widths begin at odd places, and kernels would read them in other steps.
+        even = not fixed or all(weight.shape[0] % 16 == 0 for weight in weights)
+        whole = joint(weights) if even and not any(b is not None for b in biases) else None
         if whole is None:
             return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         return linear(x, whole).split([weight.shape[0] for weight in weights], -1)
@@ -188,6 +195,8 @@ def linear_in_fp32(x: Tensor, weight: Tensor) -> Tensor:
     The weight is widened a block of rows at a time, so no second copy of it ever stands whole; on a GPU,
     without gradients, the tensor cores add up in fp32 themselves.
     """
+    if by_fixed_kernels(x, weight):
+        return linear_fixed(x, weight, out_dtype=torch.float32)
     if x.is_cuda and x.dtype == weight.dtype and not torch.is_grad_enabled():
         return torch.mm(x.flatten(0, -2), weight.t(), out_dtype=torch.float32).unflatten(0, x.shape[:-1])
     full = x.float()

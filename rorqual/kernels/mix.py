@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.kernels.gpu import tl, triton, usable
+from rorqual.kernels.mode import is_invariant
 
 ROWS, CHANNELS = 16, 64
 """Rows and channels of a slice. Whatever the number of rows: another tile would give other bits."""
@@ -241,7 +242,7 @@ def _launch_read(
         x_NnD, y_ND, post, comb, new_NnD, fn, partial, squares, rows, hidden, STREAMS=n, OUTPUTS=outputs,
         OUT=out, ROWS=ROWS, CHANNELS=CHANNELS, WRITE=write is not None, num_warps=4,
     )  # fmt: skip
-    block = 1024 if rows < 64 else 4096
+    block = 1024 if rows < 64 or is_invariant() else 4096
     _finish[(rows, 1 + -(-hidden // block))](
         new_NnD, partial, squares, base, scale, inner_ND, post_Nn, comb_Nnn, parts, hidden, eps_norm, eps,
         ITERATIONS=iterations, STREAMS=n, OUT=out,

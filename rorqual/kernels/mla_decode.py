@@ -8,7 +8,7 @@ and are put together by their log-sum-exp (stage 2, `combine`). Which form runs 
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ SCALED = 128
 
 FIXED_KEYS = 1024
 """Keys a split of the invariant form holds."""
+
+FIXED_ROOM = 2**26
+"""Numbers of splits' results that it keeps at once."""
 
 
 # ------------------------------------------------------------------------------------------ FP8 pages
@@ -242,6 +245,10 @@ class Config(NamedTuple):
     """Whether `mla_decode_gluon` runs it."""
 
 
+WIDE = Config(16, 16, 8, 1, 1)
+"""For fp32 latents of more than 128 channels: what shared memory holds."""
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; a small stand-in for the CPU's interpreter."""
@@ -391,12 +398,25 @@ def fast(
     tokens, heads, _ = q.shape
     sequences = table_SB.shape[0]
     rows, size = width * heads, pages_PTC.shape[1]
+    if splits == "fixed":
+        most = max(1, FIXED_ROOM // max(1, -(-table_SB.shape[1] * size // FIXED_KEYS) * rows * rank))
+        if sequences > most:  # the splits' results would take too much memory at once
+            cuts = [slice(s, s + most) for s in range(0, sequences, most)]
+            common: Any = {"width": width, "rank": rank, "scale": scale, "splits": splits, "config": config}
+            return torch.cat(
+                [
+                    fast(q[c.start * width : c.stop * width], pages_PTC, table_SB[c], ends_S[c], **common)
+                    for c in cuts
+                ]
+            )
     fp8 = pages_PTC.dtype == torch.uint8
     out = q.new_empty(tokens, heads, rank)
     if tokens == 0:
         return out
     fixed = FIXED_KEYS if splits == "fixed" else 0
     cut = config or configure(rows, heads, bool(fixed), fp8, mla_decode_gluon.supported(q, pages_PTC, rank))
+    if config is None and q.dtype == torch.float32 and rank > 128:
+        cut = WIDE
     blocks, capacity = -(-rows // cut.block_m), table_SB.shape[1] * size
     if fixed:
         pieces = max(1, -(-capacity // fixed))
@@ -472,5 +492,5 @@ def supported(q_NHC: Tensor, pages_PTC: Tensor, rank: int) -> bool:
     kept = pages_PTC.dtype in (q_NHC.dtype, torch.uint8) and pages_PTC.is_contiguous()
     if pages_PTC.dtype == torch.uint8:
         kept = kept and pages_PTC.shape[2] % 4 == 0  # its scales are read as whole fp32
-    fits = rank <= (128 if q_NHC.dtype == torch.float32 else 512) and 0 < rope <= 128
+    fits = rank <= 512 and 0 < rope <= 128
     return kept and fits and size & (size - 1) == 0

@@ -40,11 +40,12 @@ def reference(
     max_k: int,
     scale: float,
     fixed: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The definition of `mla_prefill`, one sequence after the other in fp32 (or fp64 if q is)."""
     compute = torch.float64 if q_NHd.dtype == torch.float64 else torch.float32
     heads = q_NHd.shape[1]
-    o_NHv = q_NHd.new_zeros(*q_NHd.shape[:2], v_MHv.shape[-1])
+    o_NHv = q_NHd.new_zeros(*q_NHd.shape[:2], v_MHv.shape[-1]) if out is None else out
     queries, keys = starts_q.tolist(), starts_k.tolist()
     for s in range(len(queries) - 1):
         span, seen = slice(queries[s], queries[s + 1]), slice(keys[s], keys[s + 1])
@@ -155,11 +156,12 @@ def fast(
     max_k: int,
     scale: float,
     fixed: bool = False,
+    out: Tensor | None = None,
     tiles: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
     """`mla_prefill` in plain Triton. `tiles`: queries and keys of a tile, warps, stages, for measuring."""
     (N, H, _), nope, rope, width = q_NHd.shape, k_MHn.shape[-1], rope_Mr.shape[-1], v_MHv.shape[-1]
-    o_NHv = q_NHd.new_empty(N, H, width)
+    o_NHv = q_NHd.new_empty(N, H, width) if out is None else out
     S = starts_q.numel() - 1
     if not o_NHv.numel() or S < 1 or max_q < 1:
         return o_NHv
@@ -206,6 +208,7 @@ def mla_prefill(
     max_k: int,
     scale: float,
     fixed: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of sequences laid end to end, each query among the last of its sequence's keys.
 
@@ -214,7 +217,8 @@ def mla_prefill(
     has queries `starts_q[s]` to `starts_q[s + 1]`, which are the last of keys `starts_k[s]` to
     `starts_k[s + 1]`. `max_q` and `max_k` bound their numbers. Scores are multiplied by `scale`. Rows of q
     outside every sequence give rows nobody wrote; all rows of v must be finite, those outside too. `fixed`: tiles
-    don't depend on shapes, so a query's bits depend on its own keys and values alone. -> `[N, H, v]` in q's dtype.
+    don't depend on shapes, so a query's bits depend on its own keys and values alone. -> `[N, H, v]` in q's dtype,
+    `out` if that is given.
     Raises ValueError if shapes don't belong together.
     """
     H, rope = q_NHd.shape[1], rope_Mr.shape[-1]
@@ -234,7 +238,17 @@ def mla_prefill(
         if mla_prefill_gluon.supported(q_NHd, k_MHn, rope_Mr, v_MHv) and (fixed or max_q > 64):
             form = mla_prefill_gluon.fast
     return form(
-        q_NHd, k_MHn, rope_Mr, v_MHv, starts_q, starts_k, max_q=max_q, max_k=max_k, scale=scale, fixed=fixed
+        q_NHd,
+        k_MHn,
+        rope_Mr,
+        v_MHv,
+        starts_q,
+        starts_k,
+        max_q=max_q,
+        max_k=max_k,
+        scale=scale,
+        fixed=fixed,
+        out=out,
     )
 
 

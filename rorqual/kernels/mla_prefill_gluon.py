@@ -373,6 +373,7 @@ def fast(
     max_k: int,
     scale: float,
     fixed: bool = False,
+    out: Tensor | None = None,
     block_n: int = BLOCK_N,
     stages: int = STAGES,
     turns: bool = True,
@@ -381,7 +382,7 @@ def fast(
 ) -> Tensor:
     """`mla_prefill`, whose tiles depend on no shape whether `fixed` or not. The rest is for measuring."""
     (N, H, _), nope, rope, width = q_NHd.shape, k_MHn.shape[-1], rope_Mr.shape[-1], v_MHv.shape[-1]
-    o_NHv = q_NHd.new_empty(N, H, width)
+    o_NHv = q_NHd.new_empty(N, H, width) if out is None else out
     sequences = starts_q.numel() - 1
     if not o_NHv.numel() or sequences < 1:
         return o_NHv

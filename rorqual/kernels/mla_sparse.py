@@ -16,6 +16,7 @@ from torch import Tensor
 from rorqual.kernels import mla_sparse_gluon
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.mla_prefill import LOG2_E, decode_pages, split_fp8_pages
+from rorqual.kernels.mode import is_invariant
 
 
 def reference(
@@ -155,13 +156,19 @@ def fast(
     """`mla_sparse` in Triton. For measuring: `splits` (of a row, over programs), `hopper` (the form for that GPU
     or the plain one), `tiles` (heads and keys of a tile, warps, stages of the plain one), `options`."""
     (N, H, C), K = q_NHC.shape, slots_NK.shape[1]
+    fixed, at_once = is_invariant(), max(1, FIXED_ROOM // (H * rank * FIXED_SPLITS))
+    if fixed and at_once < N:
+        cuts = zip(q_NHC.split(at_once), slots_NK.split(at_once), strict=True)
+        done = [fast(q, pages_PTC, slots, rank=rank, scale=scale, lse=lse) for q, slots in cuts]
+        sums = [part for _, part in done if part is not None]
+        return torch.cat([o for o, _ in done]), torch.cat(sums) if sums else None
     o_NHc = q_NHC.new_empty(N, H, rank)
     sums_NH = torch.empty(N, H, dtype=torch.float32, device=q_NHC.device)
     if not N or not K:
         return o_NHc.zero_(), sums_NH.fill_(-math.inf) if lse else None
     if hopper is None:
         # Few heads leave most of its 64 rows empty: that pays where rows are split or FP8 has to be decoded.
-        wanted = H > 16 or N < MULTIPROCESSORS or pages_PTC.dtype == torch.uint8
+        wanted = H > 16 or fixed or N < MULTIPROCESSORS or pages_PTC.dtype == torch.uint8
         hopper = wanted and mla_sparse_gluon.supported(q_NHC, pages_PTC, slots_NK, rank)
     quantized = pages_PTC.dtype == torch.uint8
     if hopper:
@@ -169,6 +176,8 @@ def fast(
     else:
         block_h, block_k, warps, stages = tiles or _tiles(q_NHC.dtype, H, quantized)
     head_blocks = triton.cdiv(H, block_h)
+    if fixed:  # by the number of entries alone
+        splits = min(FIXED_SPLITS, triton.cdiv(K, 4 * block_k))
     splits = splits or _splits(N * head_blocks, triton.cdiv(K, block_k), 1 if hopper else 2)
     share = triton.cdiv(triton.cdiv(K, splits), block_k) * block_k
     splits = triton.cdiv(K, share)
@@ -219,6 +228,12 @@ def _splits(programs: int, tiles: int, resident: int) -> int:
     with two tiles at least."""
     return max(1, min(resident * MULTIPROCESSORS // programs, tiles // 2))
 
+
+FIXED_SPLITS = 4
+"""Programs that a row is split over in batch-invariant mode, at most."""
+
+FIXED_ROOM = 2**26
+"""Numbers of such parts kept at once."""
 
 MULTIPROCESSORS = 132
 """Of the GPU that this is laid out for; results don't depend on how many there are."""

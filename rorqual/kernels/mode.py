@@ -13,6 +13,11 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+import torch
+from torch import Tensor
+
+from rorqual.kernels.gpu import usable
+
 _on: ContextVar[bool] = ContextVar("invariant", default=False)
 
 
@@ -29,3 +34,9 @@ def invariant(on: bool = True) -> Iterator[None]:
 def is_invariant() -> bool:
     """Whether batch-invariant mode is on here."""
     return _on.get()
+
+
+def by_fixed_kernels(*tensors: Tensor) -> bool:
+    """Whether an operation on these has to take its fixed kernel: the mode is on, kernels can run, and no
+    gradient is wanted."""
+    return _on.get() and not torch.is_grad_enabled() and usable(*tensors)

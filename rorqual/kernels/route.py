@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rorqual.kernels.fixed import matmul_fixed
 from rorqual.kernels.fuse import FLOATS, chained
 from rorqual.kernels.gpu import tl, triton, usable
+from rorqual.kernels.mode import by_fixed_kernels
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("max", "top2")
@@ -189,7 +191,7 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
     tl.store(out, total, mask=(n < N)[:, None] & (e < E)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _choose_kernel(  # type: ignore[no-untyped-def]
     parts_ptr, bias_ptr, table_ptr, token_ptr, ids_ptr, weights_ptr, logits_ptr, N, scale,
     E: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, GROUPS: tl.constexpr,
@@ -273,9 +275,19 @@ def plan(tokens: int, experts: int, width: int, halves: bool) -> Plan | None:
     return None
 
 
+def fixed_plan(tokens: int, width: int) -> Plan:
+    """By tiles for any number of tokens: the order of a sum follows from the parts, cut by the width alone."""
+    experts_at_once, span = (32, 512) if width > 4096 else (16, 128)
+    return Plan(experts_at_once, span, 128, 16 if tokens <= 16 else 32 if tokens <= 64 else 64)
+
+
 def _logits(x_ND: Tensor, weight_ED: Tensor, shape: Plan | None, early: bool) -> Tensor:
     """Logits in summands `[parts, N, E]` fp32."""
     (tokens, width), experts = x_ND.shape, weight_ED.shape[0]
+    if by_fixed_kernels(x_ND):
+        if x_ND.dtype != weight_ED.dtype or x_ND.dtype == torch.float32:
+            return matmul_fixed(x_ND, weight_ED, out_dtype=torch.float32)[None]
+        shape = fixed_plan(tokens, width)
     if shape is None:
         if x_ND.is_cuda and x_ND.dtype == weight_ED.dtype != torch.float32:
             return torch.mm(x_ND, weight_ED.t(), out_dtype=torch.float32)[None]

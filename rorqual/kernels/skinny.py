@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.kernels.gpu import tl, triton, usable
+from rorqual.kernels.mode import by_fixed_kernels
 from rorqual.kernels.quant import E8M0, FP8
 
 ROWS = 32
@@ -104,7 +105,7 @@ def rows_fma(
     tl.store(y + which[None, :] * y_row + o[:, None], values.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rows_dot(
     x, w, bias, residual, norm, y, rows, out_width, x_row, w_row, r_row, y_row, y_split, eps,
     D: tl.constexpr, BO: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
@@ -325,7 +326,7 @@ def _fits(x_ND: Tensor, weight_OD: Tensor, norm_weight_D: Tensor | None) -> bool
 # ------------------------------------------------------------------------------------ products by head
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def by_head(
     x, w, scale, y, rows, outer, x_row, x_head, w_head, w_inner, w_outer, y_row, y_head,
     head_rows, first, s_row,
@@ -436,6 +437,29 @@ def heads_fast(
     return out
 
 
+def heads_fixed(
+    x_NHK: Tensor,
+    w_HRC: Tensor,
+    up: bool,
+    out: Tensor | None = None,
+    scale: Tensor | None = None,
+    first: int = 0,
+) -> Tensor:
+    """`heads_reference` so that a row's bits depend on that row alone. bf16 tiles may differ by the number of rows,
+    as in `rorqual.kernels.fixed`; fp32 has one tile."""
+    half = x_NHK.dtype in (torch.bfloat16, torch.float16)
+    kept = x_NHK.dtype if scale is None else FP8
+    if (half or x_NHK.dtype == torch.float32) and w_HRC.dtype == kept and w_HRC.stride(-1) == 1:
+        if not len(x_NHK):
+            return x_NHK.new_empty(0, x_NHK.shape[1], w_HRC.shape[2 if up else 1]) if out is None else out
+        x_NHK = x_NHK if x_NHK.stride(-1) == 1 else x_NHK.contiguous()
+        how = None if half else {"BN": 16, "BM": 32, "BK": 32, "STAGES": 2, "num_warps": 4}
+        return heads_fast(x_NHK, w_HRC, up, out, scale, first, how=how)
+    rows = [heads_reference(x, w_HRC, up, None, scale, first) for x in x_NHK.split(1)]
+    y = torch.cat(rows) if rows else x_NHK.new_empty(0, x_NHK.shape[1], w_HRC.shape[2 if up else 1])
+    return y if out is None else out.copy_(y)
+
+
 def heads_up(
     q_NHd: Tensor,
     w_HdC: Tensor,
@@ -450,6 +474,8 @@ def heads_up(
     (fp32 or float8_e8m0fnu) the weight is a view of E4M3 codes `[H, R, C]` beginning `first` rows into each
     head's R. `ahead` as for `skinny`.
     """
+    if by_fixed_kernels(q_NHd, w_HdC):
+        return heads_fixed(q_NHd, w_HdC, True, out, scale, first)
     if _heads_fit(q_NHd, w_HdC, scale, ahead):
         return heads_fast(q_NHd, w_HdC, True, out, scale, first, ahead)
     return heads_reference(q_NHd, w_HdC, True, out, scale, first)
@@ -465,6 +491,8 @@ def heads_down(
 ) -> Tensor:
     """Each head's attended latents `[N, H, C]` times its W_UV `[H, v, C]`: `[N, H, v]`. As `heads_up`; for a
     kv_b weight of codes, `first` is the width of the keys before the values."""
+    if by_fixed_kernels(u_NHC, w_HvC):
+        return heads_fixed(u_NHC, w_HvC, False, out, scale, first)
     if _heads_fit(u_NHC, w_HvC, scale, ahead):
         return heads_fast(u_NHC, w_HvC, False, out, scale, first, ahead)
     return heads_reference(u_NHC, w_HvC, False, out, scale, first)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rorqual.kernels import union_gluon
 from rorqual.kernels.gpu import tl, triton, usable
+from rorqual.kernels.mode import is_invariant
 
 MULTIPROCESSORS = 132
 """Programs that an H100 or H200 runs at once at these tile sizes: what a pass of few queries is cut up for."""
@@ -246,7 +247,10 @@ def fast(
     block = min(most_heads, max(16, triton.next_power_of_2(heads)))
     block, tile = (union_gluon.HEADS, union_gluon.KEYS) if hopper else (block, keys or 64)
     head_blocks = -(-heads // block)
-    cut = splits or (1 if new_Nd is not None else runs(rows, head_blocks, longest, tile))
+    whole = (
+        new_Nd is not None or is_invariant()
+    )  # one run of keys: the order of a sum is then that of the keys
+    cut = splits or (1 if whole else runs(rows, head_blocks, longest, tile))
     part, lse = o_NHd, sink_H
     if cut > 1:
         part = torch.empty(rows, heads, cut, dim, dtype=torch.float32, device=q_NHd.device)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from rorqual.family import parts
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.index import index_choose
+from rorqual.kernels.mode import by_fixed_kernels
 from rorqual.kernels.simulate import fake_fp4, fake_fp8, hadamard
+from rorqual.kernels.skinny import heads_down
 from rorqual.kernels.union import union_decode, union_prefill
 from rorqual.nn.cache import Tail
 from rorqual.nn.compressor import Compressor, PoolState
@@ -81,8 +83,7 @@ class EntryIndexer(nn.Module):
         self.compressor.paged(x_1ND, step, store, "index.")
         cos, sin = step.rotation(self.rope)
         q = rotate_tail(self.q_b(qr_1NC).unflatten(-1, (p.heads, p.dim)), (cos[:, :, None], sin[:, :, None]))
-        full = upcast(x_1ND)
-        w = F.linear(full, self.w.matrix(full.dtype)) * (p.heads**-0.5 * p.dim**-0.5)
+        w = self.w.in_full(x_1ND) * (p.heads**-0.5 * p.dim**-0.5)
         ratio = self.compressor.part.ratio
         return [
             index_choose(
@@ -295,7 +296,10 @@ class CompressedAttention(Pinned):
         p = self.part
         o_BTgi = o_BTHd.flatten(2).unflatten(-1, (p.o_groups, -1))
         w_gri = self.o_a.matrix(o_BTHd.dtype).unflatten(0, (p.o_groups, p.o_rank))
-        low = torch.einsum("btgi,gri->btgr", o_BTgi, w_gri)
+        if by_fixed_kernels(o_BTgi):
+            low = heads_down(o_BTgi.flatten(0, 1), w_gri).unflatten(0, o_BTgi.shape[:2])
+        else:
+            low = torch.einsum("btgi,gri->btgr", o_BTgi, w_gri)
         return self.o_b(low.flatten(2))
 
 

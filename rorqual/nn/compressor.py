@@ -110,9 +110,8 @@ class Compressor(Pinned):
 
     def paged(self, x_1ND: Tensor, step: PagedStep, store: Store, prefix: str) -> None:
         """The same over pages and rings, by kernels: finished entries are written, and nothing returned."""
-        full, ratio = upcast(x_1ND[0]), self.part.ratio
-        kv_NW = nn.functional.linear(full, self.kv.matrix(full.dtype))
-        gate_NW = nn.functional.linear(full, self.gate.matrix(full.dtype))
+        ratio = self.part.ratio
+        kv_NW, gate_NW = self.kv.in_full(x_1ND[0]), self.gate.in_full(x_1ND[0])
         begin_N = step.positions_N // ratio * ratio
         cos, sin = step.once(("entry", self.rope, ratio), lambda: rotation(self.rope, begin_N))
         slots_N = step.slots(ratio)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from rorqual.family import parts
 from rorqual.kernels.cache_write import gqa_write
 from rorqual.kernels.gpu import usable
-from rorqual.kernels.gqa_paged import gqa_paged
+from rorqual.kernels.gqa_paged import gqa_paged, supported
 from rorqual.kernels.linear import Pack
+from rorqual.kernels.mode import is_invariant
 from rorqual.nn.cache import Slots
 from rorqual.nn.errors import InputError
 from rorqual.nn.linear import Linear, together
@@ -100,12 +101,15 @@ class GQA(nn.Module):
             interleaved=p.rope.interleaved,
             **norms,
         )
+        fixed, groups = is_invariant(), step.groups
+        if fixed and not supported(q_NHd, k_pages, v_pages):
+            groups = [step.by_token(g) for g in groups]
         out = [
             gqa_paged(
                 q_NHd[g.tokens], k_pages, v_pages, g.table_SB, g.ends_S, g.offsets_S1,
-                max_count=g.width, scale=p.head_dim**-0.5,
+                max_count=g.width, scale=p.head_dim**-0.5, fixed=fixed,
             )
-            for g in step.groups
+            for g in groups
         ]  # fmt: skip
         return self.o((out[0] if len(out) == 1 else torch.cat(out)).flatten(1))[None]
 

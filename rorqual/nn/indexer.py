@@ -132,8 +132,7 @@ class Indexer(nn.Module):
         k = self._rotate_head(self.k_norm(self.k(x_BTD)), (cos, sin))
         if self.simulate:
             q, k = fake_fp8(hadamard(q), p.dim), fake_fp8(hadamard(k), p.dim)
-        full = upcast(x_BTD)
-        w = nn.functional.linear(full, self.w.matrix(full.dtype)) * (p.heads**-0.5 * p.dim**-0.5)
+        w = self.w.in_full(x_BTD) * (p.heads**-0.5 * p.dim**-0.5)
         return q, k, w
 
     def _rotate_head(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.kernels.experts import Weights
+from rorqual.kernels.fixed import linear_fixed
 from rorqual.kernels.fp8_linear import fp8_linear
 from rorqual.kernels.linear import Pack, linear, linears
+from rorqual.kernels.mode import by_fixed_kernels
 from rorqual.kernels.quant import FP4_BLOCK, dequantize_fp4, dequantize_fp8
 
 
@@ -129,6 +131,14 @@ class Linear(Matrix):
             y = fp8_linear(x.flatten(0, -2), self.weight, self.scale, self.block, self.bias)
             return y.unflatten(0, x.shape[:-1])
         return linear(x, self.matrix(x.dtype), self.bias)
+
+    def in_full(self, x: Tensor) -> Tensor:
+        """x times the matrix as if both were fp32 (fp64 stays), without the bias: fp32 `[..., out]`."""
+        full = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        if by_fixed_kernels(x, self.weight):
+            weight = self.weight if self.scale is None else self.matrix(full.dtype)
+            return linear_fixed(x, weight, out_dtype=full.dtype)
+        return F.linear(full, self.matrix(full.dtype))
 
 
 def together(x: Tensor, pack: Pack, *layers: Linear) -> Sequence[Tensor]:

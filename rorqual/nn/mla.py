@@ -19,6 +19,7 @@ from rorqual.kernels.linear import Pack
 from rorqual.kernels.mla_decode import mla_decode, packed_bytes
 from rorqual.kernels.mla_prefill import gather_latents, mla_prefill
 from rorqual.kernels.mla_sparse import mla_sparse
+from rorqual.kernels.mode import is_invariant
 from rorqual.kernels.skinny import heads_down, heads_up
 from rorqual.nn.cache import Slots
 from rorqual.nn.errors import InputError
@@ -122,7 +123,10 @@ class MLA(nn.Module):
         cos, sin = (t[0] for t in step.rotation(p.rope))
         norm, slots_N = self.kv_a_norm, step.slots()
         absorbed = None
-        if self.index is not None or all(group.decoding for group in step.groups):
+        # In batch-invariant mode every token is a decoding row of its own: there is one order of sums for all.
+        alone = is_invariant() and self.index is None
+        groups = [step.by_token(g) for g in step.groups] if alone else step.groups
+        if self.index is not None or all(group.decoding for group in groups):
             absorbed = q_NHd.new_empty(*q_NHd.shape[:2], p.kv_rank + p.rope_dim)
         mla_write(
             kv_NC, norm.weight, norm.eps, cos, sin, q_NHd[..., p.nope_dim :], pages, slots_N,
@@ -132,13 +136,20 @@ class MLA(nn.Module):
             assert c_q is not None and absorbed is not None
             slots_Nk = self.index.paged(x_1ND, c_q[None], step, store["index"])
             return self.o(self._chosen(q_NHd, absorbed, pages, slots_Nk).flatten(1))[None]
+        # The many rows of a prompt are written where they belong, the few others brought there.
+        whole = q_NHd.new_empty(*q_NHd.shape[:2], p.v_dim) if len(groups) > 1 else None
         out = [
             self._decode(q_NHd[g.tokens], absorbed[g.tokens] if absorbed is not None else None, pages, g)
             if g.decoding
-            else self._prefill(q_NHd[g.tokens], pages, g, step)
-            for g in step.groups
+            else self._prefill(q_NHd[g.tokens], pages, g, step, None if whole is None else whole[g.tokens])
+            for g in groups
         ]
-        return self.o((out[0] if len(out) == 1 else torch.cat(out)).flatten(1))[None]
+        if whole is None:
+            return self.o(out[0].flatten(1))[None]
+        for g, part in zip(groups, out, strict=True):
+            if g.decoding:
+                whole[g.tokens] = part
+        return self.o(whole.flatten(1))[None]
 
     def _decode(self, q_NHd: Tensor, absorbed: Tensor | None, pages: Tensor, g: Group) -> Tensor:
         """Absorbed attention of a few queries a sequence: `[n, H, v]`."""
@@ -150,8 +161,9 @@ class MLA(nn.Module):
         scale = self.kv_b.scale
         heads_up(q_NHd[..., : p.nope_dim], w_HrC[:, : p.nope_dim], absorbed[..., : p.kv_rank], scale)
         u_NHc = mla_decode(
-            absorbed, pages, g.table_SB, g.ends_S, width=g.width, rank=p.kv_rank, scale=p.scale
-        )
+            absorbed, pages, g.table_SB, g.ends_S, width=g.width, rank=p.kv_rank, scale=p.scale,
+            splits="fixed" if is_invariant() else None,
+        )  # fmt: skip
         return heads_down(u_NHc, w_HrC[:, p.nope_dim :], None, scale, p.nope_dim)
 
     def _chosen(self, q_NHd: Tensor, absorbed: Tensor, pages: Tensor, slots_Nk: Tensor) -> Tensor:
@@ -162,7 +174,7 @@ class MLA(nn.Module):
         u_NHc = mla_sparse(absorbed, pages, slots_Nk, rank=p.kv_rank, scale=p.scale)
         return heads_down(u_NHc, w_HrC[:, p.nope_dim :], None, scale, p.nope_dim)
 
-    def _prefill(self, q_NHd: Tensor, pages: Tensor, g: Group, step: PagedStep) -> Tensor:
+    def _prefill(self, q_NHd: Tensor, pages: Tensor, g: Group, step: PagedStep, out: Tensor | None) -> Tensor:
         """Expanded attention of long chunks to their sequences' latents, old and new: `[n, H, v]`."""
         p, total = self.part, sum(s + c for s, c in zip(g.starts, g.counts, strict=True))
         starts_k = step.once(("keys", g.tokens.start), lambda: F.pad(g.ends_S.cumsum(0), (1, 0)).int())
@@ -171,7 +183,7 @@ class MLA(nn.Module):
         k_MHn, v_MHv = kv_MHd.split((p.nope_dim, p.v_dim), -1)
         return mla_prefill(
             q_NHd, k_MHn, latent_MC[:, p.kv_rank :], v_MHv, g.offsets_S1, starts_k,
-            max_q=g.width, max_k=g.end, scale=p.scale,
+            max_q=g.width, max_k=g.end, scale=p.scale, out=out,
         )  # fmt: skip
 
     def forward(

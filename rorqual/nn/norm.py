@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rorqual.kernels.fuse import add_rmsnorm, rmsnorm
+from rorqual.kernels.fuse import WIDEST, add_rmsnorm, rmsnorm
 from rorqual.kernels.gpu import usable
+from rorqual.kernels.mode import by_fixed_kernels
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -36,6 +37,8 @@ class RMSNorm(nn.Module):
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:
     """RMS normalisation without a weight, in fp32, back in x's type (V4's query heads)."""
+    if by_fixed_kernels(x) and x.shape[-1] <= WIDEST:  # PyTorch's may split a row's sum by the number of rows
+        return rmsnorm(x.flatten(0, -2), x.new_ones(x.shape[-1]), eps).view(x.shape)
     return F.rms_norm(x, x.shape[-1:], None, eps)
 
 

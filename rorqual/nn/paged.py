@@ -203,6 +203,32 @@ class PagedStep(Step):
         made: Tensor = self.once(("slots", every), make)
         return made
 
+    def by_token(self, group: Group) -> Group:
+        """The group's tokens as rows of their own, each of a sequence that ends with it: what batch-invariant mode
+        gives to kernels that read pages. All of a pass's items are in the pages before one is read."""
+
+        def make() -> Group:
+            count = group.tokens.stop - group.tokens.start
+            seq_N = group.seq_N
+            return Group(
+                tokens=group.tokens,
+                starts=[],
+                counts=[],
+                width=1,
+                end=group.end,
+                table_SB=group.table_SB[seq_N],
+                ring_S=group.ring_S[seq_N],
+                # A row of padding sees nothing, as before.
+                ends_S=torch.minimum(self.positions_N[group.tokens].int() + 1, group.ends_S[seq_N]),
+                offsets_S1=torch.arange(count + 1, device=seq_N.device, dtype=torch.int32),
+                decoding=True,
+            )
+
+        if group.decoding and group.width == 1:
+            return group
+        made: Group = self.once(("by token", group.tokens.start), make)
+        return made
+
     def attend(self, brick: Any, x_1ND: Tensor, cache: Any) -> Tensor:
         fast = brick.paged(x_1ND, self, cache)
         if fast is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from rorqual.family import parts
 from rorqual.family.parts import ModelConfig
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.linear import Pack, adjoin, linear, linear_in_fp32
+from rorqual.kernels.mix import STREAMS
 from rorqual.kernels.mode import is_invariant
 from rorqual.nn.block import Block
 from rorqual.nn.cache import Cache
@@ -27,10 +30,13 @@ from rorqual.nn.mla import MLA
 from rorqual.nn.mlp import SwiGLU
 from rorqual.nn.mtp import MTP
 from rorqual.nn.norm import RMSNorm
-from rorqual.nn.paged import Lanes, PagedStep, Store
+from rorqual.nn.paged import Group, Lanes, PagedStep, Store, new_store
 from rorqual.nn.step import Rows, Step, Trace
 
 __all__ = ["Transformer"]
+
+TOKENS = 4096
+"""Tokens that a batch-invariant forward pass takes through the model at a time."""
 
 
 class Transformer(nn.Module):
@@ -103,19 +109,52 @@ class Transformer(nn.Module):
 
     def _logits(self, packed: _Packed, cache: Cache | None, trace: Trace | None) -> Tensor:
         if is_invariant():
-            return self._logits_by_token(packed, cache, trace)
+            if trace is not None or cache is not None:
+                raise InputError(
+                    "batch-invariant mode takes neither a trace nor a cache: give the whole sequence"
+                )
+            self._rows([0] * len(packed.counts), packed)
+            return self._logits_by_row(packed) if self.fixed_rows else self._logits_by_token(packed)
         starts = cache.lengths if cache is not None else [0] * packed.ids_BT.shape[0]
         return self.logits(
             self.finish(self.run(packed.ids_BT, self._rows(starts, packed), cache, trace), trace)
         )
 
-    def _logits_by_token(self, packed: _Packed, cache: Cache | None, trace: Trace | None) -> Tensor:
+    @property
+    def fixed_rows(self) -> bool:
+        """Whether kernels give a token's numbers the same bits in any pass of batch-invariant mode: else each token has
+        to be a pass of its own there."""
+        streams = self.config.residual.streams if self.config.residual is not None else 1
+        layers: Any = self.layers
+        by_kernels = not any(getattr(layer.attention, "simulate", False) for layer in layers)
+        return usable(self.embed.weight) and self.dtype != torch.float64 and streams in STREAMS and by_kernels
+
+    @torch.no_grad()
+    def _logits_by_row(self, packed: _Packed) -> Tensor:
+        """Batch-invariant logits by the kernels that serve: over pages made for this call. No gradients flow."""
+        (batch, width), counts, device = packed.ids_BT.shape, packed.counts, packed.ids_BT.device
+        lanes = self.lanes()[: len(self.layers)]
+        size = math.lcm(64, *(lane.every for kinds in lanes for lane in kinds.values() if lane.keep is None))
+        blocks = -(-width // size)
+        stores = [new_store(kinds, 1 + batch * blocks, size, 1 + batch, device) for kinds in lanes]
+        table = 1 + torch.arange(batch * blocks, device=device, dtype=torch.int32).view(batch, blocks)
+        out: Tensor | None = None
+        at_once = max(1, TOKENS // batch)
+        for start in range(0, width, at_once):
+            rows = [b for b in range(batch) if counts[b] > start]
+            step = _chunks(rows, start, [min(counts[b] - start, at_once) for b in rows], table, size)
+            group = step.groups[0]
+            row_N = torch.tensor(rows, device=device)[group.seq_N]
+            ids_N = packed.ids_BT[row_N, step.positions_N]
+            logits_NV = self.logits(self.finish(self.run_paged(ids_N[None], step, stores)))[0]
+            if out is None:
+                out = logits_NV.new_zeros(batch, width, logits_NV.shape[-1])
+            out[row_N, step.positions_N] = logits_NV
+        assert out is not None
+        return out
+
+    def _logits_by_token(self, packed: _Packed) -> Tensor:
         """Batch-invariant logits: every token is a pass of its own over its row's cache. No gradients flow."""
-        if trace is not None or cache is not None:
-            raise InputError(
-                "batch-invariant mode takes neither a trace nor a cache: give the whole sequence"
-            )
-        self._rows([0] * len(packed.counts), packed)
         batch, width = packed.ids_BT.shape
         out = torch.zeros(batch, width, self.config.vocab, device=self.device)
         with torch.no_grad():
@@ -289,6 +328,28 @@ class Transformer(nn.Module):
             raise InputError(f"the mask is {tuple(mask_BT.shape)}, the token ids are {tuple(ids_BT.shape)}")
         if mask_BT.is_floating_point() or not bool(((mask_BT == 0) | (mask_BT == 1)).all()):
             raise InputError("the mask must be bool or integers, 1 for a real token and 0 for padding")
+
+
+def _chunks(rows: list[int], start: int, counts: list[int], table: Tensor, size: int) -> PagedStep:
+    """A pass of the tokens from `start` on of these rows, `counts` of each, in the pages of `table` `[B, blocks]`;
+    the ring of row b is 1 + b."""
+    device, ends = table.device, [start + count for count in counts]
+    offsets = [0, *itertools.accumulate(counts)]
+    positions = torch.cat([torch.arange(start, end, device=device) for end in ends])
+    index = torch.tensor(rows, device=device)
+    group = Group(
+        tokens=slice(0, offsets[-1]),
+        starts=[start] * len(rows),
+        counts=counts,
+        width=max(counts),
+        end=max(ends),
+        table_SB=table[index],
+        ring_S=1 + index,
+        ends_S=torch.tensor(ends, device=device, dtype=torch.int32),
+        offsets_S1=torch.tensor(offsets, device=device, dtype=torch.int32),
+        decoding=False,
+    )
+    return PagedStep(positions, [group], size)
 
 
 class _Packed:

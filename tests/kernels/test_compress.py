@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+import rorqual
 from rorqual.family.parts import Compress, Index, Rope
 from rorqual.kernels import compress
 from rorqual.nn.compressor import Compressor
@@ -147,3 +148,29 @@ def test_wide_windows_of_bf16_entries(device):
     case = Case(device, [128 + 20], 32, False, dim=16, dtype=torch.bfloat16)
     case.run(compress.fast, [(0, 0, 148)], long=True)
     case.check([148], tolerance=4e-2)
+
+
+@pytest.mark.parametrize(("ratio", "overlap"), SHAPES)
+def test_batch_invariant_entries_have_the_same_bits_in_any_chunks(device, monkeypatch, ratio, overlap):
+    """Read in several parts, whose borders must not follow what a pass brings."""
+    monkeypatch.setattr(compress, "TILE", 64)
+    length = 41
+    case = Case(device, [length], ratio, overlap)
+    forms = []
+    for borders in ([0, length], range(length + 1), [0, 7, 9, 30, length], [0, 13, 14, 15, length]):
+        for ring in case.rings:
+            ring.fill_(float("nan"))
+        case.pages.fill_(float("nan"))
+        with rorqual.invariant():
+            for first, last in pairwise(borders):
+                form = compress.compress_decode if last - first <= 2 else compress.compress_prefill
+                case.run(run_of(form), [(0, first, last)])
+        case.check([length])
+        forms.append(case.pages.clone())
+    for other in forms[1:]:
+        assert torch.equal(other.nan_to_num(), forms[0].nan_to_num())
+
+
+def run_of(op):
+    """The kernels of an op, also where it would take its definition."""
+    return lambda *args, **kwargs: compress.fast(*args, long=op is compress.compress_prefill, **kwargs)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from rorqual.kernels import experts as op
-from rorqual.kernels import experts_gluon, experts_gluon16
+from rorqual.kernels import experts_run, gluon_rings
 from rorqual.kernels.experts import Plan, Shared, Tiles, Weights, fast, reference
-from rorqual.kernels.experts_triton import count_kernel, sort_kernel, spread_kernel
+from rorqual.kernels.experts_triton import count_kernel, place_kernel, scan_kernel, sort_kernel, spread_kernel
 from rorqual.kernels.quant import dequantize_fp8, quantize_fp8
 from tests.interpreter import repair
 
@@ -180,6 +180,7 @@ def test_bf16(device: torch.device, form: str) -> None:
 
 FP8_PLANS = {"thin": Plan(Tiles(16, 64, 128, 4, 2, True), Tiles(16, 128, 128, 4, 2, True)),
              "wide": Plan(Tiles(16, 64, 128, 4, 2, False), Tiles(16, 128, 128, 4, 2, False), codes=True),
+             "thin codes": Plan(Tiles(16, 128, 128, 4, 2, True), Tiles(16, 128, 128, 4, 2, True), codes=True),
              "few": Plan(Tiles(2, 32, 128, 4, 2, True), Tiles(2, 64, 128, 4, 2, True), few=True)}  # fmt: skip
 
 
@@ -196,25 +197,29 @@ def test_fp8(device: torch.device, form: str) -> None:
 
 
 @pytest.mark.parametrize("limit, shared", [(None, 2), (0.5, 0)])
-@pytest.mark.parametrize("codes", [False, True])
-def test_gluon(device: torch.device, codes: bool, limit: float | None, shared: int) -> None:
+@pytest.mark.parametrize(
+    "codes, rows, stages", [(False, 128, 4), (False, 192, 3), (True, 128, 4), (True, 192, 4)]
+)
+def test_gluon(
+    device: torch.device, codes: bool, rows: int, stages: int, limit: float | None, shared: int
+) -> None:
     """Several tiles of an expert, one of few pairs, one of none."""
     *args, common = case(device, 300, 2, 4, 512, 256, shared, dtype=torch.bfloat16, codes=codes)
     x, ids = args[:2]
-    if not experts_gluon.supported(x, 256, 512):
+    if not gluon_rings.supported(x, 256, 512):
         pytest.skip("made for Hopper")
     ids[ids == 2] = 1
     ids[5] = -1
     ids[7, 0] = 2
-    tile = Tiles(128 if codes else experts_gluon16.ROWS, 128, 128, 4, 3, False)
+    tile = Tiles(rows, 128, 128, 4, stages, False)
     y = fast(*args, limit=limit, shared=common, how=Plan(tile, tile, codes=codes, gluon=True))
     expected = exact(*args, common, limit, quantized=codes)
     close(y, expected, 2e-2)
 
 
-@pytest.mark.parametrize("parts", [0, 1, 3])
-@pytest.mark.parametrize("tokens, shared, rows", [(1, 0, 4), (33, 2, 4), (50, 1, 16)])
-def test_sort(device: torch.device, tokens: int, shared: int, rows: int, parts: int) -> None:
+@pytest.mark.parametrize("chunks", [False, True])
+@pytest.mark.parametrize("tokens, shared, rows", [(1, 0, 4), (33, 2, 4), (50, 1, 16), (50, 2, 24)])
+def test_sort(device: torch.device, tokens: int, shared: int, rows: int, chunks: bool) -> None:
     """Lists longer than a chunk; tiles cover every expert's pairs once, in order, and nothing else."""
     count, chosen = 5, 3
     ids = torch.randint(-1, count + 1, (tokens, chosen), device=device)
@@ -225,14 +230,29 @@ def test_sort(device: torch.device, tokens: int, shared: int, rows: int, parts: 
     table = torch.full((3, tiles), -7, dtype=torch.int32, device=device)
     x = torch.zeros(128, device=device)  # nothing to quantise
     codes = x.to(torch.float8_e4m3fn)
-    counts = torch.full((-(-pairs // 16), 8), -7, dtype=torch.int32, device=device)
-    if parts:
-        count_kernel[(counts.shape[0],)](ids, counts, pairs, count, CHUNK=16, BINS=8, PDL=False)
-    sort_kernel[(count + shared, max(parts, 1))](
-        ids, counts, order, table, x, codes, x, pairs, tokens, count, shared, tiles, 0,
-        ROWS=rows, CHUNK=16, BINS=8 if parts else 0, GROUPS=64, PDL=False,
-    )  # fmt: skip
     flat = ids.flatten().tolist()
+    if chunks:
+        many = -(-pairs // 16)
+        counts = torch.full((many + 1, 8), -7, dtype=torch.int32, device=device)
+        places = torch.full((pairs,), -7, dtype=torch.int32, device=device)
+        count_kernel[(many,)](
+            ids, counts, x, codes, x, pairs, count, many, 0, CHUNK=16, BINS=8, GROUPS=64, PDL=False
+        )
+        taken = torch.full((2,), -7, dtype=torch.int32, device=device)
+        scan_kernel[(2,)](counts, taken, many, BINS=8, WIDE=4, HIGH=4, PDL=False)
+        assert taken.tolist() == [0, 0]
+        place_kernel[(max(many, -(-tiles // 4)),)](
+            ids, counts, order, places, table, pairs, tokens, count, shared, tiles, many,
+            ROWS=rows, CHUNK=16, BINS=8, TILES=4, PDL=False,
+        )  # fmt: skip
+        for pair, expert in enumerate(flat):
+            place = int(places[pair])
+            assert place == -1 if not 0 <= expert < count else order[place] == pair
+    else:
+        sort_kernel[(count + shared,)](
+            ids, order, table, x, codes, x, pairs, tokens, count, shared, tiles, 0,
+            ROWS=rows, CHUNK=16, GROUPS=64, PDL=False,
+        )  # fmt: skip
     wanted = [[p for p, e in enumerate(flat) if e == expert] for expert in range(count)]
     wanted += [[pairs + s * tokens + n for n in range(tokens)] for s in range(shared)]
     got: list[list[int]] = [[] for _ in wanted]
@@ -246,26 +266,36 @@ def test_sort(device: torch.device, tokens: int, shared: int, rows: int, parts: 
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_spread(device: torch.device, fp8: bool) -> None:
-    """Rows by place, quantised or not; a place without a pair reads some token and nothing beyond."""
+    """Rows by place, quantised or not; a pair without a place writes nothing. Codes come by token as well."""
     tokens, chosen, hidden = 5, 2, 256
     x = torch.randn(tokens, hidden).to(device)
     pairs = tokens * chosen
-    order = torch.cat([torch.randperm(pairs), torch.arange(pairs, pairs + tokens)]).int().to(device)
-    order[3], order[4] = -(2**31), 2**31 - 1
-    codes = torch.empty(pairs + tokens, hidden, dtype=torch.float8_e4m3fn if fp8 else x.dtype, device=device)
-    scales = torch.empty(pairs + tokens, hidden // 128, device=device)
-    spread_kernel[(4, 1)](
-        x, order, codes, scales, pairs, tokens, pairs + tokens, hidden,
-        K=chosen, PLACES=4, GROUPS=4, FP8=fp8, PDL=False,
-    )  # fmt: skip
-    place = torch.tensor([p for p in range(pairs + tokens) if p not in (3, 4)], device=device)
-    pair = order[place].long()
-    rows = x[torch.where(pair < pairs, pair // chosen, pair - pairs)]
+    places = torch.randperm(pairs).int().to(device)
+    places[3] = -1
+    kind = torch.float8_e4m3fn if fp8 else x.dtype
+    spread = torch.zeros(pairs + tokens, hidden, device=device).to(kind)
+    scales = torch.zeros(pairs + tokens, hidden // 128, device=device)
+    spread_kernel[(tokens, 1)](
+        x, places, spread, scales, pairs, hidden, K=chosen, GROUPS=4, FP8=fp8, PDL=False
+    )
+    expected = torch.zeros(pairs + tokens, hidden, device=device)
+    for pair, place in enumerate(places.tolist()):
+        if place >= 0:
+            expected[place] = x[pair // chosen]
     if fp8:
-        y = dequantize_fp8(codes, scales, (1, 128), torch.float32)[place]
-        torch.testing.assert_close(y, dequantize_fp8(*quantize_fp8(rows, (1, 128)), (1, 128), torch.float32))
-    else:
-        assert torch.equal(codes[place], rows)
+        expected[pairs:] = x
+        expected = dequantize_fp8(*quantize_fp8(expected, (1, 128)), (1, 128), torch.float32)
+        spread = dequantize_fp8(spread, scales, (1, 128), torch.float32)
+    assert torch.equal(spread, expected)
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_many_pairs(device: torch.device, monkeypatch: pytest.MonkeyPatch, codes: bool) -> None:
+    """More pairs than one launch sorts."""
+    monkeypatch.setattr(experts_run, "ONE_CHUNK", 4)
+    *args, common = case(device, 3, 2, 3, 128, 128, 1, codes=codes)
+    plan = FP8_PLANS["wide"] if codes else SMALL["wide"]
+    close(fast(*args, shared=common, how=plan), exact(*args, common, quantized=codes), 2e-3)
 
 
 @pytest.mark.parametrize("codes", [False, True])
@@ -331,5 +361,5 @@ def test_every_batch_has_a_plan() -> None:
         plan = op.plan(tokens, 6, 64, fp8, fixed)
         assert plan.few or plan.up.rows == plan.down.rows
         assert not fp8 or plan.gluon or plan.up.depth == plan.down.depth == 128
-        assert not plan.codes or plan.up.out == 64 or plan.gluon
-        assert not fixed or plan == op.plan(1, 6, 64, fp8, True)
+        assert not plan.codes or plan.up.out in (64, 128)
+        assert not fixed or (not plan.few and not plan.gluon and plan.codes == fp8)

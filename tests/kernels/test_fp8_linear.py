@@ -149,3 +149,15 @@ def test_same_bits_again(device: torch.device) -> None:
     codes, scale = weight(100, 520, device)
     first = op.fast(x, codes, scale, how=HOW["split"])
     assert torch.equal(first, op.fast(x, codes, scale, how=HOW["split"]))
+
+
+def test_fixed_form_gives_a_row_the_same_bits_in_any_company(device: torch.device) -> None:
+    out, width = (70, 384) if device.type == "cpu" else (2112, 3072)
+    sizes = (1, 2, 17, 40) if device.type == "cpu" else (1, 2, 17, 33, 64, 65, 300, 2500)
+    codes, scale = weight(out, width, device)
+    x = torch.randn(sizes[-1], width, device=device).to(torch.bfloat16)
+    full = op.fixed(x, codes, scale)
+    close(full, exact(*op.quantize_fast(x), codes, scale))
+    for rows in sizes:
+        assert torch.equal(op.fixed(x[:rows], codes, scale), full[:rows])
+        assert torch.equal(op.fixed(x[-rows:], codes, scale), full[-rows:])
