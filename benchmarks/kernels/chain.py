@@ -50,18 +50,8 @@ class Pass:
 
     def step(self) -> PagedStep:
         """The pass as the engine describes it under capture."""
-        offsets = torch.tensor([0, 1], dtype=torch.int32, device=self.ids.device)
         group = Group(
-            slice(0, 1),
-            [],
-            [],
-            1,
-            BLOCKS * PAGE,
-            self.table,
-            torch.zeros_like(self.ends),
-            self.ends,
-            offsets,
-            True,
+            slice(0, 1), [], [], 1, BLOCKS * PAGE, self.table, self.rings, self.ends, self.offsets, True
         )
         return PagedStep(self.positions, [group], PAGE)
 

@@ -68,7 +68,7 @@ def test_rows(
     how = {"BO": 4, "num_warps": 4}
     ys = single.rows(x, weights, scales, by, res, normed, how=how)
     for y, want in zip(ys, single.rows_reference(x, weights, scales, by, res), strict=True):
-        close(y, want)
+        close(y, want, 2e-2 if held else 6e-3)  # a code may round to the other side
     if by is not None and normed is not None:
         close(normed, torch.nn.functional.rms_norm(x, (width,), *by))
 
