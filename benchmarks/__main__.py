@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from benchmarks import invariant, lite, serving, tiny
+from benchmarks import invariant, lite, serving, spec, tiny
 from benchmarks.decode import latent, smollm2
 from benchmarks.loading import loading
 
@@ -17,6 +17,7 @@ GPU = {
     "lite-prefill": lite.prefill,
     "invariant": invariant.main,
     "invariant-profile": partial(invariant.main, True),
+    "spec": spec.main,
     "load": serving.load,
     "start": serving.start,
     "context-v32": partial(serving.context, "deepseek-v3.2", [4 * K, 16 * K, 64 * K, 128 * K]),

@@ -2,68 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rorqual.engine.request import Request
 from rorqual.engine.scheduler import Plan
+from rorqual.engine.staging import Staging
 from rorqual.nn.paged import Group, PagedStep
 
 
 @dataclass
 class Batch:
-    """One pass. `ids_N` of decodes whose token is still on the device hold 0: `late` says where, and in whose
-    slots to look. Rows that draw stand in the order of `drawing`: decodes, then chunks that end a sequence."""
+    """One pass. `ids_N` of decodes whose token or draft is still on the device hold 0: `late` and `drafts` say
+    where, and in whose slots to look. Rows that draw stand in the order of `drawing`: decodes, then chunks that
+    end a sequence."""
 
     ids_N: Tensor
     step: PagedStep
     drawing: list[Request]
-    last: list[int]
-    """Column of each drawing row's last token in the flat batch."""
     columns: Tensor
     """Columns that are drawn from: the first of every drawing row, then the second of those with a draft."""
     late: tuple[Tensor, Tensor] | None
+    drafts: tuple[Tensor, Tensor] | None
     next_N: Tensor
     """The id after each token where it is known, else 0 (what MTP reads)."""
     widths: list[int]
     """Tokens that each decode brings: 1, or 2 with a draft. Chunks that draw bring 1."""
-
-
-class Staging:
-    """Host numbers on their way to the device: many small arrays in one copy, from memory the device can read
-    while the host goes on. Two buffers take turns, so that a pass can be prepared while another runs."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._buffers: list[Tensor | None] = [None, None]
-        self._events: list[torch.cuda.Event | None] = [None, None]
-        self._turn = 0
-
-    def send(self, arrays: Sequence[np.ndarray]) -> list[Tensor]:
-        """Each int64 array as a tensor of its shape on the device."""
-        if self.device.type != "cuda":
-            return [torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)) for a in arrays]
-        total = sum(a.size for a in arrays)
-        self._turn ^= 1
-        buffer, event = self._buffers[self._turn], self._events[self._turn]
-        if event is not None:
-            event.synchronize()
-        if buffer is None or buffer.numel() < total:
-            buffer = self._buffers[self._turn] = torch.empty(2 * total, dtype=torch.int64, pin_memory=True)
-        flat = buffer.numpy()
-        at = 0
-        for a in arrays:
-            flat[at : at + a.size] = a.ravel()
-            at += a.size
-        moved = buffer[:total].to(self.device, non_blocking=True)
-        self._events[self._turn] = torch.cuda.Event()
-        self._events[self._turn].record()  # type: ignore[union-attr]
-        sizes = [a.size for a in arrays]
-        return [part.view(a.shape) for part, a in zip(moved.split(sizes), arrays, strict=True)]
 
 
 def lay_out(plan: Plan, page_size: int, staging: Staging, one_group_of_chunks: bool) -> Batch:
@@ -86,7 +52,8 @@ def lay_out(plan: Plan, page_size: int, staging: Staging, one_group_of_chunks: b
     positions: list[int] = []
     following: list[int] = []
     slots: list[int] = []
-    drawing, last, late_at, late_slot, widths = [], [], [], [], []
+    drawing, last, widths = [], [], []
+    late_at, late_slot, draft_at, draft_slot = [], [], [], []
     arrays: list[np.ndarray] = []
     spans = []
     for number, group in enumerate(groups):
@@ -95,13 +62,16 @@ def lay_out(plan: Plan, page_size: int, staging: Staging, one_group_of_chunks: b
         for request, count in group:
             begin, end = request.held, request.held + count
             known = request.ids[begin:end]
-            if number < decoding and count == 2:
-                known = [*known, request.draft]
-            if len(known) < count:  # the last token is still on the device
+            drafted = number < decoding and count == 2
+            if len(known) + drafted < count:  # the last token is still on the device
                 late_at.append(len(ids))
                 late_slot.append(request.slot)
                 known = [0]
             ids += known
+            if drafted:
+                draft_at.append(len(ids))
+                draft_slot.append(request.slot)
+                ids.append(0)
             positions += range(begin, end)
             slots += (request.pages[p // page_size] * page_size + p % page_size for p in range(begin, end))
             after = request.ids[begin + 1 : end + 1]
@@ -121,12 +91,12 @@ def lay_out(plan: Plan, page_size: int, staging: Staging, one_group_of_chunks: b
         spans.append((slice(first, len(ids)), group))
     columns = [at - width + 1 for at, width in zip(last, widths, strict=True)]
     columns += [at for at, width in zip(last, widths, strict=True) if width == 2]
-    heads = (ids, positions, following, columns, slots, late_at, late_slot)
+    heads = (ids, positions, following, columns, slots, late_at, late_slot, draft_at, draft_slot)
     sent = staging.send([*(np.array(a, dtype=np.int64) for a in heads), *arrays])
-    ids_N, positions_N, next_N, columns_C, slots_N, late_at_L, late_slot_L = sent[:7]
+    ids_N, positions_N, next_N, columns_C, slots_N = sent[:5]
     made = []
     for number, (tokens, group) in enumerate(spans):
-        table_SB, ring_S, ends_S, offsets_S1 = sent[7 + 4 * number : 11 + 4 * number]
+        table_SB, ring_S, ends_S, offsets_S1 = sent[9 + 4 * number : 13 + 4 * number]
         made.append(
             Group(
                 tokens=tokens,
@@ -141,7 +111,8 @@ def lay_out(plan: Plan, page_size: int, staging: Staging, one_group_of_chunks: b
                 decoding=number < decoding,
             )
         )
-    late = (late_at_L, late_slot_L) if late_at else None
+    late = (sent[5], sent[6]) if late_at else None
+    drafts = (sent[7], sent[8]) if draft_at else None
     step = PagedStep(positions_N, made, page_size)
     step.shared["slots", 1] = slots_N
-    return Batch(ids_N, step, drawing, last, columns_C, late, next_N, widths)
+    return Batch(ids_N, step, drawing, columns_C, late, drafts, next_N, widths)

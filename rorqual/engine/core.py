@@ -62,7 +62,7 @@ class Core:
         self._limit: int | None = None
         """Requests a pass, while the device is short of memory."""
         self.slots = slots
-        self._ahead = model.device.type == "cuda" and not speculate
+        self._ahead = model.device.type == "cuda"
         self._parameters = [p for p in model.parameters() if not p.is_inference()]
         self._weights = self._weights_stamp()
         self._stopping = False
@@ -104,7 +104,8 @@ class Core:
         """One pass and what it brings; False if there was nothing to do.
 
         On a GPU a pass is started before the draws of the one before it are read, so the device need not wait
-        for the host; its own draws come after that, when grammars know what they allow.
+        for the host; its own draws come after that, when grammars know what they allow. With speculation it is
+        then not known yet how many tokens the pass before has brought: only graphs can start without that.
         """
         with self._lock, self._products():
             self._check_weights()
@@ -113,10 +114,18 @@ class Core:
             self._land()
             if passed is not None:
                 self._draw(passed, plan)
-            if not self._ahead:
+            # Drafts under a grammar wait for the tokens before them; and after the last request nobody would land.
+            if not self._ahead or (passed is not None and passed.undrafted) or not self.scheduler.running:
                 self._land()
             self._progress.notify_all()
             return passed is not None or self.busy
+
+    def _settle(self, plan: Plan) -> None:
+        """Land what the plan's pass can't start without."""
+        if any(r.loose for r in plan.decodes) and not self.runner.replays(plan):
+            self._land()
+            plan.decodes = [r for r in plan.decodes if r.running]
+            plan.chunks = [(r, count) for r, count in plan.chunks if r.running]
 
     def _products(self) -> contextlib.AbstractContextManager[None]:
         """Packed weight copies on the CPU; not in batch-invariant mode, which the trainer has to meet."""
@@ -126,6 +135,10 @@ class Core:
     def _forward(self, plan: Plan) -> Pass | None:
         """Start a pass; if it fails its requests fail, and the engine goes on."""
         try:
+            self.runner.admit(plan)
+            self._settle(plan)
+            if not plan:
+                return None
             passed = self.runner.forward(plan)
         except torch.OutOfMemoryError as error:
             self._with_less(plan, error)
@@ -136,6 +149,7 @@ class Core:
         self.steps += 1
         self._limit = None if self._limit is None or self._limit > self.slots else self._limit + 1
         for request in plan.decodes:
+            request.loose += request.width - 1
             request.held += 1
         for request, count in plan.chunks:
             request.held += count
@@ -160,9 +174,14 @@ class Core:
         try:
             self._flight = (plan, self.runner.draw(passed))
         except Exception as error:
-            for request in passed.requests:
-                request.flying -= 1
+            self._arrive(passed)
             self._fail(plan.requests, error)
+
+    def _arrive(self, passed: Pass) -> None:
+        """The pass is no longer under way."""
+        for request, width in zip(passed.requests, passed.widths, strict=True):
+            request.flying -= 1
+            request.loose -= width - 1
 
     def _land(self) -> None:
         """Read the draws under way and hand them out."""
@@ -170,15 +189,14 @@ class Core:
             return
         (plan, flight), self._flight = self._flight, None
         passed = flight.passed
-        for request in passed.requests:
-            request.flying -= 1
+        self._arrive(passed)
         try:
             landed = flight.land()
             for request, drawn in zip(passed.requests, landed, strict=True):
                 if not request.finished:
                     self._take(request, drawn)
-            if self.speculate:
-                self.runner.draft(passed, landed)
+            if passed.undrafted:
+                self.runner.draft(passed)
         except Exception as error:
             self._fail(plan.requests, error)
         for request in plan.requests:
@@ -192,8 +210,8 @@ class Core:
             self._fail([request], SamplingError(drawn.error))
             return
         done = request.answer.done
-        request.draft = -1
-        request.held += len(drawn.tokens) - 1
+        if request.running:
+            request.held += len(drawn.tokens) - 1
         done.drafted += drawn.drafted
         done.accepted += len(drawn.tokens) - 1
         for i, token in enumerate(drawn.tokens):
@@ -221,7 +239,7 @@ class Core:
                 request.pages[request.blocks],
             )
             request.blocks += 1
-            if request.blocks == whole and request.held - whole * size <= ROLLBACK - 2:
+            if request.blocks == whole and request.held + request.loose - whole * size <= ROLLBACK - 2:
                 copy = self.pages.room_for_copy(request.pages[whole - 1])
                 if copy:
                     self.runner.copy_ring(request.ring, copy)

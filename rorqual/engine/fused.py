@@ -1,228 +1,218 @@
-"""A whole draw in one launch: the same tokens as `draws.uniforms`, `filtered` and `pick` would give, but for
-the last bits of exp. A program has a row to itself: it reads the logits three times and, where the row has
-filters, copies the few tokens that can pass them to a list that all the rest of its work is done on.
+"""A whole draw in two to four launches: the same tokens as `draws.uniforms`, `filtered` and `pick` would give, but
+for the last bits of exp.
+
+A row is cut into parts of the vocabulary, one program each: their peaks (launch 1), the weights of what is
+likely enough (launch 2, if any row is drawn at random) and, where rows have filters, a list of the few
+tokens that can pass them (launch 3). Then one program a row settles the token and, if asked, tells the
+sampler's tables of it. Penalties and grammars' bitmasks are applied wherever logits are read.
 
 Sums are of whole numbers here too (a weight is e^x, x <= 0, in multiples of 2^-44), so a row's token depends
-on nothing but the row.
+on nothing but the row: not on how many parts it is cut into, nor on other rows.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rorqual.engine.fused_list import _from_list, _goal
+from rorqual.engine.fused_parts import _crown, _list, _peaks, _shaped, _weigh, _weight
+from rorqual.kernels.fuse import chained
 from rorqual.kernels.gpu import tl, triton, usable
 
 
-@triton.jit
-def _uniform(key, place):  # type: ignore[no-untyped-def]
-    x = key.to(tl.uint64) + place.to(tl.uint64) * 0x9E3779B97F4A7C15
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return ((x ^ (x >> 31)) >> 11).to(tl.int64).to(tl.float64) * 1.1102230246251565e-16
+class Tables(NamedTuple):
+    """The sampler's tables on the device, one line a slot. `knobs_SK`: greedy, temperature, top-k, top-p, min-p,
+    filtered, repetition, presence and frequency penalty. `line_S` names the line of `count_LV` (int32) and
+    `prompt_LV` (bool) that holds the tokens a slot has seen."""
+
+    knobs_SK: Tensor
+    key_S: Tensor
+    drawn_S: Tensor
+    unsound_S: Tensor
+    newest_S: Tensor
+    line_S: Tensor
+    count_LV: Tensor
+    prompt_LV: Tensor
 
 
 @triton.jit
-def _weight(e):  # type: ignore[no-untyped-def]
-    return (e * 17592186044416.0).to(tl.int64)
-
-
-@triton.jit
-def _load(line, list_e, o, end, most, heat, LIST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """e^x of tokens, 0 past the end."""
-    if LIST:
-        return tl.load(list_e + o, mask=o < end, other=0.0)
-    x = tl.load(line + o, mask=o < end, other=-float("inf")).to(tl.float32)
-    return tl.exp((x - most) / heat)
-
-
-@triton.jit
-def _kept(e, least, few, ties):  # type: ignore[no-untyped-def]
-    """Weights of those that stay: all above `least` and the first `few` of those equal to it."""
-    bits = e.to(tl.int32, bitcast=True)
-    tie = (bits == least).to(tl.int32)
-    stays = (bits > least) | ((tie > 0) & (ties + tl.cumsum(tie, 0) <= few))
-    return tl.where(stays, _weight(e), 0), tl.sum(tie, 0)
-
-
-@triton.jit
-def _leading(list_e, n, need, MASS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The least of the fewest list entries, from the greatest down, that are `need` many or weigh as much; and
-    the number and weight of those above it. Two bits a pass."""
-    at = tl.arange(0, BLOCK)
-    least = need.to(tl.int32) * 0
-    one = least + 1
-    for step in tl.range(15):
-        unit = one << (28 - 2 * step)
-        sum1 = tl.zeros([BLOCK], tl.int64)
-        sum2 = tl.zeros([BLOCK], tl.int64)
-        sum3 = tl.zeros([BLOCK], tl.int64)
-        start = least * 0
-        while start < n:
-            e = tl.load(list_e + start + at, mask=start + at < n, other=0.0)
-            bits = e.to(tl.int32, bitcast=True)
-            worth = _weight(e) if MASS else tl.full([BLOCK], 1, tl.int64)
-            sum1 += tl.where(bits >= least + unit, worth, 0)
-            sum2 += tl.where(bits >= least + 2 * unit, worth, 0)
-            sum3 += tl.where(bits >= least + 3 * unit, worth, 0)
-            start += BLOCK
-        steps = (tl.sum(sum1, 0) >= need).to(tl.int32) + (tl.sum(sum2, 0) >= need).to(tl.int32)
-        least += unit * (steps + (tl.sum(sum3, 0) >= need).to(tl.int32))
-    count = tl.zeros([BLOCK], tl.int64)
-    mass = tl.zeros([BLOCK], tl.int64)
-    start = least * 0
-    while start < n:
-        e = tl.load(list_e + start + at, mask=start + at < n, other=0.0)
-        above = e.to(tl.int32, bitcast=True) > least
-        count += tl.where(above, 1, 0)
-        mass += tl.where(above, _weight(e), 0)
-        start += BLOCK
-    return least, tl.sum(count, 0), tl.sum(mass, 0)
-
-
-@triton.jit
-def _draw(  # type: ignore[no-untyped-def]
-    logits, stride, slots, knobs, key, drawn, unsound, out, list_e, list_id, stream,
-    vocab: tl.constexpr, KNOBS: tl.constexpr, FILTER: tl.constexpr, BLOCK: tl.constexpr,
+def _from_parts(  # type: ignore[no-untyped-def]
+    logits, stride, row, slot, bits, words, knobs, line_S, count, prompt, sums, key, drawn, stream, most,
+    vocab: tl.constexpr, KNOBS: tl.constexpr, MASK: tl.constexpr, PENAL: tl.constexpr, PART: tl.constexpr,
+    PARTS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """The token of a row without filters: first the part it falls in, then the place."""
+    p = tl.arange(0, WIDE)
+    part_sums = tl.load(sums + row * PARTS + p, mask=p < PARTS, other=0)
+    mass = tl.sum(part_sums, 0)
+    goal = _goal(key, drawn, slot, stream, mass)
+    part = tl.minimum(tl.sum((tl.cumsum(part_sums, 0) <= goal).to(tl.int32), 0), PARTS - 1)
+    goal -= tl.sum(tl.where(p < part, part_sums, 0), 0)
+    o = part * PART + tl.arange(0, PART)
+    x = _shaped(
+        logits, stride, row, o, bits, words, knobs, slot, line_S, count, prompt, vocab, KNOBS, MASK, PENAL
+    )
+    weight = _weight(tl.exp((x - most) / tl.load(knobs + slot * KNOBS + 1).to(tl.float32)))
+    token = part * PART + tl.sum((tl.cumsum(weight, 0) <= goal).to(tl.int32), 0)
+    return tl.minimum(token, tl.max(tl.where(weight > 0, o, 0), 0)), mass
+
+
+@triton.jit(do_not_specialize=["words", "stream", "rows"])
+def _settle(  # type: ignore[no-untyped-def]
+    logits, stride, slots, bits, words, knobs, line_S, count, prompt, peak, place, sums, found, list_e, list_id,
+    key, drawn, unsound, newest, told, out, bounds, stream, rows,
+    vocab: tl.constexpr, KNOBS: tl.constexpr, MASK: tl.constexpr, PENAL: tl.constexpr, PART: tl.constexpr,
+    PARTS: tl.constexpr, WIDE: tl.constexpr, RANDOM: tl.constexpr, FILTER: tl.constexpr, SAW: tl.constexpr,
+    TOLD: tl.constexpr, COUNT: tl.constexpr, BOUNDS: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Each row's token, and what the tables are to know of it; with `BOUNDS` also what `_spread` needs."""
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
-    at = tl.arange(0, BLOCK)
-    line = logits + row * stride
-    heat = tl.load(knobs + slot * KNOBS + 1).to(tl.float32)
+    most, token, spoilt = _crown(peak, place, row, PARTS, WIDE)
+    least, last, mass = token * 0 - 1, token * 0 - 1, row * 0
+    if RANDOM:  # noqa: SIM102
+        if (tl.load(knobs + slot * KNOBS) == 0) & (spoilt == 0):
+            listed = tl.load(knobs + slot * KNOBS + 5) > 0
+            if FILTER and listed:
+                p = tl.arange(0, WIDE)
+                mass = tl.sum(tl.load(sums + row * PARTS + p, mask=p < PARTS, other=0), 0)
+                end = tl.sum(tl.load(found + row * PARTS + p, mask=p < PARTS, other=0), 0)
+                token, least, last, mass = _from_list(
+                    knobs, key, drawn, slot, stream, mass, end, list_e + row * vocab, list_id + row * vocab,
+                    vocab, KNOBS, BLOCK,
+                )  # fmt: skip
+            else:
+                token, mass = _from_parts(
+                    logits, stride, row, slot, bits, words, knobs, line_S, count, prompt, sums, key, drawn, stream,
+                    most, vocab, KNOBS, MASK, PENAL, PART, PARTS, WIDE,
+                )  # fmt: skip
+    if BOUNDS:  # where all is on one token, the mass is 0 and that token stands in place of the last
+        last = tl.where(mass > 0, last, token)
+        tl.store(bounds + row * 4 + 0, least.to(tl.int64))
+        tl.store(bounds + row * 4 + 1, last.to(tl.int64))
+        tl.store(bounds + row * 4 + 2, mass)
+    new = spoilt.to(tl.int64)
+    tl.store(out + row, token.to(tl.int64))
+    tl.store(out + rows + row, tl.atomic_add(unsound + slot, new) + new)
+    if SAW:
+        one = tl.load(told + row).to(tl.int64) if TOLD else row * 0 + 1
+        tl.atomic_add(drawn + slot, one)
+        if one > 0:
+            tl.store(newest + slot, token.to(tl.int64))
+        if COUNT:
+            line = tl.load(line_S + slot)
+            if line > 0:
+                tl.atomic_add(count + line * vocab + token, one.to(tl.int32))
 
-    best = tl.full([BLOCK], -float("inf"), tl.float32)
-    which = tl.zeros([BLOCK], tl.int32)
-    bad = tl.zeros([BLOCK], tl.int32)
-    for start in tl.range(0, vocab, BLOCK):
-        x = tl.load(line + start + at, mask=start + at < vocab, other=-float("inf")).to(tl.float32)
-        bad += (x != x).to(tl.int32)
-        which = tl.where(x > best, start + at, which)
-        best = tl.where(x > best, x, best)
-    most = tl.max(best, 0)
-    first = tl.min(tl.where(best == most, which, vocab - 1), 0)
-    spoilt = (tl.sum(bad, 0) > 0) | (most == -float("inf")) | (most == float("inf"))
-    if (tl.load(knobs + slot * KNOBS) > 0) | spoilt:
-        tl.store(out + row, first.to(tl.int64))
-        if spoilt:
-            tl.atomic_add(unsound + slot, 1)
-    else:
-        sums = tl.zeros([BLOCK], tl.int64)
-        for start in tl.range(0, vocab, BLOCK):
-            sums += _weight(_load(line, list_e, start + at, vocab, most, heat, False))
-        mass = tl.sum(sums, 0)
-        end = vocab
-        least = first * 0 - 1
-        few = mass * 0
-        list_e += row * vocab
-        list_id += row * vocab
-        if FILTER:
-            top_k = tl.load(knobs + slot * KNOBS + 2).to(tl.int64)
-            top_p = tl.load(knobs + slot * KNOBS + 3)
-            min_p = tl.load(knobs + slot * KNOBS + 4).to(tl.float32)
-            # What can't pass: those below min_p; those below the k-th of the lanes' best, which are k tokens at
-            # least as likely; those so unlikely that all such together weigh less than top-p leaves out.
-            cut = min_p
-            if (top_k > 0) & (top_k < vocab):
-                if top_k <= BLOCK:
-                    bits = tl.exp((best - most) / heat).to(tl.int32, bitcast=True)
-                    low = first * 0
-                    for step in tl.range(30):
-                        unit = (low * 0 + 1) << (29 - step)
-                        enough = tl.sum((bits >= low + unit).to(tl.int32), 0) >= top_k
-                        low += unit * enough.to(tl.int32)
-                    cut = tl.maximum(cut, low.to(tl.float32, bitcast=True))
-            elif top_p < 1 - 1e-6:
-                spare = 0.999 * (1 - top_p) * mass.to(tl.float64) / 17592186044416.0 / vocab
-                cut = tl.maximum(cut, spare.to(tl.float32))
-            end = first * 0
-            for start in tl.range(0, vocab, BLOCK):
-                e = _load(line, list_e, start + at, vocab, most, heat, False)
-                passes = ((e >= cut) & (start + at < vocab)).to(tl.int32)
-                place = end + tl.cumsum(passes, 0) - 1
-                tl.store(list_e + place, e, mask=passes > 0)
-                tl.store(list_id + place, start + at, mask=passes > 0)
-                end += tl.sum(passes, 0)
-            tl.debug_barrier()
-            if (top_k > 0) & (top_k < vocab):
-                least, count, mass = _leading(list_e, end, top_k, False, BLOCK)
-                few = top_k - count
-                mass += few * _weight(least.to(tl.float32, bitcast=True))
-            if top_p < 1:
-                need = tl.ceil(top_p * mass.to(tl.float64)).to(tl.int64)
-                least, count, above = _leading(list_e, end, need, True, BLOCK)
-                each = tl.maximum(_weight(least.to(tl.float32, bitcast=True)), 1)
-                few = (need - above + each - 1) // each
-            bound = min_p.to(tl.int32, bitcast=True)
-            few = tl.where(bound > least, 0, few)
-            least = tl.maximum(least, bound - 1)
-            sums = tl.zeros([BLOCK], tl.int64)
-            ties = few * 0
-            start = first * 0
-            while start < end:
-                e = _load(line, list_e, start + at, end, most, heat, True)
-                weight, new = _kept(e, least, few, ties)
-                sums += weight
-                ties += new
-                start += BLOCK
-            mass = tl.sum(sums, 0)
-        place = tl.load(drawn + slot) * 4 + stream
-        goal = (_uniform(tl.load(key + slot), place) * mass.to(tl.float64)).to(tl.int64)
-        goal = tl.maximum(tl.minimum(goal, mass - 1), 0)
-        run = mass * 0
-        before = mass * 0
-        ties = mass * 0
-        ties_there = mass * 0
-        chunk = first * 0
-        start = first * 0
-        while start < end:
-            e = _load(line, list_e, start + at, end, most, heat, FILTER)
-            weight, new = _kept(e, least, few, ties)
-            run += tl.sum(weight, 0)
-            ties += new
-            if run <= goal:
-                before, ties_there, chunk = run, ties, start + BLOCK
-            start += BLOCK
-        e = _load(line, list_e, chunk + at, end, most, heat, FILTER)
-        weight, new = _kept(e, least, few, ties_there)
-        found = chunk + tl.sum((before + tl.cumsum(weight, 0) <= goal).to(tl.int32), 0)
-        found = tl.minimum(found, end - 1)
-        if FILTER:
-            found = tl.load(list_id + found)
-        tl.store(out + row, found.to(tl.int64))
+
+@triton.jit(do_not_specialize=["words"])
+def _spread(  # type: ignore[no-untyped-def]
+    logits, stride, slots, bits, words, knobs, line_S, count, prompt, peak, place, bounds, p_out,
+    vocab: tl.constexpr, KNOBS: tl.constexpr, MASK: tl.constexpr, PENAL: tl.constexpr, PART: tl.constexpr,
+    PARTS: tl.constexpr, WIDE: tl.constexpr, BY_SLOT: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """The distribution that each row was drawn from, summing to one."""
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + row)
+    most, _, _ = _crown(peak, place, row, PARTS, WIDE)
+    least, last = tl.load(bounds + row * 4), tl.load(bounds + row * 4 + 1)
+    mass = tl.load(bounds + row * 4 + 2)
+    o = part * PART + tl.arange(0, PART)
+    x = _shaped(
+        logits, stride, row, o, bits, words, knobs, slot, line_S, count, prompt, vocab, KNOBS, MASK, PENAL
+    )
+    e = tl.exp((x - most) / tl.load(knobs + slot * KNOBS + 1).to(tl.float32))
+    level = e.to(tl.int32, bitcast=True)
+    stays = (level > least) | ((level == least) & (o <= last))
+    p = tl.where(stays, _weight(e).to(tl.float32) / tl.maximum(mass, 1).to(tl.float32), 0.0)
+    p = tl.where(mass > 0, p, (o == last).to(tl.float32))
+    line = slot if BY_SLOT else row
+    tl.store(p_out + line * vocab + o, p, mask=o < vocab)
 
 
 def draw(
     logits_RV: Tensor,
     slots_R: Tensor,
-    knobs_SK: Tensor,
-    key_S: Tensor,
-    drawn_S: Tensor,
-    unsound_S: Tensor,
+    tables: Tables,
     *,
-    filters: bool,
+    random: bool = True,
+    filters: bool = True,
+    bits_RW: Tensor | None = None,
+    penalties: bool = False,
+    counts: bool = False,
     stream: int = 0,
-    block: int = 4096,
-    warps: int = 16,
+    saw: bool = False,
+    told_R: Tensor | None = None,
+    p_RV: Tensor | None = None,
+    p_SV: Tensor | None = None,
+    part: int = 4096,
+    block: int = 2048,
+    warps: int = 8,
 ) -> Tensor:
-    """One token of each row, int64 [R]; counts unsound rows in `unsound_S`. `knobs_SK` as of `Sampler`: greedy,
-    temperature, top-k, top-p, min-p; without `filters` the last three are taken for off."""
+    """One token of each row, and how often its slot has had unsound logits: int64 [2, R].
+
+    Without `random` every row is greedy; without `filters` none has top-k, top-p or min-p; without `penalties`
+    none has any. `bits_RW`: a grammar's bitmask, as of `draws.apply_bitmask`. `saw`: the tables are told of
+    the tokens (`drawn_S`, `newest_S`, `count_LV`), of those alone where `told_R` is true if it is given; slots
+    must then differ. `p_RV`, or `p_SV` by slots: gets the distribution that each row was drawn from. `part`:
+    tokens a program, and `block` of its list at a time; neither changes a token.
+    """
     rows, vocab = logits_RV.shape
-    out = torch.empty(rows, dtype=torch.int64, device=logits_RV.device)
-    listed = (rows, vocab) if filters else (1, 1)
-    list_e = torch.empty(listed, dtype=torch.float32, device=logits_RV.device)
-    list_id = torch.empty(listed, dtype=torch.int32, device=logits_RV.device)
     if logits_RV.stride(1) != 1:
         logits_RV = logits_RV.contiguous()
-    _draw[(rows,)](
-        logits_RV, logits_RV.stride(0), slots_R, knobs_SK, key_S, drawn_S, unsound_S, out, list_e, list_id, stream,
-        vocab=vocab, KNOBS=knobs_SK.shape[1], FILTER=filters, BLOCK=block, num_warps=warps,
+    parts = triton.cdiv(vocab, part)
+    sub = max(1, part // 256) if filters and random else 0
+
+    def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=logits_RV.device)
+
+    peak, place = room(rows, parts), room(rows, parts, dtype=torch.int32)
+    peaks = found = rough = list_e = list_id = place
+    out = sums = room(2, rows, dtype=torch.int64)
+    if random:
+        sums = room(rows, parts, dtype=torch.int64)
+    if random and filters:
+        peaks, found = room(rows, parts, sub), room(rows, parts, dtype=torch.int32)
+        rough, list_e = room(rows, vocab), room(rows, vocab)
+        list_id = room(rows, vocab, dtype=torch.int32)
+    bits, words = (bits_RW, bits_RW.shape[1]) if bits_RW is not None else (place, 0)
+    head = (
+        logits_RV, logits_RV.stride(0), slots_R, bits, words, tables.knobs_SK, tables.line_S, tables.count_LV,
+        tables.prompt_LV.view(torch.uint8), peak, place,
     )  # fmt: skip
+    like: dict[str, Any] = {"vocab": vocab, "KNOBS": tables.knobs_SK.shape[1], "PART": part}
+    like |= {"MASK": bits_RW is not None, "PENAL": penalties}
+    spread = {"num_warps": max(1, min(8, part // 256)), **chained(logits_RV, rows * parts)}
+    _peaks[rows, parts](*head, peaks, **like, SUB=sub, **spread)
+    shape = {"PARTS": parts, "WIDE": triton.next_power_of_2(parts)}
+    filters = filters and random
+    if random:
+        _weigh[rows, parts](
+            *head, peaks, sums, found, rough, **like, **shape, SUB=sub, FILTER=filters, **spread
+        )
+    if filters:
+        _list[rows, parts](found, rough, list_e, list_id, vocab=vocab, PART=part, **shape, **spread)
+    spreads = p_RV if p_RV is not None else p_SV
+    bounds = room(rows, 4, dtype=torch.int64) if spreads is not None else None
+    _settle[rows,](
+        *head, sums, found, list_e, list_id, tables.key_S, tables.drawn_S, tables.unsound_S, tables.newest_S,
+        told_R.view(torch.uint8) if told_R is not None else out, out, bounds, stream, rows,
+        **like, **shape, RANDOM=random, FILTER=filters, SAW=saw, TOLD=told_R is not None,
+        COUNT=penalties or counts, BOUNDS=bounds is not None, BLOCK=block,
+        num_warps=warps if random else 4, **chained(logits_RV, rows),
+    )  # fmt: skip
+    if spreads is not None:
+        _spread[rows, parts](*head, bounds, spreads, **like, **shape, BY_SLOT=p_RV is None, **spread)
     return out
-
-
-ON = False
-"""Not yet measured on a GPU."""
 
 
 def supported(logits_RV: Tensor) -> bool:
     """Whether `draw` can run here: weights of more than 2^18 tokens could overflow."""
-    return ON and usable(logits_RV) and 0 < logits_RV.shape[1] <= 2**18 and len(logits_RV) > 0
+    return usable(logits_RV) and 0 < logits_RV.shape[1] <= 2**18 and len(logits_RV) > 0

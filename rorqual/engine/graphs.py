@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from rorqual.engine.packed import FIELDS, Laid, Left, fields, lay, numbers
 from rorqual.engine.request import Request
+from rorqual.engine.staging import Staging
 from rorqual.nn.paged import Group, PagedStep
 
 Forward = Callable[[Tensor, PagedStep], tuple[Tensor, Tensor]]
-"""ids [1, N] and step -> what the pass gives: logits [N, V] and states."""
+"""ids [1, N] and step -> what the pass gives: logits [N, V] and states that MTP reads."""
+
+Further = Callable[[Tensor, Tensor, PagedStep, Tensor], Tensor]
+"""States, the ids [1, N] after them, step, and the tokens [S] to draft from -> logits [S, V]."""
 
 SIZES = (
     1,
@@ -39,129 +44,145 @@ SIZES = (
 
 
 @dataclass
-class _Recorded:
-    """A graph with the memory it reads and writes."""
+class Recorded:
+    """A pass with the memory it reads and writes."""
 
-    graph: torch.cuda.CUDAGraph
     packed: Tensor
-    out: tuple[Tensor, Tensor]
+    laid: Laid
+    step: PagedStep
+    logits: Tensor
+    state: Tensor
+    replay: Callable[[], None]
+    following: Tensor | None = None
+    """The ids `[S, width]` after the pass's tokens, and how many of them stand `[S]`: written before MTP runs."""
+    counts: Tensor | None = None
+    drafting: Tensor | None = None
+    """MTP's logits `[S, V]`, once it has run."""
+    replay_mtp: Callable[[], None] | None = None
 
 
 class Graphs:
-    """Graphs of decoding passes of a model, made when first needed.
+    """Decoding passes of a model, each recorded when first needed.
 
     A pass of S sequences with `width` tokens each runs in a graph of the next size in `SIZES`; what is too
-    many holds page 0 and is dropped. The page table's width counts in powers of two.
+    many holds page 0 and is dropped. The page table's width counts in powers of two. `further` is MTP's part
+    of a pass, if there is to be one. On a CPU, for tests, passes run as they are, without a graph.
     """
 
-    def __init__(self, page_size: int, forward: Forward) -> None:
-        self.page_size, self.forward = page_size, forward
-        self._made: dict[tuple[int, int, int], _Recorded] = {}
+    def __init__(
+        self, page_size: int, forward: Forward, further: Further | None, left: Left, staging: Staging
+    ) -> None:
+        self.page_size, self.forward, self.further = page_size, forward, further
+        self.left, self.staging = left, staging
+        self._made: dict[tuple[int, int, int], Recorded] = {}
         self._pool: Any = None
-        self._host: list[Tensor] = []
-        self._read: list[torch.cuda.Event] = []
-        self._turn = 0
 
-    def run(self, requests: Sequence[Request], width: int, newest: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The pass of these requests, each bringing its last token (and its draft if `width` is 2): what
-        `forward` gives, for their tokens alone. None if there are too many for any graph."""
-        count = len(requests)
-        size = next((s for s in SIZES if s >= count), None)
-        if size is None:
-            return None
+    def fits(self, count: int) -> bool:
+        """Whether there is a graph for so many sequences."""
+        return count <= SIZES[-1]
+
+    def run(self, requests: Sequence[Request], width: int) -> Recorded:
+        """The pass of these requests, each bringing its last token (and, if `width` is 2, its draft or a token in
+        its place)."""
+        size = SIZES[bisect_left(SIZES, len(requests))]
         blocks = max(len(r.pages) for r in requests)
         blocks = max(8, 1 << (blocks - 1).bit_length())
+        idle = self.left.newest_S.shape[0] - 1
+        array = numbers(requests, size, width, blocks, idle)
         key = (size, width, blocks)
-        numbers = self._numbers(requests, size, width, blocks, newest.shape[0] - 1)
         if key not in self._made:
-            self._made[key] = self._record(size, width, blocks, newest, numbers)
-        made = self._made[key]
-        self._send(numbers, made.packed)
-        made.graph.replay()
-        return made.out[0][: count * width], made.out[1][:, : count * width]
-
-    def _numbers(
-        self, requests: Sequence[Request], size: int, width: int, blocks: int, idle: int
-    ) -> np.ndarray:
-        """All a pass needs, one field after the other: see `_fields`."""
-        flat = np.zeros(size * (3 * width + 3 + blocks), dtype=np.int64)
-        ids, positions, slots, ring, ends, slot, table = _fields(flat, size, width)
-        slot[:] = idle
-        for row, r in enumerate(requests):
-            known = r.ids[r.held :] or [-1]
-            for j, token in enumerate(known if width == 1 else [*known, r.draft]):
-                position = r.held + j
-                page = r.pages[position // self.page_size]
-                ids[row, j], positions[row, j] = token, position
-                slots[row, j] = page * self.page_size + position % self.page_size
-            ring[row], ends[row], slot[row] = r.ring, r.held + width, r.slot
-            table[row, : len(r.pages)] = r.pages
-        return flat
-
-    def _send(self, numbers: np.ndarray, packed: Tensor) -> None:
-        """To the device through memory of two turns, so that one can be filled while the other is read."""
-        self._turn ^= 1
-        while len(self._host) < 2:
-            self._host.append(torch.empty(0, dtype=torch.int64))
-            self._read.append(torch.cuda.Event())
-        if self._host[self._turn].numel() < numbers.size:
-            self._host[self._turn] = torch.empty(numbers.size, dtype=torch.int64, pin_memory=True)
-        self._read[self._turn].synchronize()
-        host = self._host[self._turn][: numbers.size]
-        host.numpy()[:] = numbers
-        packed.copy_(host, non_blocking=True)
-        self._read[self._turn].record()
-
-    def _record(self, size: int, width: int, blocks: int, newest: Tensor, numbers: np.ndarray) -> _Recorded:
-        packed = torch.from_numpy(numbers).to(newest.device)
-
-        def once() -> tuple[Tensor, Tensor]:
-            ids, positions, slots, ring, ends, slot, table = _fields(packed, size, width)
-            ids, positions, slots = ids.view(-1), positions.view(-1), slots.view(-1)
-            if width == 1:
-                ids = torch.where(ids < 0, newest[slot], ids)
-            offsets = torch.arange(0, size * width + 1, width, device=newest.device, dtype=torch.int32)
-            group = Group(
-                tokens=slice(0, size * width),
-                starts=[],
-                counts=[],
-                width=width,
-                end=blocks * self.page_size,
-                table_SB=table.int(),
-                ring_S=ring,
-                ends_S=ends.int(),
-                offsets_S1=offsets,
-                decoding=True,
+            packed = torch.zeros(
+                size * (FIELDS + blocks), dtype=torch.int64, device=self.left.newest_S.device
             )
-            step = PagedStep(positions, [group], self.page_size)
-            step.shared["slots", 1] = slots
-            return self.forward(ids[None], step)
+            fields(packed, size)[4].fill_(idle)
+            self._made[key] = (self._record if packed.is_cuda else self._plainly)(packed, size, width)
+        made = self._made[key]
+        self.staging.fill(array, made.packed)
+        made.replay()
+        return made
 
-        # What runs before recording compiles kernels and makes what they keep; it must not write to live pages.
-        blank = torch.zeros_like(packed)
-        kept = packed.clone()
-        packed.copy_(blank)
-        _fields(packed, size, width)[5][:] = newest.shape[0] - 1
+    def draft(self, made: Recorded, ids_RW: Tensor, counts_R: Tensor) -> Tensor:
+        """MTP over the pass just run, given the ids after its tokens and how many of each row stand: logits
+        `[R, V]` of the tokens after those."""
+        assert made.following is not None and made.counts is not None and made.replay_mtp is not None
+        rows = len(counts_R)
+        made.following[:rows] = ids_RW
+        made.counts[:rows] = counts_R
+        made.replay_mtp()
+        assert made.drafting is not None
+        return made.drafting[:rows]
+
+    def _pass(
+        self, packed: Tensor, size: int, width: int, offsets: Tensor
+    ) -> tuple[Laid, PagedStep, Tensor, Tensor]:
+        """What a graph holds."""
+        laid = lay(packed, size, width, self.page_size, self.left)
+        blocks = laid.table_SB.shape[1]
+        group = Group(
+            tokens=slice(0, size * width),
+            starts=[],
+            counts=[],
+            width=width,
+            end=blocks * self.page_size,
+            table_SB=laid.table_SB,
+            ring_S=fields(packed, size)[3],
+            ends_S=laid.ends_S,
+            offsets_S1=offsets,
+            decoding=True,
+        )
+        if not packed.is_cuda:
+            group.starts, group.counts = (laid.ends_S - width).tolist(), [width] * size
+            group.end = int(laid.ends_S.max())
+        step = PagedStep(laid.positions_N, [group], self.page_size)
+        step.shared["slots", 1] = laid.slots_N
+        return laid, step, *self.forward(laid.ids_N[None], step)
+
+    def _after(self, made: Recorded, offsets: Tensor) -> Tensor:
+        """MTP's part of it."""
+        assert self.further is not None and made.following is not None and made.counts is not None
+        columns = offsets[:-1] + (made.counts - 1)
+        return self.further(made.state, made.following.view(1, -1), made.step, columns)
+
+    def _prepared(self, packed: Tensor, size: int, width: int) -> tuple[Tensor, Recorded]:
+        """Memory that a pass is given from outside, and the pass run once."""
+        offsets = torch.arange(0, size * width + 1, width, device=packed.device, dtype=torch.int32)
+        made = Recorded(packed, *self._pass(packed, size, width, offsets), lambda: None)
+        if self.further is not None:
+            made.following = torch.zeros(size, width, dtype=torch.int64, device=packed.device)
+            made.counts = torch.ones(size, dtype=torch.int64, device=packed.device)
+        return offsets, made
+
+    def _plainly(self, packed: Tensor, size: int, width: int) -> Recorded:
+        offsets, made = self._prepared(packed, size, width)
+
+        def again() -> None:
+            made.laid, made.step, made.logits, made.state = self._pass(packed, size, width, offsets)
+
+        def mtp() -> None:
+            made.drafting = self._after(made, offsets)
+
+        made.replay, made.replay_mtp = again, mtp
+        return made
+
+    def _record(self, packed: Tensor, size: int, width: int) -> Recorded:
+        # What runs before recording compiles kernels and makes what they keep; `packed` is blank, so that no
+        # live page is written to.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            once()
-            once()
+            for _ in range(2):
+                offsets, made = self._prepared(packed, size, width)
+                if self.further is not None:
+                    self._after(made, offsets)
         torch.cuda.current_stream().wait_stream(side)
-        packed.copy_(kept)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            out = once()
+            made.laid, made.step, made.logits, made.state = self._pass(packed, size, width, offsets)
         self._pool = graph.pool()
-        return _Recorded(graph, packed, out)
-
-
-def _fields(flat: Any, size: int, width: int) -> list[Any]:
-    """Views of a pass's numbers: ids, positions and slots `[size, width]` each, ring, end and the sampler's slot
-    `[size]` each, page table `[size, blocks]`."""
-    cuts = [size * width] * 3 + [size] * 3
-    parts, at = [], 0
-    for cut in cuts:
-        parts.append(flat[at : at + cut])
-        at += cut
-    return [p.reshape(size, width) for p in parts[:3]] + parts[3:] + [flat[at:].reshape(size, -1)]
+        made.replay = graph.replay
+        if self.further is not None:
+            mtp = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(mtp, pool=self._pool):
+                made.drafting = self._after(made, offsets)
+            made.replay_mtp = mtp.replay
+        return made

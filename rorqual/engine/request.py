@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rorqual.engine.loop import Answer, Completion, Delta
 from rorqual.engine.sampling import Sampling
+from rorqual.engine.staging import Coming
 
 if TYPE_CHECKING:
     from rorqual.engine.core import Core
@@ -36,8 +37,12 @@ class Request:
     blocks: int = 0
     """Full blocks that are recorded in the prefix cache, and the name of the last."""
     block_name: int = 0
-    draft: int = -1
-    """The token MTP expects next; -1 if none."""
+    loose: int = 0
+    """Drafts in passes whose results have not been read yet: up to so many tokens more than `held` may stand."""
+    drafted: bool = False
+    """Whether a draft of its next token waits on the device."""
+    draft: tuple[Coming, int] | None = None
+    """Where on the host the draft will be, for grammars: a copy under way, and the place in it."""
     seed: int | None = None
     """What its draws come from, once it has run."""
     cached: int = 0
@@ -54,9 +59,14 @@ class Request:
         return len(self.ids) + self.flying
 
     @property
+    def longest(self) -> int:
+        """Tokens that prompt and answer may come to."""
+        return len(self.answer.prompt) + self.sampling.max_new_tokens
+
+    @property
     def width(self) -> int:
         """Tokens that a decode of it brings: the last one, and the draft if one is worth trying."""
-        return 2 if self.draft >= 0 and self.left > 1 else 1
+        return 2 if self.drafted and self.left > 1 else 1
 
     @property
     def rank(self) -> tuple[int, int]:

@@ -8,13 +8,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from rorqual.engine.batch import Batch, Staging, lay_out
-from rorqual.engine.draws import ACCEPT, DRAFT, RESIDUAL, judge, logprobs_of
+from rorqual.engine.batch import Batch, lay_out
+from rorqual.engine.draws import logprobs_of
 from rorqual.engine.grammar import fill_masks
-from rorqual.engine.graphs import Graphs
+from rorqual.engine.graphs import Graphs, Recorded
+from rorqual.engine.packed import Left
 from rorqual.engine.request import Request
 from rorqual.engine.sampling import UNSOUND, Sampler
 from rorqual.engine.scheduler import Plan
+from rorqual.engine.staging import Coming, Staging
+from rorqual.engine.tallies import upload
 from rorqual.kernels.mode import invariant as batch_invariant
 from rorqual.nn import Transformer
 from rorqual.nn.paged import PagedStep, Store, new_store
@@ -34,26 +37,39 @@ class Drawn:
 
 @dataclass
 class Pass:
-    """A forward pass and the requests that draw from it. `widths[r]` columns of request r: with a draft two."""
+    """A forward pass and the requests that draw from it. `widths[r]` tokens of request r: with a draft two."""
 
     requests: list[Request]
     slots: list[int]
     widths: list[int]
-    logits: Tensor
-    """[R, V] of each request's first column, then [R2, V] of the second columns of those that have one."""
+    first_RV: Tensor
+    """Logits of each request's first token."""
+    second_DV: Tensor
+    """Logits of the second tokens, of the requests numbered in `drafted`."""
+    drafted: list[int]
+    drafts_D: Tensor
+    """The drafts that those requests brought,"""
+    tries_D: Tensor
+    """and which of them are drafts, 1 or 0."""
+    starts_R: Tensor
+    """Positions of the first tokens."""
     state: Tensor
-    batch: Batch | None = None
+    """What MTP reads."""
+    source: Batch | Recorded
+    drawn_4R: Tensor | None = None
+    """With speculation what was drawn: first tokens, second tokens, how many of the two stand, and failures."""
+    undrafted: bool = False
+    """MTP has still to run over it."""
 
 
 class Flight:
     """Draws on their way to the host. `land()` waits for them and says what each request got."""
 
-    def __init__(self, passed: Pass, ids_R2: Tensor, counts_R: Tensor, failed_R: Tensor) -> None:
-        self.passed = passed
-        self._parts = [_to_host(x) for x in (ids_R2, counts_R, failed_R)]
+    def __init__(self, passed: Pass, drawn: Tensor, stuck: dict[int, str]) -> None:
+        """`drawn` int64 [2, R]: tokens and failures; or [4, R], as of `Pass`."""
+        self.passed, self.stuck = passed, stuck
+        self._coming = Coming(drawn)
         self._logprobs: list[tuple[list[int], list[Tensor]]] = []
-        self.stuck: dict[int, str] = {}
-        self._event: torch.cuda.Event | None = None
 
     def note_logprobs(self, logits_RV: Tensor, ids_R: Tensor, rows: Sequence[int]) -> None:
         """Have the log-probabilities of these rows' tokens come along, for the requests that ask."""
@@ -64,25 +80,22 @@ class Flight:
             self._logprobs.append(([], []))
             return
         top = max(_alternatives(requests[r]) for _, r in asking)
-        index = torch.tensor(picked, device=logits_RV.device)
+        index = upload(picked, torch.int64, logits_RV.device)
         found = logprobs_of(logits_RV[index], ids_R[index], top)
-        self._logprobs.append(([r for _, r in asking], [_to_host(x) for x in found]))
+        self._logprobs.append(([r for _, r in asking], self._coming.add(*found)))
 
     def depart(self) -> Flight:
         """Everything that is to come along has been asked for."""
-        if self._parts[0].is_pinned():
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._coming.depart()
         return self
 
     def land(self) -> list[Drawn]:
         """One a request, in the pass's order."""
-        if self._event is not None:
-            self._event.synchronize()
-        ids, counts, failed = (x.tolist() for x in self._parts)
+        firsts, *more, failed = self._coming.land()[0].tolist()
         out = []
-        for r, width in enumerate(self.passed.widths):
-            drawn = Drawn(ids[r][: counts[r]], drafted=width - 1)
+        for r, (first, width) in enumerate(zip(firsts, self.passed.widths, strict=True)):
+            both = bool(more) and more[1][r] > 1
+            drawn = Drawn([first, more[0][r]] if both else [first], drafted=width - 1)
             if r in self.stuck:
                 drawn.error = self.stuck[r]
             elif failed[r]:
@@ -99,12 +112,6 @@ class Flight:
 
 def _alternatives(request: Request) -> int:
     return 0 if request.answer.done.top_logprobs is None else int(request.sampling.logprobs)
-
-
-def _to_host(x: Tensor) -> Tensor:
-    if not x.is_cuda:
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 class Runner:
@@ -130,28 +137,28 @@ class Runner:
         self._ring_names = [
             [name for name, lane in kinds.items() if lane.keep is not None] for kinds in lanes
         ]
-        self.sampler = Sampler(model.config.vocab, self.device, slots)
+        idle = 1  # a slot for idle rows of graphs
+        self.sampler = Sampler(model.config.vocab, self.device, slots + idle)
         self._staging = Staging(self.device)
-        self._graphs = None
+        there = self.sampler.newest_S
+        self._left = Left(there, torch.zeros_like(there), torch.zeros_like(there))
+        self.graphs: Graphs | None = None
         self._by_rows = model.fixed_rows or not invariant
         """Whether a pass takes all its tokens at once: else each is a pass of its own."""
         if self.device.type == "cuda" and self._by_rows:
             model.adjoin()
-            self._graphs = Graphs(page_size, self._forward)
-        self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
-        """The last token drawn for each slot, for passes that start before the host has seen it."""
-        self._q: Tensor | None = None
-        """What each slot's draft was drawn from [slots, V], where drafts are sampled."""
+            self.graphs = self.new_graphs()
+
+    def new_graphs(self) -> Graphs:
+        """Graphs of this runner's decoding passes."""
+        further = self._further if self.speculate else None
+        return Graphs(self.page_size, self._forward, further, self._left, self._staging)
 
     # ------------------------------------------------------------------------------------- forward
 
     @torch.inference_mode()
-    def forward(self, plan: Plan) -> Pass:
-        """Start a plan's forward pass."""
-        with batch_invariant(self.invariant):
-            return self._start(plan)
-
-    def _start(self, plan: Plan) -> Pass:
+    def admit(self, plan: Plan) -> None:
+        """Seat the plan's new requests, and give them the rings they go on from: once, before its pass."""
         for request in plan.admitted:
             known = len(request.answer.prompt)
             sampling = (
@@ -162,25 +169,74 @@ class Runner:
             )
         for source, target in plan.ring_copies:
             self.copy_ring(source, target)
-        if self._graphs is not None and not plan.chunks:
-            widths = {request.width for request in plan.decodes}
-            if len(widths) == 1:
-                passed = self._replay(plan, widths.pop())
-                if passed is not None:
-                    return passed
+
+    def replays(self, plan: Plan) -> bool:
+        """Whether the plan's pass runs from a graph: then what passes under way bring need not be known."""
+        return self.graphs is not None and not plan.chunks and self.graphs.fits(len(plan.decodes))
+
+    @torch.inference_mode()
+    def forward(self, plan: Plan) -> Pass:
+        """Start a plan's forward pass."""
+        with batch_invariant(self.invariant):
+            return self._replay(plan) if self.replays(plan) else self._run(plan)
+
+    def _replay(self, plan: Plan) -> Pass:
+        """A plan of decodes alone, from a recorded graph. With speculation all bring two tokens; the second of
+        those without a draft is any."""
+        assert self.graphs is not None
+        width, rows = 1 + self.speculate, len(plan.decodes)
+        made = self.graphs.run(plan.decodes, width)
+        logits = made.logits.unflatten(0, (-1, width))[:rows]
+        ids, starts = (x.view(-1, width)[:rows] for x in (made.laid.ids_N, made.laid.positions_N))
+        return Pass(
+            list(plan.decodes),
+            [r.slot for r in plan.decodes],
+            [r.width for r in plan.decodes],
+            logits[:, 0],
+            logits[:, -1],
+            list(range(rows)) if self.speculate else [],
+            ids[:, -1],
+            made.laid.tries_S[:rows],
+            starts[:, 0],
+            made.state,
+            made,
+        )
+
+    def _run(self, plan: Plan) -> Pass:
+        """Any plan, as it comes."""
         batch = lay_out(plan, self.page_size, self._staging, one_group_of_chunks=self.device.type == "cuda")
-        if batch.late is not None:
-            batch.ids_N[batch.late[0]] = self._newest[batch.late[1]]
+        for late, table in ((batch.late, self._left.newest_S), (batch.drafts, self._left.draft_S)):
+            if late is not None:
+                batch.ids_N[late[0]] = table[late[1]]
+        rows = len(batch.drawing)
         if not self._by_rows:
             state = self._by_token(batch)
-            rows = [
-                self.model.logits(self.model.finish(state[:, c : c + 1])[0]) for c in batch.columns.tolist()
-            ]
-            logits = torch.cat(rows) if rows else state.new_empty(0, self.model.config.vocab)
+            parts = [self._head(state[:, c : c + 1]) for c in batch.columns.tolist()]
+            logits = torch.cat(parts) if parts else state.new_empty(0, self.model.config.vocab)
         else:
             state = self.model.run_paged(batch.ids_N[None], batch.step, self.stores)
-            logits = self.model.logits(self.model.finish(state[:, batch.columns])[0])
-        return Pass(batch.drawing, [r.slot for r in batch.drawing], batch.widths, logits, state, batch)
+            logits = self._head(state[:, batch.columns])
+        return Pass(
+            batch.drawing,
+            [r.slot for r in batch.drawing],
+            batch.widths,
+            logits[:rows],
+            logits[rows:],
+            [r for r, width in enumerate(batch.widths) if width == 2],
+            batch.ids_N[batch.columns[rows:]],
+            torch.ones_like(batch.columns[rows:]),
+            batch.step.positions_N[batch.columns[:rows]],
+            self._finished(state) if self.speculate else state,
+            batch,
+        )
+
+    def _head(self, state: Tensor) -> Tensor:
+        """Logits `[n, V]` of states `[1, n, ...]`."""
+        return self.model.logits(self.model.finish(state)[0])
+
+    def _finished(self, state: Tensor) -> Tensor:
+        """What MTP reads: V4's raw streams, or V3's hidden state after the final norm."""
+        return state if self.model.config.residual is not None else self.model.finish(state)
 
     def _by_token(self, batch: Batch) -> Tensor:
         """The pass token by token, each as if it were alone (batch-invariant mode without kernels for it)."""
@@ -196,83 +252,67 @@ class Runner:
         return torch.cat(states, 1)
 
     def _forward(self, ids_1N: Tensor, step: PagedStep) -> tuple[Tensor, Tensor]:
-        """A decoding pass: logits `[N, V]` and states of every token."""
+        """A decoding pass: logits `[N, V]` of every token, and the states that MTP reads."""
         state = self.model.run_paged(ids_1N, step, self.stores)
-        return self.model.logits(self.model.finish(state)[0]), state
+        hidden = self.model.finish(state)
+        return self.model.logits(hidden[0]), state if self.model.config.residual is not None else hidden
 
-    def _replay(self, plan: Plan, width: int) -> Pass | None:
-        """A plan of decodes alone, from a recorded graph; None if none is large enough."""
-        assert self._graphs is not None
-        if self.speculate:  # what MTP needs of the batch is laid out below
-            return None
-        out = self._graphs.run(plan.decodes, width, self._newest)
-        if out is None:
-            return None
-        slots = [r.slot for r in plan.decodes]
-        return Pass(list(plan.decodes), slots, [width] * len(slots), *out)
+    def _further(self, state: Tensor, next_1N: Tensor, step: PagedStep, columns: Tensor) -> Tensor:
+        """MTP over a pass: logits `[len(columns), V]` of the tokens after the next, at these columns."""
+        store = self.stores[len(self.model.layers)]
+        hidden, _ = self.model.predict_further_paged(state, next_1N, step, 0, store)
+        return self.model.logits(hidden[0, columns])
 
     # ---------------------------------------------------------------------------------------- draw
 
     @torch.inference_mode()
     def draw(self, passed: Pass) -> Flight:
-        """Draw each request's next token, and the one after for drafts that stand."""
-        requests, slots, rows = passed.requests, passed.slots, len(passed.requests)
-        drafted = [r for r, width in enumerate(passed.widths) if width == 2]
+        """Draw each request's next token, and the one after for drafts that stand; and the next draft, unless
+        grammars have to take these tokens first (then `draft` does)."""
+        requests, rows = passed.requests, len(passed.requests)
         stuck: dict[int, str] = {}
         mask = self._masks(requests, stuck)
-        first_RV = passed.logits[:rows]
-        counts_R = torch.ones(rows, dtype=torch.int64, device=self.device)
-        if not drafted:
-            first_R = self.sampler.draw(first_RV, slots, mask)
-            self.sampler.saw(slots, first_R)
-            ids_R2 = first_R[:, None]
-            self._newest[self._index(slots)] = first_R
-            bonus = None
+        if passed.drafted:
+            drawn = passed.drawn_4R = self._verify(passed, mask)
         else:
-            ids_R2, stands_R, bonus = self._verify(passed, drafted, mask)
-            counts_R += stands_R
-        flight = Flight(passed, ids_R2, counts_R, self.sampler.failed(slots))
-        flight.stuck = stuck
-        flight.note_logprobs(first_RV, ids_R2[:, 0], range(rows))
-        if bonus is not None:
-            flight.note_logprobs(passed.logits[rows:], bonus, drafted)
-        return flight.depart()
+            drawn = self.sampler.take(passed.first_RV, passed.slots, mask)
+            if self.speculate:
+                one = torch.ones_like(drawn[0])
+                drawn = passed.drawn_4R = torch.stack((drawn[0], one, one, drawn[1]))
+        flight = Flight(passed, drawn, stuck)
+        flight.note_logprobs(passed.first_RV, drawn[0], range(rows))
+        if passed.drafted:
+            second_D = drawn[1] if len(passed.drafted) == rows else drawn[1, self._index(passed.drafted)]
+            flight.note_logprobs(passed.second_DV, second_D, passed.drafted)
+        flight.depart()
+        passed.undrafted = self.speculate
+        if self.speculate and all(r.answer.grammar is None for r in requests):
+            self.draft(passed)
+        return flight
 
-    def _verify(self, passed: Pass, drafted: list[int], mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """First tokens and, where the draft stands, the one after: ids `[R, 2]`, whether it stood `[R]`, and the
-        second tokens of the drafted rows. A draft d stands with probability min(1, p(d) / q(d)), else the token
-        is drawn from what p has over q."""
-        sampler, rows = self.sampler, len(passed.requests)
-        plain = [r for r in range(rows) if passed.widths[r] == 1]
-        ids_R2 = torch.zeros(rows, 2, dtype=torch.int64, device=self.device)
-        stands_R = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        if plain:
-            at, slots = self._index(plain), [passed.slots[r] for r in plain]
-            tokens = sampler.draw(passed.logits[:rows][at], slots, None if mask is None else mask[at])
-            sampler.saw(slots, tokens)
-            ids_R2[at, 0] = tokens
-        at, slots = self._index(drafted), [passed.slots[r] for r in drafted]
-        drafts = self._index([passed.requests[r].draft for r in drafted])
-        first_DV, mask_D = passed.logits[:rows][at], None if mask is None else mask[at]
-        if all(passed.requests[r].sampling.greedy for r in drafted):
-            first = sampler.draw(first_DV, slots, mask_D)
-            stands = first == drafts
-        else:
-            assert self._q is not None
-            p, q = sampler.distribution(first_DV, slots, mask_D), self._q[self._index(slots)]
-            stands, rest = judge(p, q, drafts, sampler.uniforms(slots, ACCEPT))
-            first = torch.where(stands, drafts, sampler.draw_from(rest, slots, RESIDUAL))
-        sampler.saw(slots, first)
-        bonus = sampler.draw(passed.logits[rows:], slots, self._masks_after_drafts(passed, drafted))
-        sampler.saw(slots, bonus, stands)
-        ids_R2[at] = torch.stack((first, bonus), 1)
-        stands_R[at] = stands
-        return ids_R2, stands_R, bonus
+    def _verify(self, passed: Pass, mask: Tensor | None) -> Tensor:
+        """Draw where some rows have drafts, and where these stand once more: int64 [4, R] as of `Pass`."""
+        if len(passed.drafted) == len(passed.requests):
+            return self._judge(passed, passed.first_RV, mask)
+        drafted = set(passed.drafted)
+        plain = [r for r in range(len(passed.requests)) if r not in drafted]
+        drawn_4R = torch.ones(4, len(passed.requests), dtype=torch.int64, device=self.device)
+        at = self._index(plain)
+        masked = None if mask is None else mask[at]
+        drawn_4R[0::3, at] = self.sampler.take(passed.first_RV[at], [passed.slots[r] for r in plain], masked)
+        at = self._index(passed.drafted)
+        drawn_4R[:, at] = self._judge(passed, passed.first_RV[at], None if mask is None else mask[at])
+        return drawn_4R
+
+    def _judge(self, passed: Pass, first_DV: Tensor, mask_D: Tensor | None) -> Tensor:
+        """The same of the rows with drafts alone."""
+        slots = [passed.slots[r] for r in passed.drafted]
+        first_D, stands_D = self.sampler.judge(first_DV, slots, passed.drafts_D, passed.tries_D, mask_D)
+        second_2D = self.sampler.take(passed.second_DV, slots, self._masks_after_drafts(passed), stands_D)
+        return torch.stack((first_D, second_2D[0], stands_D + 1, second_2D[1]))
 
     def _index(self, values: Sequence[int]) -> Tensor:
-        if self.device.type != "cuda":
-            return torch.tensor(values, dtype=torch.int64)
-        return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(self.device, non_blocking=True)
+        return upload(values, torch.int64, self.device)
 
     def _masks(self, requests: Sequence[Request], stuck: dict[int, str]) -> Tensor | None:
         """What grammars allow next, as a bitmask on the device; None where no request has one. Rows whose grammar
@@ -288,14 +328,18 @@ class Runner:
             bits_RW[r] = -1
         return bits_RW.to(self.device, non_blocking=True)
 
-    def _masks_after_drafts(self, passed: Pass, drafted: list[int]) -> Tensor | None:
+    def _masks_after_drafts(self, passed: Pass) -> Tensor | None:
         """The same for the token after each draft (of no account where the draft breaks the grammar)."""
-        requests = [passed.requests[r] for r in drafted]
+        requests = [passed.requests[r] for r in passed.drafted]
         took = []
-        for r in requests:
-            state = r.answer.grammar
-            if state is not None and state.validate([r.draft]):
-                state.advance(r.draft)
+        for request in requests:
+            state = request.answer.grammar
+            if state is None or request.draft is None:
+                continue
+            there, place = request.draft
+            draft = int(there.land()[0][place])
+            if state.validate([draft]):
+                state.advance(draft)
                 took.append(state)
         mask = self._masks(requests, {})
         for state in took:
@@ -305,46 +349,33 @@ class Runner:
     # --------------------------------------------------------------------------------------- draft
 
     @torch.inference_mode()
-    def draft(self, passed: Pass, drawn: Sequence[Drawn]) -> None:
+    def draft(self, passed: Pass) -> None:
         """Run MTP over the pass's tokens, now that what follows each is known, and draw the next draft of every
-        request that goes on."""
-        batch = passed.batch
-        assert batch is not None
-        next_N, columns = batch.next_N, []
-        for r, (last, got) in enumerate(zip(batch.last, drawn, strict=True)):
-            first = last - passed.widths[r] + 1
-            columns.append(first + len(got.tokens) - 1)
-        at = [
-            last - w + 1 + j
-            for last, w, got in zip(batch.last, passed.widths, drawn, strict=True)
-            for j in range(len(got.tokens))
-        ]
-        if at:
-            next_N[self._index(at)] = self._index([t for got in drawn for t in got.tokens])
+        request that may go on."""
+        source, drawn_4R, rows = passed.source, passed.drawn_4R, len(passed.requests)
+        assert drawn_4R is not None
+        passed.undrafted = False
         with batch_invariant(self.invariant):
-            state = (
-                passed.state if self.model.config.residual is not None else self.model.finish(passed.state)
-            )
-            store = self.stores[len(self.model.layers)]
-            hidden, _ = self.model.predict_further_paged(state, next_N[None], batch.step, 0, store)
-        living = [r for r, request in enumerate(passed.requests) if request.running and not request.finished]
-        if not living:
-            return
-        requests = [passed.requests[r] for r in living]
-        slots = [r.slot for r in requests]
-        with batch_invariant(self.invariant):
-            logits = self.model.logits(hidden[0, self._index([columns[r] for r in living])])
+            if isinstance(source, Recorded):
+                assert self.graphs is not None
+                logits = self.graphs.draft(source, drawn_4R[:2].T, drawn_4R[2])
+            else:
+                source.next_N[source.columns[:rows]] = drawn_4R[0]
+                if passed.drafted:
+                    source.next_N[source.columns[rows:]] = drawn_4R[1, self._index(passed.drafted)]
+                columns = source.columns[:rows] + drawn_4R[2] - 1
+                logits = self._further(passed.state, source.next_N[None], source.step, columns)
+        slots_R = self.sampler.index(passed.slots)
+        self._left.held_S[slots_R] = passed.starts_R + drawn_4R[2]
+        requests, slots = passed.requests, passed.slots
         mask = self._masks(requests, {})
-        if all(r.sampling.greedy for r in requests):
-            drafts = self.sampler.draw(logits, slots, mask)
-        else:
-            q = self.sampler.distribution(logits, slots, mask)
-            if self._q is None:
-                self._q = q.new_zeros(self._newest.shape[0], q.shape[1])
-            self._q[self._index(slots)] = q
-            drafts = self.sampler.draw_from(q, slots, DRAFT)
-        for request, draft in zip(requests, drafts.tolist(), strict=True):
-            request.draft = draft
+        drafts = self.sampler.draft(logits, slots, mask)
+        self._left.draft_S[slots_R] = drafts
+        coming = None if mask is None else Coming(drafts).depart()
+        for row, request in enumerate(requests):
+            if request.running and not request.finished:
+                request.drafted = True
+                request.draft = None if coming is None else (coming, row)
 
     # --------------------------------------------------------------------------------------- pages
 
@@ -358,10 +389,10 @@ class Runner:
     @torch.inference_mode()
     def wipe(self, pages: list[int], ring: int) -> None:
         """Zero what a failed request held: NaN left in a page could reach those who get it next."""
-        index = torch.tensor(pages, device=self.device)
+        index = upload(pages, torch.int64, self.device)
         for store, rings in zip(self.stores, self._ring_names, strict=True):
             for name, memory in store.items():
                 if name in rings:
-                    memory[ring] = 0
+                    memory[ring].zero_()
                 elif pages:
-                    memory[index] = 0
+                    memory.view(torch.uint8).index_fill_(0, index, 0)

@@ -6,12 +6,12 @@ import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from rorqual.engine import draws, fused
+from rorqual.engine import draws, fused, fused_judge
 from rorqual.engine.tallies import Bias, Seen, upload
 
 if TYPE_CHECKING:
@@ -165,6 +165,10 @@ class Sampler:
         self._key_S = torch.zeros(slots, dtype=torch.int64, device=device)
         self._drawn_S = torch.zeros(slots, dtype=torch.int64, device=device)
         self._unsound_S = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.newest_S = torch.zeros(slots, dtype=torch.int64, device=device)
+        """The last token that `take` drew for each slot, for passes that start before the host has seen it."""
+        self._q_SV: Tensor | None = None
+        """What each slot's draft was drawn from, once any is sampled."""
         self._seen = Seen(slots, vocab, device)
         self._bias = Bias(slots, device)
         self._plans: dict[tuple[int, ...], _Plan] = {}
@@ -207,10 +211,9 @@ class Sampler:
         """One token of each row, int64 [R] on the device. `mask`: bool [R, V], true where allowed, or a bitmask
         as of `draws.apply_bitmask`. A row with NaN or infinite logits gets some token; see `failed`."""
         plan = self._plan(slots_R)
+        if fused.supported(logits_RV):
+            return self._fused(logits_RV, plan, mask)[0]
         logits_RV = self._shaped(logits_RV, plan, mask)
-        if not plan.all_greedy and fused.supported(logits_RV):
-            tables = self._knobs_SK, self._key_S, self._drawn_S, self._unsound_S
-            return fused.draw(logits_RV, plan.slots_R, *tables, filters=plan.filtered is not None)
         best_R, ids_R = self._best(logits_RV, plan)
         if plan.all_greedy:
             return ids_R
@@ -218,6 +221,81 @@ class Sampler:
         if not plan.any_greedy:
             return drawn_R
         return torch.where(self._knobs_SK[plan.slots_R, _GREEDY] > 0, ids_R, drawn_R)
+
+    @torch.inference_mode()
+    def take(
+        self, logits_RV: Tensor, slots_R: Slots, mask: Tensor | None = None, where_R: Tensor | None = None
+    ) -> Tensor:
+        """`draw`, and `saw` of what it gave: int64 [2, R], tokens and what is above 0 where the slot has `failed`.
+        With `where_R` (bool) only the rows where it is true have drawn. Slots must differ."""
+        plan = self._plan(slots_R)
+        if fused.supported(logits_RV):
+            return self._fused(logits_RV, plan, mask, saw=True, told_R=where_R)
+        ids_R = self.draw(logits_RV, slots_R, mask)
+        self.saw(slots_R, ids_R, where_R)
+        at = plan.slots_R
+        self.newest_S[at] = ids_R if where_R is None else torch.where(where_R, ids_R, self.newest_S[at])
+        return torch.stack((ids_R, self._unsound_S[at]))
+
+    def _fused(self, logits_RV: Tensor, plan: _Plan, mask: Tensor | None, **options: Any) -> Tensor:
+        """Tokens and failures, int64 [2, R], by the kernels."""
+        penalised = plan.penalised is not None
+        if plan.biased is not None or (mask is not None and mask.dtype == torch.bool):
+            logits_RV, mask = self._shaped(logits_RV, plan, mask), None
+            options["counts"] = penalised
+            penalised = False
+        return fused.draw(
+            logits_RV, plan.slots_R, self._tables, random=not plan.all_greedy, filters=plan.filtered is not None,
+            bits_RW=mask, penalties=penalised, **options,
+        )  # fmt: skip
+
+    @property
+    def _tables(self) -> fused.Tables:
+        kept = self._knobs_SK, self._key_S, self._drawn_S, self._unsound_S, self.newest_S
+        return fused.Tables(*kept, *self._seen.tables)
+
+    @torch.inference_mode()
+    def draft(self, logits_RV: Tensor, slots_R: Slots, mask: Tensor | None = None) -> Tensor:
+        """Draw a draft for each row from the logits of an MTP module, int64 [R], to be brought before `judge`."""
+        plan = self._plan(slots_R)
+        if plan.all_greedy:
+            return self.draw(logits_RV, slots_R, mask)
+        if self._q_SV is None:
+            self._q_SV = torch.zeros(len(self._rows), self.vocab, device=self.device)
+        if fused.supported(logits_RV):
+            return self._fused(logits_RV, plan, mask, stream=draws.DRAFT, p_SV=self._q_SV)[0]
+        q_RV = self.distribution(logits_RV, slots_R, mask)
+        self._q_SV[plan.slots_R] = q_RV
+        return self.draw_from(q_RV, slots_R, draws.DRAFT)
+
+    @torch.inference_mode()
+    def judge(
+        self, logits_RV: Tensor, slots_R: Slots, drafts_R: Tensor, tries_R: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`take`, with a draft in each row where `tries_R` is above 0: tokens int64 [R], and whether a row's is its
+        draft, bool [R]. A draft d stands with probability min(1, p(d) / q(d)), else the token is drawn from
+        what p has over q; a greedy one stands if it is what p says."""
+        plan = self._plan(slots_R)
+        if plan.all_greedy or self._q_SV is None:
+            ids_R = self.take(logits_RV, slots_R, mask)[0]
+            return ids_R, (ids_R == drafts_R) & (tries_R > 0)
+        if fused.supported(logits_RV):
+            p_RV = torch.empty(logits_RV.shape, device=self.device)
+            self._fused(logits_RV, plan, mask, p_RV=p_RV)
+            counts = plan.penalised is not None
+            out = fused_judge.judge(
+                p_RV, self._q_SV, plan.slots_R, drafts_R, tries_R, self._tables, counts=counts
+            )
+            return out[0], out[1] > 0
+        p_RV = self.distribution(logits_RV, slots_R, mask)
+        from_q_R = (tries_R > 0) & (self._knobs_SK[plan.slots_R, _GREEDY] == 0)
+        q_RV = self._q_SV[plan.slots_R] * from_q_R[:, None]
+        stands_R, rest_RV = draws.judge(p_RV, q_RV, drafts_R, self.uniforms(slots_R, draws.ACCEPT))
+        stands_R &= tries_R > 0
+        ids_R = torch.where(stands_R, drafts_R, self.draw_from(rest_RV, slots_R, draws.RESIDUAL))
+        self.saw(slots_R, ids_R)
+        self.newest_S[plan.slots_R] = ids_R
+        return ids_R, stands_R
 
     @torch.inference_mode()
     def distribution(self, logits_RV: Tensor, slots_R: Slots, mask: Tensor | None = None) -> Tensor:
@@ -260,6 +338,10 @@ class Sampler:
         """Rows whose slot has had logits that nothing can be drawn from since it was admitted, bool [R] on the
         device: NaN, +inf, or -inf everywhere."""
         return self._unsound_S[self._plan(slots_R).slots_R] > 0
+
+    def index(self, slots_R: Slots) -> Tensor:
+        """The slots on the device, int64 [R]; of a list in use it is there already."""
+        return self._plan(slots_R).slots_R
 
     def check(self, slots_R: Slots) -> None:
         """Raise `SamplingError` if any row has `failed`. Waits for the device."""

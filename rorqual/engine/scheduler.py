@@ -84,7 +84,7 @@ class Scheduler:
         self.slots.append(request.slot)
         request.pages, request.ring, request.slot = [], 0, -1
         request.held = request.blocks = 0
-        request.draft = -1
+        request.drafted, request.draft = False, None
 
     # ---------------------------------------------------------------------------------------- plan
 
@@ -111,7 +111,8 @@ class Scheduler:
         missing = request.length - request.held
         if missing == 1:
             wanted = request.width
-            if budget < wanted or not self._reach(request, request.held + wanted):
+            reach = min(request.held + request.loose + wanted, request.longest)
+            if budget < wanted or not self._reach(request, reach):
                 return 0
             plan.decodes.append(request)
             return 0  # the budget is the prompts': theirs should not be cut short by a few tokens

@@ -36,8 +36,10 @@ class Seen:
             self._prompt = torch.cat((self._prompt, self._prompt.new_zeros(want - have, self.vocab)))
             self._free = list(range(max(have, 1), want))
         line = self._line[slot] = self._free.pop()
-        self._line_S[slot] = line
-        self._count[line], self._prompt[line] = 0, False
+        # Writing a number into one element waits for the device; filling a slice does not.
+        self._line_S[slot : slot + 1].fill_(line)
+        self._count[line].zero_()
+        self._prompt[line].zero_()
         self._prompt[line].index_fill_(0, upload(sorted(set(prompt)), torch.int64, self.device), True)
         drawn = Counter(answer)
         self._count[line].index_add_(
@@ -48,7 +50,12 @@ class Seen:
 
     def release(self, slot: int) -> None:
         self._free.append(self._line.pop(slot))
-        self._line_S[slot] = 0
+        self._line_S[slot : slot + 1].zero_()
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The line of each slot, and all lines: counts int32 and prompt flags `[lines, V]`."""
+        return self._line_S, self._count, self._prompt
 
     def of(self, slots_R: Tensor) -> tuple[Tensor, Tensor]:
         """Counts int32 and prompt flags [R, V]."""
@@ -76,7 +83,8 @@ class Bias:
         self._values[slot, : len(pairs)] = upload([v for _, v in pairs], torch.float32, self.device)
 
     def release(self, slot: int) -> None:
-        self._ids[slot], self._values[slot] = 0, 0
+        self._ids[slot].zero_()
+        self._values[slot].zero_()
 
     def add(self, logits_RV: Tensor, slots_R: Tensor) -> Tensor:
         return logits_RV.scatter_add(1, self._ids[slots_R], self._values[slots_R])

@@ -48,10 +48,23 @@ def idle(engine: Engine) -> None:
     assert sorted(engine.scheduler.slots) == list(range(engine.slots))
 
 
+def as_on_a_gpu(engine: Engine) -> Engine:
+    """The engine with what it does on a GPU: decodes from packed numbers, and a pass started before the one before it
+    is read."""
+    engine.runner.graphs = engine.runner.new_graphs()
+    engine._ahead = True
+    return engine
+
+
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(("kind", "speculate"), MEMBERS)
-def test_equals_generate_under_arrivals_cancels_and_preemption(kind: str, speculate: bool) -> None:
+def test_equals_generate_under_arrivals_cancels_and_preemption(
+    kind: str, speculate: bool, ahead: bool
+) -> None:
     model = build(kind)
     engine = engine_of(model, 90, step_tokens=24, speculate=speculate)
+    if ahead:
+        as_on_a_gpu(engine)
     jobs: list[tuple[list[int], Sampling, Handle]] = []
     for i, prompt in enumerate(prompts_of(model.config.vocab, 40)):
         heat = 0.0 if i % 3 else 0.9

@@ -1,4 +1,4 @@
-"""The one-launch draw against the definition in whole numbers, and against the sampler's plain operations."""
+"""The kernels' draw against the definition in whole numbers, and against the sampler's plain operations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rorqual.engine import Sampler, Sampling, draws, fused
+from rorqual.engine import Sampler, Sampling, draws, fused, fused_judge
 from rorqual.kernels import gpu
 
 
@@ -40,6 +40,11 @@ def defined(x: np.ndarray, s: Sampling, u: float) -> tuple[int, float]:
     at = int((ends <= goal).sum())
     border = np.abs(ends - goal).min() / ends[-1]
     return kept[at], float(border)
+
+
+def tables(ours: Sampler) -> fused.Tables:
+    kept = ours._knobs_SK, ours._key_S, ours._drawn_S, ours._unsound_S, ours.newest_S
+    return fused.Tables(*kept, *ours._seen.tables)
 
 
 CASES = [
@@ -75,10 +80,9 @@ def test_tokens_are_the_definitions(
         logits = (torch.rand(len(cases), vocab + 3) * levels).floor()
     logits = logits[:, :vocab]
     there = slots.to(device)
-    got = fused.draw(
-        logits.to(device), there, ours._knobs_SK, ours._key_S, ours._drawn_S, ours._unsound_S,
-        filters=filters, block=block, warps=4,
-    )  # fmt: skip
+    got, _ = fused.draw(
+        logits.to(device), there, tables(ours), filters=filters, part=block, block=block, warps=4
+    )
     u = draws.uniforms(ours._key_S[there], ours._drawn_S[there], 0).tolist()
     for r, slot in enumerate(slots.tolist()):
         token, border = defined(logits[r].numpy(), cases[slot], u[r])
@@ -95,19 +99,98 @@ def test_unsound_rows_are_told(device: torch.device) -> None:
         for slot in range(5):
             ours.admit(slot, s)
         at = torch.arange(5, device=device)
-        got = fused.draw(
-            logits,
-            at,
-            ours._knobs_SK,
-            ours._key_S,
-            ours._drawn_S,
-            ours._unsound_S,
-            filters=True,
-            block=16,
-            warps=4,
-        )
+        got, failed = fused.draw(logits, at, tables(ours), part=16, block=16, warps=4)
+        assert (failed > 0).tolist() == [False, True, True, True, False]
         assert ((got >= 0) & (got < 40)).all() and got[4] == 0
         assert ours.failed(at).tolist() == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_penalties_masks_and_what_tables_are_told(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """Several tokens of requests with all there is, through the sampler: by kernels and by plain operations the same,
+    in the tokens and in what is left in the tables."""
+    vocab, rows = 150, 6
+    penal = {"repetition_penalty": 1.7, "presence_penalty": 0.9, "frequency_penalty": 0.8}
+    cases = [
+        Sampling(temperature=0.0, seed=1),
+        Sampling(temperature=0.0, seed=2, **penal),
+        Sampling(seed=3, **penal),
+        Sampling(seed=4, top_p=0.7, temperature=0.8),
+        Sampling(seed=5, top_k=9, logit_bias={5: 4.0, 90: -3.0}),
+        Sampling(seed=6),
+    ]
+    ours, plain = (Sampler(vocab, device, rows + 1) for _ in range(2))
+    genuine = fused.draw
+    monkeypatch.setattr(fused, "draw", lambda *a, **k: genuine(*a, **k, part=64, block=64, warps=4))
+    order = torch.randperm(rows).tolist()
+    for biased in (False, True):
+        use = order if biased else [slot for slot in order if slot != 4]
+        for both in (ours, plain):
+            for slot, s in enumerate(cases):
+                both.admit(slot, s, [1, 2, 3, 90], [7, 7])
+        for turn in range(3):
+            logits = torch.randn(len(use), vocab, device=device) * 2
+            bits = torch.randint(-(2**31), 2**31, (len(use), 4), device=device).int() if turn % 2 else None
+            where = torch.rand(len(use), device=device) < 0.6 if told else None
+            monkeypatch.setattr(fused, "supported", lambda logits: True)
+            got, failed = ours.take(logits, use, bits, where)
+            monkeypatch.setattr(fused, "supported", lambda logits: False)
+            right, _ = plain.take(logits, use, bits, where)
+            assert torch.equal(got, right)
+            assert not failed.any()
+            if bits is not None:
+                assert (got < 128).all()
+                assert ((bits.gather(1, (got // 32)[:, None])[:, 0] >> (got % 32)) & 1).all()
+        for a, b in zip(tables(ours), tables(plain), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_drafts_and_verdicts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By kernels and by plain operations the same drafts, what they were drawn from, verdicts and tables; rows of all
+    kinds, with and without a draft."""
+    vocab, turns = 150, 4
+    cases = [
+        Sampling(temperature=0.0, seed=1, repetition_penalty=1.3),
+        Sampling(seed=2),
+        Sampling(seed=3, top_k=6),
+        Sampling(seed=4, top_p=0.6, temperature=0.7, frequency_penalty=0.3),
+        Sampling(seed=5, min_p=0.2),
+        Sampling(seed=6, top_k=20, top_p=0.9, logit_bias={4: 1.0}),
+        Sampling(seed=7, temperature=1.5),
+        Sampling(temperature=0.0, seed=8),
+    ]
+    ours, plain = (Sampler(vocab, device, len(cases)) for _ in range(2))
+    part = {"part": 64}
+    genuine, verdict = fused.draw, fused_judge.judge
+    monkeypatch.setattr(fused, "draw", lambda *a, **k: genuine(*a, **k, **part, block=64, warps=4))
+    monkeypatch.setattr(fused_judge, "judge", lambda *a, **k: verdict(*a, **k, **part))
+    for both in (ours, plain):
+        for slot, s in enumerate(cases):
+            both.admit(slot, s, [1, 2, 3], [7])
+    seen = []
+    for turn in range(turns):
+        use = torch.randperm(len(cases)).tolist()
+        if turn % 2 == 0:  # equal logits tie, and ties are cut by their place
+            logits = torch.randint(0, 4, (2, len(cases), vocab), device=device).float()
+        else:
+            logits = torch.randn(2, len(cases), vocab, device=device) * 2
+            logits[1] = logits[0] + torch.randn(len(cases), vocab, device=device) * 0.4
+        tries = (torch.rand(len(cases), device=device) < 0.8).long()
+        got = []
+        for sampler, kernels in ((ours, True), (plain, False)):
+            monkeypatch.setattr(fused, "supported", lambda logits, kernels=kernels: kernels)
+            drafts = sampler.draft(logits[0], use)
+            got.append((drafts, *sampler.judge(logits[1], use, drafts, tries)))
+        for a, b in zip(*got, strict=True):
+            assert torch.equal(a, b)
+        random = [slot for slot in range(len(cases)) if not cases[slot].greedy]
+        torch.testing.assert_close(ours._q_SV[random], plain._q_SV[random], atol=1e-6, rtol=1e-4)
+        seen += got[0][2][tries > 0].tolist()
+    for a, b in zip(tables(ours), tables(plain), strict=True):
+        assert torch.equal(a, b)
+    assert 0.1 < sum(seen) / len(seen) < 0.9
 
 
 @pytest.mark.gpu
@@ -120,10 +203,9 @@ def test_a_real_vocabulary_draws_what_plain_operations_draw(device: torch.device
     at = torch.arange(rows, device=device)
     for _ in range(5):
         logits = torch.randn(rows, vocab, device=device).bfloat16() * 3
-        tables = ours._knobs_SK, ours._key_S, ours._drawn_S, ours._unsound_S
-        got = fused.draw(logits, at, *tables, filters=True)
+        got, _ = fused.draw(logits, at, tables(ours))
         for r in (0, 1, 5, 47):
-            assert got[r] == fused.draw(logits[r : r + 1], at[r : r + 1], *tables, filters=True)[0]
+            assert got[r] == fused.draw(logits[r : r + 1], at[r : r + 1], tables(ours))[0, 0]
         p = ours.distribution(logits, at)
         same += int((got == draws.pick(p, ours.uniforms(at, 0))).sum())
         ours.saw(at, got)

@@ -26,7 +26,7 @@ from rorqual.model import Model
 from rorqual.nn import InputError
 from rorqual.text import Tokenizer
 from tests.engine.conftest import build
-from tests.engine.test_engine import engine_of, idle
+from tests.engine.test_engine import as_on_a_gpu, engine_of, idle
 
 pytest.importorskip("llguidance")
 
@@ -541,8 +541,9 @@ def test_a_model_makes_one_compiler(drafter: Model) -> None:
     drafter.config = before
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("speculate", [False, True])
-def test_the_engine_follows_grammars_too(drafter: Model, speculate: bool) -> None:
+def test_the_engine_follows_grammars_too(drafter: Model, speculate: bool, ahead: bool) -> None:
     """Beside plain requests, with memory short enough that some are put off: `model.generate`'s answers."""
     rng = random.Random(5)
     prompts, samplings = [], []
@@ -552,6 +553,8 @@ def test_the_engine_follows_grammars_too(drafter: Model, speculate: bool) -> Non
         samplings.append(Sampling(0.0, seed=i, max_new_tokens=24, grammar=grammar))
     plain = drafter.generate(prompts, samplings)
     engine = engine_of(drafter, 90, speculate=speculate, step_tokens=16)
+    if ahead:
+        as_on_a_gpu(engine)
     found = engine.generate(prompts, samplings)
     assert [c.ids for c in found] == [c.ids for c in plain]
     assert engine.scheduler.preemptions > 0
