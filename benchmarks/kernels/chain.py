@@ -231,6 +231,11 @@ def pieces(p: Pass, kind: str) -> None:
         stacks = e.gate.stack(), e.up.stack(), e.down.stack()
         return single_experts.through_experts(row, (ids[n], by), *stacks, shared=shared, residual_1D=row)
 
+    def before(n: int) -> Any:
+        e, s = layers[n].ff.experts, layers[n].ff.shared
+        shared: Any = tuple(way._weights(m) for m in (s.gate, s.up, s.down))
+        return e(row, ids[n], by, shared)
+
     def project(n: int) -> Any:
         norm, m = layers[n].attention_norm, layers[n].attention
         return single.rows(row, *way._lists(m.q, m.kv_a), norm=(norm.weight, norm.eps))
@@ -249,6 +254,7 @@ def pieces(p: Pass, kind: str) -> None:
         "router": lambda n: router(n, False),
         "router, choice": lambda n: router(n, True),
         "experts": experts,
+        "experts before": before,
     }
     found = []
     for name, part in parts.items():
@@ -263,11 +269,10 @@ def sweep(p: Pass, kind: str) -> None:
     way.ON = True
     rows, both = single.rows_plan, single_experts.plan
 
-    def plans(first: tuple[int, int] | None, second: tuple[int, int] | None) -> Any:
+    def plans(first: dict[str, int] | None, second: dict[str, int] | None) -> Any:
         def plan(*shape: Any) -> Any:
             up, down = both(*shape)
-            up = {"BO": first[0], "num_warps": first[1]} if first else up
-            return up, {"BO": second[0], "num_warps": second[1]} if second else down
+            return first or up, second or down
 
         return plan
 
@@ -281,10 +286,33 @@ def sweep(p: Pass, kind: str) -> None:
 
     small, large = [(1, 2), (1, 4), (2, 2), (2, 4)], [(4, 4), (8, 4), (8, 8)]
     trials: list[tuple[str, Any, Any]] = []
-    for cut in [*small[1:], *large] if kind == "fp8" else [*small, *large[::2]]:
-        trials.append((f"up {cut}", rows, plans(cut, None)))
-    for cut in [*small, (2, 8), *large[:1]]:
-        trials.append((f"down {cut}", rows, plans(None, cut)))
+    more = 2 if kind == "fp8" else 1
+    for cut in [(2, 4), (4, 4), (8, 8)]:
+        how = {"BO": cut[0], "num_warps": cut[1]}
+        trials.append((f"up {cut}", rows, plans(how, None)))
+    for cut in [(1, 4), (1, 2), (2, 4), (2, 8)]:
+        how = {"BO": cut[0], "num_warps": cut[1]}
+        trials.append((f"down {cut}", rows, plans(None, how)))
+    for out, warps, stages, resident in [
+        (2, 4, 4, 3),
+        (2, 4, 4, 4),
+        (4, 4, 3, 2),
+        (4, 4, 4, 2),
+        (4, 8, 4, 2),
+        (4, 8, 3, 3),
+    ]:
+        how = {"BO": out * more, "num_warps": warps, "STAGES": stages, "resident": resident}
+        trials.append((f"up flow {(out * more, warps, stages, resident)}", rows, plans(how, None)))
+    for out, warps, stages, resident in [
+        (1, 4, 3, 2),
+        (1, 4, 3, 3),
+        (1, 4, 4, 2),
+        (1, 8, 4, 2),
+        (1, 8, 3, 3),
+        (2, 8, 3, 1),
+    ]:
+        how = {"BO": out * more, "num_warps": warps, "STAGES": stages, "resident": resident}
+        trials.append((f"down flow {(out * more, warps, stages, resident)}", rows, plans(None, how)))
     for cut in [*small[2:], *large]:
         trials.append((f"q, kv {cut}", row_plan(3000, 4000, cut), both))
         trials.append((f"o {cut}", row_plan(2048, 2048, cut), both))

@@ -18,6 +18,7 @@ from rorqual.kernels.gpu import tl, triton
 from rorqual.kernels.quant import E8M0
 from rorqual.kernels.route import Rule
 from rorqual.kernels.single import WIDEST, factor, fits, launch_options
+from rorqual.kernels.skinny import PROCESSORS
 
 
 @triton.jit
@@ -164,6 +165,151 @@ def down_kernel(
     tl.store(y + to, total.to(kind), mask=to < D)
 
 
+@triton.jit
+def listed(
+    ids, weights, keys, scores, scaling, experts, K: tl.constexpr, KP: tl.constexpr, CHOOSE: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, NORMALIZE: tl.constexpr, WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """The chosen experts `[KP]` int32, -1 where there is none, and their weights if WEIGHTS."""
+    k = tl.arange(0, KP)
+    by = tl.zeros((KP,), tl.float32)
+    if CHOOSE:
+        e = tl.arange(0, EP)
+        rank = ranking(keys, E, EP)
+        mine = rank[:, None] == k[None, :]
+        chosen = tl.sum(tl.where(mine, e[:, None], 0), 0)
+        if WEIGHTS:
+            score = tl.load(scores + e, mask=e < E, other=0.0)
+            by = tl.sum(tl.where(mine, score[:, None], 0.0), 0)
+            if NORMALIZE:
+                by = by / (tl.sum(tl.where(rank < K, score, 0.0)) + 1e-20)
+            by = by * scaling
+        chosen = tl.where(k < K, chosen, -1)
+    else:
+        chosen = tl.load(ids + k, mask=k < K, other=-1).to(tl.int32)
+        chosen = tl.where(chosen < experts, chosen, -1)
+        if WEIGHTS:
+            by = tl.load(weights + k, mask=k < K, other=0.0).to(tl.float32)
+    return chosen, by
+
+
+@triton.jit
+def up_flow_kernel(
+    x, ids, weights, keys, scores, scaling, gate, up, gate_scale, up_scale, common_gate, common_up,
+    common_gate_scale, common_up_scale, inner, limit, experts, shared,
+    W: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BO: tl.constexpr,
+    CODES: tl.constexpr, POWERS: tl.constexpr, LIMIT: tl.constexpr, CHOOSE: tl.constexpr, E: tl.constexpr,
+    EP: tl.constexpr, NORMALIZE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """`up_kernel` by programs that stay and go from tile to tile, the next tiles on their way through shared memory
+    meanwhile."""
+    ACROSS: tl.constexpr = (W + BO - 1) // BO
+    SCALES: tl.constexpr = (D + 127) // 128
+    if AHEAD:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    chosen, by = listed(ids, weights, keys, scores, scaling, experts, K, KP, CHOOSE, E, EP, NORMALIZE, True)
+    g = tl.arange(0, GROUPS)
+    d = g[:, None] * 128 + tl.arange(0, 128)[None, :]
+    row = tl.load(x + d, mask=d < D, other=0.0).to(tl.float32)
+    mask = (d < D)[None, :, :]
+    number = tl.arange(0, KP)
+    for tile in tl.range(tl.program_id(0), (K + shared) * ACROSS, tl.num_programs(0), num_stages=STAGES):
+        slot = tile // ACROSS
+        column = tile % ACROSS * BO
+        routed = slot >= shared
+        k = slot - shared
+        expert = tl.sum(tl.where(number == k, chosen, 0))
+        real = expert >= 0
+        matrix = tl.where(routed, tl.maximum(expert, 0), slot).to(tl.int64)
+        o = column + tl.arange(0, BO)
+        at = (matrix * W + tl.minimum(o, W - 1))[:, None, None] * D + d[None, :, :]
+        gates = tl.load(tl.where(routed, gate, common_gate) + at, mask=mask, other=0.0)
+        ups = tl.load(tl.where(routed, up, common_up) + at, mask=mask, other=0.0)
+        gate_parts = tl.sum(gates.to(tl.float32) * row[None, :, :], 2)
+        up_parts = tl.sum(ups.to(tl.float32) * row[None, :, :], 2)
+        if CODES:
+            place = (matrix * ((W + 127) // 128) + column // 128) * SCALES + g
+            gate_by = factor(tl.where(routed, gate_scale, common_gate_scale) + place, g < SCALES, POWERS)
+            up_by = factor(tl.where(routed, up_scale, common_up_scale) + place, g < SCALES, POWERS)
+            gate_parts *= gate_by[None, :]
+            up_parts *= up_by[None, :]
+        gate_y = tl.sum(gate_parts, 1)
+        up_y = tl.sum(up_parts, 1)
+        if LIMIT:
+            gate_y = tl.minimum(gate_y, limit)
+            up_y = tl.minimum(tl.maximum(up_y, -limit), limit)
+        weight = tl.where(routed, tl.sum(tl.where(number == k, by, 0.0)), 1.0)
+        y = gate_y * tl.sigmoid(gate_y) * up_y * weight
+        y = tl.where(real, y, 0.0)
+        line = tl.where(routed, k, K + slot)
+        tl.store(inner + line * W + o, y.to(inner.dtype.element_ty), mask=o < W)
+
+
+@triton.jit
+def down_flow_kernel(
+    inner, ids, keys, down, down_scale, common, common_scale, residual, y, experts, shared, common_row,
+    common_s_row,
+    W: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr,
+    BO: tl.constexpr, CODES: tl.constexpr, POWERS: tl.constexpr, RESIDUAL: tl.constexpr, CHOOSE: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """`down_kernel` by programs that stay, as `up_flow_kernel`."""
+    SCALES: tl.constexpr = (W + 127) // 128
+    if AHEAD:
+        tl.extra.cuda.gdc_launch_dependents()
+    chosen, _ = listed(ids, ids, keys, keys, 1.0, experts, K, SLOTS, CHOOSE, E, EP, False, False)
+    # A line of the tile: a slot and one of BO channels.
+    expert = tl.reshape(tl.broadcast_to(chosen[:, None], (SLOTS, BO)), (SLOTS * BO,)).to(tl.int64)
+    line = tl.arange(0, SLOTS * BO)
+    slot = line // BO
+    routed = slot < K
+    live = (slot < K + shared) & ((expert >= 0) | (slot >= K))
+    expert = tl.maximum(expert, 0)
+    base = tl.where(routed, down + expert * D * W, common + (slot - K) * W)
+    stride = tl.where(routed, W, common_row)
+    g = tl.arange(0, GROUPS)
+    d = g[:, None] * 128 + tl.arange(0, 128)[None, :]
+    mask = live[:, None, None] & (d < W)[None, :, :]
+    if CODES:
+        by_base = tl.where(
+            routed, down_scale + expert * ((D + 127) // 128) * SCALES, common_scale + (slot - K) * SCALES
+        )
+        by_stride = tl.where(routed, SCALES, common_s_row)
+    if AHEAD:
+        lines = tl.arange(0, 32)
+        o = tl.minimum(tl.program_id(0) * BO + line % BO, D - 1)
+        item: tl.constexpr = 128 if CODES else 64
+        there = tl.minimum(lines * item, W - 1)
+        at = tl.where(live, base + o * stride, down)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [(at[:, None] + there[None, :]).to(tl.int64)],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        tl.extra.cuda.gdc_wait()
+    rows = tl.load(inner + slot[:, None, None] * W + d[None, :, :], mask=mask, other=0.0)
+    kind = y.dtype.element_ty
+    for tile in tl.range(tl.program_id(0), (D + BO - 1) // BO, tl.num_programs(0), num_stages=STAGES):
+        column = tile * BO
+        o = tl.minimum(column + line % BO, D - 1)
+        at = base + o * stride
+        w = tl.load(at[:, None, None] + d[None, :, :], mask=mask, other=0.0)
+        parts = tl.sum(w.to(tl.float32) * rows.to(tl.float32), 2)
+        if CODES:
+            by_at = by_base + column // 128 * by_stride
+            parts *= factor(by_at[:, None] + g[None, :], live[:, None] & (g < SCALES)[None, :], POWERS)
+        total = tl.sum(tl.reshape(tl.sum(parts, 1), (SLOTS, BO)), 0)
+        to = column + tl.arange(0, BO)
+        if RESIDUAL:
+            total = total.to(kind).to(tl.float32)
+            total += tl.load(residual + to, mask=to < D, other=0.0).to(tl.float32)
+        tl.store(y + to, total.to(kind), mask=to < D)
+
+
 class Scores(NamedTuple):
     """What a router says, not yet chosen from (`kernels.single.scored`)."""
 
@@ -216,18 +362,37 @@ def through_experts(
     y_1D = torch.empty_like(x_1D)
     first, second = how or plan(width, hidden, codes)
     by = [_scale(w, powers) for w in (gate, up, down, *common)]
-    up_kernel[((chosen + extra) * triton.cdiv(width, first["BO"]),)](
+    first, second = dict(first), dict(second)
+    per_up, per_down = first.pop("resident", 0), second.pop("resident", 0)
+    slots = chosen + extra
+    tiles = slots * triton.cdiv(width, first["BO"])
+    args = (
         x_1D, ids_1K, weights_1K, keys, scores, rule.scale, gate.codes, up.codes, by[0], by[1], common[0].codes,
-        common[1].codes, by[3], by[4],
-        inner, limit or 0.0, count, extra, W=width, D=hidden, GROUPS=groups(hidden), K=chosen, CODES=codes,
-        POWERS=powers, LIMIT=limit is not None, NORMALIZE=rule.normalize, **choosing, **first, **options,
+        common[1].codes, by[3], by[4], inner, limit or 0.0, count, extra,
     )  # fmt: skip
-    down_kernel[(triton.cdiv(hidden, second["BO"]),)](
+    rest = {
+        "W": width, "D": hidden, "GROUPS": groups(hidden), "K": chosen, "CODES": codes, "POWERS": powers,
+        "LIMIT": limit is not None, "NORMALIZE": rule.normalize,
+    }  # fmt: skip
+    if per_up:
+        up_flow_kernel[(min(tiles, per_up * PROCESSORS),)](
+            *args, KP=triton.next_power_of_2(chosen), **rest, **choosing, **first, **options
+        )
+    else:
+        up_kernel[(tiles,)](*args, **rest, **choosing, **first, **options)
+    tiles = triton.cdiv(hidden, second["BO"])
+    args = (
         inner, ids_1K, keys, down.codes, by[2], common[2].codes, by[5], residual_1D, y_1D, count, extra,
-        common[2].codes.stride(-2), by[5].stride(-2), W=width, D=hidden, GROUPS=groups(width), K=chosen,
-        SLOTS=triton.next_power_of_2(chosen + extra), CODES=codes, POWERS=powers,
-        RESIDUAL=residual_1D is not None, **choosing, **second, **options,
+        common[2].codes.stride(-2), by[5].stride(-2),
     )  # fmt: skip
+    rest = {
+        "W": width, "D": hidden, "GROUPS": groups(width), "K": chosen, "SLOTS": triton.next_power_of_2(slots),
+        "CODES": codes, "POWERS": powers, "RESIDUAL": residual_1D is not None,
+    }  # fmt: skip
+    if per_down:
+        down_flow_kernel[(min(tiles, per_down * PROCESSORS),)](*args, **rest, **choosing, **second, **options)
+    else:
+        down_kernel[(tiles,)](*args, **rest, **choosing, **second, **options)
     return y_1D
 
 

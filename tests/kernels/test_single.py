@@ -108,6 +108,9 @@ def test_experts(device: torch.device, codes: str, shared: int, limit: float | N
         by = torch.rand(1, chosen, device=device)
         res = torch.randn(1, hidden, device=device).bfloat16() if residual else None
         how = {"BO": 4, "num_warps": 4}, {"BO": 2, "num_warps": 4}
+        if ids[0] == 1:  # by programs that stay
+            rest = {"STAGES": 3, "resident": 1}
+            how = how[0] | rest, how[1] | rest
         y = single_experts.through_experts(
             x, (ids_NK, by), gate, up, down, limit=limit, shared=common, residual_1D=res, how=how
         )
@@ -134,10 +137,13 @@ def test_experts_choose(device: torch.device, rule: Rule, biased: bool) -> None:
     if bias is not None:
         bias[7] = bias[2] = bias[11] = 9.0
     normed = normed.bfloat16()
-    for _ in range(3):
+    for turn in range(2):
         x = torch.randn(1, hidden, device=device).bfloat16()
         scores, keys = single.scored(x, norm, router, bias, rule.score, normed, how={"BO": 4, "num_warps": 4})
-        y = single_experts.through_experts(normed, single_experts.Scores(scores, keys, rule), gate, up, down)
+        found = single_experts.Scores(scores, keys, rule)
+        stay = {"BO": 4, "num_warps": 4, "STAGES": 3, "resident": 1}
+        how = None if turn == 0 else (stay, stay)
+        y = single_experts.through_experts(normed, found, gate, up, down, how=how)
         ids, by = route.reference(normed, router, bias, rule)
         close(y, experts.reference(normed, ids, by, gate, up, down), 1e-2)
 
