@@ -180,9 +180,9 @@ def main() -> None:
             asked = way.ASK
             for way.ASK in (0, 1, 2, 3):
                 print(f"{kind}: {layer_time(p):6.1f} us asking ahead for {way.ASK}", flush=True)
-            way.ASK, way.CHOOSE = asked, False
-            print(f"{kind}: {layer_time(p):6.1f} us with the choice in a launch of its own", flush=True)
-            way.CHOOSE, single_mla.SHORT = True, False
+            way.ASK, way.CHOOSE = asked, True
+            print(f"{kind}: {layer_time(p):6.1f} us with the choice in the experts' kernels", flush=True)
+            way.CHOOSE, single_mla.SHORT = False, False
             print(f"{kind}: {layer_time(p):6.1f} us with the attention of many tokens", flush=True)
             single_mla.SHORT = True
             pieces(p, kind)
@@ -374,11 +374,10 @@ def single_launches(p: Pass, trial: tuple[str, Any, Any]) -> Callable[[], None]:
                 )
             else:
                 e, s = moe.experts, moe.shared
-                keys = torch.arange(64, device=device, dtype=torch.int32)[None]
-                scores = single_experts.Scores(keys.float(), keys, Rule(6, "sigmoid", normalize=True))
+                ids = torch.arange(6, device=device, dtype=torch.int32)[None]
                 shared: Any = tuple(way._weights(m) for m in (s.gate, s.up, s.down))
                 single_experts.through_experts(
-                    x, scores, e.gate.stack(), e.up.stack(), e.down.stack(), shared=shared, residual_1D=x,
+                    x, (ids, ids.float()), e.gate.stack(), e.up.stack(), e.down.stack(), shared=shared, residual_1D=x,
                     how=expert(1408, 2048, codes),
                 )  # fmt: skip
 

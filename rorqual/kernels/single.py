@@ -174,7 +174,7 @@ def rows_plan(width: int, outputs: int, codes: bool) -> dict[str, int]:
         return {"BO": 2, "num_warps": 8}
     if outputs <= 512:
         return {"BO": 1, "num_warps": 4}
-    return {"BO": 8 if codes else 4, "num_warps": 4}
+    return {"BO": 2 if codes and outputs > 3000 else 4, "num_warps": 4}
 
 
 def launch_options(x: Tensor) -> dict[str, Any]:

@@ -328,7 +328,7 @@ def plan(width: int, hidden: int, codes: bool) -> tuple[dict[str, int], dict[str
     if hidden > 4096 or width > 2048:
         return {"BO": 2, "num_warps": 8}, {"BO": 1, "num_warps": 8}
     if codes:
-        return {"BO": 8, "num_warps": 4}, {"BO": 2, "num_warps": 4}
+        return {"BO": 4, "num_warps": 4}, {"BO": 1, "num_warps": 4}
     return {"BO": 4, "num_warps": 4}, {"BO": 1, "num_warps": 4}
 
 

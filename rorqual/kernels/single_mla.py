@@ -34,7 +34,7 @@ SHORT = True
 ROWS = 16
 """Value channels a program makes."""
 
-BLOCKS = 16
+BLOCKS = 32
 """Splits put together at a time."""
 
 SPLITS = 64
