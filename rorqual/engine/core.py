@@ -14,6 +14,7 @@ from rorqual.engine.request import Handle, Request
 from rorqual.engine.runner import Drawn, Flight, Pass, Runner
 from rorqual.engine.sampling import SamplingError
 from rorqual.engine.scheduler import Plan, Scheduler
+from rorqual.kernels.held import refresh_scales
 from rorqual.kernels.linear import packing
 from rorqual.nn import InputError, Transformer
 from rorqual.nn.cache import ROLLBACK
@@ -278,6 +279,7 @@ class Core:
             self._weights = self._weights_stamp()
             for pack in self.model.packs():
                 pack.check()
+            refresh_scales()
             for request in list(self.scheduler.running):
                 self.scheduler.preempt(request)
             self.pages.forget_all()
