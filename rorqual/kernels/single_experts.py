@@ -8,7 +8,7 @@ matrices, which need no choice, are asked for before the kernels in front have e
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -366,7 +366,7 @@ def through_experts(
     per_up, per_down = first.pop("resident", 0), second.pop("resident", 0)
     slots = chosen + extra
     tiles = slots * triton.cdiv(width, first["BO"])
-    args = (
+    args: tuple[Any, ...] = (
         x_1D, ids_1K, weights_1K, keys, scores, rule.scale, gate.codes, up.codes, by[0], by[1], common[0].codes,
         common[1].codes, by[3], by[4], inner, limit or 0.0, count, extra,
     )  # fmt: skip
