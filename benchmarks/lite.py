@@ -11,6 +11,7 @@ import traceback
 
 import torch
 
+from benchmarks import beside
 from rorqual.engine.engine import Engine
 from rorqual.engine.loop import Answer
 from rorqual.engine.request import Handle
@@ -24,7 +25,7 @@ READ = 4.35e12
 def lite(layers: int = 27) -> ModelConfig:
     """The geometry; fewer layers for a trial."""
     attention = MLA(16, 512, 128, 64, 128, Rope(64, 50000.0, interleaved=True), q_rank=None)
-    router = Router("sigmoid", bias=True, normalize=True, scale=2.446)
+    router = Router("sigmoid", bias=True, group_score="top2", normalize=True, scale=2.446)
     plan = (Layer(attention, SwiGLU(11264)),) + (Layer(attention, MoE(64, 6, 1408, 2, router)),) * (
         layers - 1
     )
@@ -101,6 +102,7 @@ def main(with_profile: bool = False) -> None:
     print(
         f"built {sum(p.numel() for p in model.parameters()) / 1e9:.2f}B in {time.perf_counter() - begun:.1f} s"
     )
+    found: dict[tuple[str, str, int, int], float] = {}
     for kind in ("bf16", "fp8"):
         if kind == "fp8":
             quantise(model)
@@ -109,6 +111,7 @@ def main(with_profile: bool = False) -> None:
             try:
                 decode(engine, batch, context, 8)
                 rate, read = decode(engine, batch, context)
+                found["decode", kind, batch, context], found["prefill", kind, batch, context] = rate, read
                 print(
                     f"{kind} batch {batch} context {context}: decode {rate:,.0f}, prefill {read:,.0f} tok/s",
                     flush=True,
@@ -120,6 +123,10 @@ def main(with_profile: bool = False) -> None:
                 traceback.print_exc(limit=-4)
         del engine
         torch.cuda.empty_cache()
+    if not with_profile:
+        del model
+        torch.cuda.empty_cache()
+        print(beside.table(found, beside.rates()))
 
 
 def profile(engine: Engine, batch: int, context: int) -> None:

@@ -84,12 +84,14 @@ def experts(
     shared: Shared | None = None,
     add_ND: Tensor | None = None,
     fixed: bool = False,
+    of: int | None = None,
 ) -> Tensor:
     """Each token through its experts: `[N, D]` in x's type.
 
     ids `[N, K]` int64 or int32, weights `[N, K]` fp32; gate, up `[E, W, D]`, down `[E, D, W]`; with `limit` gate
     is clamped from above, up on both sides. `shared` experts serve every token with weight 1; `add_ND` is added
     before the cast. With `fixed` a token's result has the same bits whatever else is in the batch (on the GPU).
+    Where the matrices are those of a few experts among more, `of` says among how many: a hint for the plan.
     """
     tensors = [x_ND, ids_NK, weights_NK, gate.codes, up.codes, down.codes]
     tensors += [w.codes for w in shared or ()] + ([add_ND] if add_ND is not None else [])
@@ -99,8 +101,8 @@ def experts(
             common = _through(x_ND, shared, limit)
             add_ND, shared = _wide(common) if add_ND is None else _wide(common) + add_ND, None
         return fast(
-            x_ND, ids_NK, weights_NK, gate, up, down, limit=limit, shared=shared, add_ND=add_ND, fixed=fixed
-        )
+            x_ND, ids_NK, weights_NK, gate, up, down, limit=limit, shared=shared, add_ND=add_ND, fixed=fixed, of=of
+        )  # fmt: skip
     if usable(*tensors) and not learning and not fixed and experts_packed.supported(x_ND, gate, up, down):
         if shared is not None:
             common = _through(x_ND, shared, limit)
@@ -300,6 +302,7 @@ def fast(
     shared: Shared | None = None,
     add_ND: Tensor | None = None,
     fixed: bool = False,
+    of: int | None = None,
     how: Plan | None = None,
 ) -> Tensor:
     """`experts` by Triton kernels; `how` overrides the plan."""
@@ -318,5 +321,5 @@ def fast(
         exact = gate.codes.dtype == torch.float32
         count, width, hidden = gate.codes.shape
         gluon = gluon_rings.supported(x_ND, width, hidden)
-        how = EXACT if exact else plan(x_ND.shape[0], ids_NK.shape[1], count, fp8, fixed, gluon)
+        how = EXACT if exact else plan(x_ND.shape[0], ids_NK.shape[1], of or count, fp8, fixed, gluon)
     return run_few(batch, how) if how.few else run_sorted(batch, how)

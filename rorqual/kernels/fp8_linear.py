@@ -8,12 +8,14 @@ multiplied by both scales and added to an fp32 accumulator.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rorqual.kernels import peers
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.mode import by_fixed_kernels
 from rorqual.kernels.quant import E8M0, FP8, blocks, dequantize_fp8, encode_fp8, fp8_scale
@@ -385,6 +387,9 @@ def fp8_linear(
     ):
         if by_fixed_kernels(x_ND):
             return fixed(x_ND, codes_OD, scale, bias, pow2)
+        peer = peers.fp8_linear(x_ND, codes_OD, scale, bias, partial(quantize_fast, pow2=pow2))
+        if peer is not None:
+            return peer
         whole = x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and scale.is_contiguous()
         if whole and in_library(x_ND.shape[0], *codes_OD.shape):
             return library(x_ND, codes_OD, scale, bias, pow2)

