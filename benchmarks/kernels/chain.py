@@ -180,9 +180,7 @@ def main() -> None:
             asked = way.ASK
             for way.ASK in (0, 1, 2, 3):
                 print(f"{kind}: {layer_time(p):6.1f} us asking ahead for {way.ASK}", flush=True)
-            way.ASK, way.CHOOSE = asked, True
-            print(f"{kind}: {layer_time(p):6.1f} us with the choice in the experts' kernels", flush=True)
-            way.CHOOSE, single_mla.SHORT = False, False
+            way.ASK, single_mla.SHORT = asked, False
             print(f"{kind}: {layer_time(p):6.1f} us with the attention of many tokens", flush=True)
             single_mla.SHORT = True
             pieces(p, kind)
@@ -286,33 +284,12 @@ def sweep(p: Pass, kind: str) -> None:
 
     small, large = [(1, 2), (1, 4), (2, 2), (2, 4)], [(4, 4), (8, 4), (8, 8)]
     trials: list[tuple[str, Any, Any]] = []
-    more = 2 if kind == "fp8" else 1
     for cut in [(2, 4), (4, 4), (8, 8)]:
         how = {"BO": cut[0], "num_warps": cut[1]}
         trials.append((f"up {cut}", rows, plans(how, None)))
     for cut in [(1, 4), (1, 2), (2, 4), (2, 8)]:
         how = {"BO": cut[0], "num_warps": cut[1]}
         trials.append((f"down {cut}", rows, plans(None, how)))
-    for out, warps, stages, resident in [
-        (2, 4, 4, 3),
-        (2, 4, 4, 4),
-        (4, 4, 3, 2),
-        (4, 4, 4, 2),
-        (4, 8, 4, 2),
-        (4, 8, 3, 3),
-    ]:
-        how = {"BO": out * more, "num_warps": warps, "STAGES": stages, "resident": resident}
-        trials.append((f"up flow {(out * more, warps, stages, resident)}", rows, plans(how, None)))
-    for out, warps, stages, resident in [
-        (1, 4, 3, 2),
-        (1, 4, 3, 3),
-        (1, 4, 4, 2),
-        (1, 8, 4, 2),
-        (1, 8, 3, 3),
-        (2, 8, 3, 1),
-    ]:
-        how = {"BO": out * more, "num_warps": warps, "STAGES": stages, "resident": resident}
-        trials.append((f"down flow {(out * more, warps, stages, resident)}", rows, plans(None, how)))
     for cut in [*small[2:], *large]:
         trials.append((f"q, kv {cut}", row_plan(3000, 4000, cut), both))
         trials.append((f"o {cut}", row_plan(2048, 2048, cut), both))

@@ -22,7 +22,6 @@ from torch import Tensor
 from rorqual.kernels import fp8_linear
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.quant import E8M0, FP8
-from rorqual.kernels.route import _ordered, _scores
 from rorqual.kernels.skinny import await_inputs, release
 
 BLOCK = 128
@@ -67,15 +66,13 @@ def factor(at, mask, POWERS: tl.constexpr):
 @triton.jit
 def rows_kernel(
     x, norm, w0, w1, scale0, scale1, residual, y0, y1, normed, out0, out1,
-    x_row, w0_row, w1_row, s0_row, s1_row, r_row, y0_row, y1_row, eps, bias, keys,
-    asked, asked_size,
+    x_row, w0_row, w1_row, s0_row, s1_row, r_row, y0_row, y1_row, eps, asked, asked_size,
     D: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BO: tl.constexpr,
     NORM: tl.constexpr, NORMED: tl.constexpr, RESIDUAL: tl.constexpr, CODES: tl.constexpr,
-    POWERS: tl.constexpr, SCORE: tl.constexpr, BIASED: tl.constexpr, AHEAD: tl.constexpr, SPAN: tl.constexpr,
-    THREADS: tl.constexpr,
+    POWERS: tl.constexpr, AHEAD: tl.constexpr, SPAN: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """y0 = norm(x) w0^T (and y1 with w1), BO outputs a program, plus the residual; the first program also
-    writes the normed rows. SCORE: the product is a router's; y takes scores, `keys` whole numbers that rank them."""
+    writes the normed rows."""
     release(AHEAD)
     first = tl.cdiv(out0, BO)
     other = tl.program_id(0) >= first
@@ -127,12 +124,6 @@ def rows_kernel(
     if RESIDUAL:
         values = values.to(x.dtype.element_ty).to(tl.float32)
         values += tl.load(residual + which[None, :] * r_row + o[:, None], mask=mask, other=0.0).to(tl.float32)
-    if SCORE != "":
-        values = _scores(values, mask, SCORE)
-        ranked = values
-        if BIASED:
-            ranked += tl.load(bias + o, mask=inside, other=0.0)[:, None]
-        tl.store(keys + which[None, :] * out0 + o[:, None], _ordered(ranked), mask=mask)
     y = tl.where(other, y1, y0)
     y_row = tl.where(other, y1_row, y0_row)
     tl.store(y + which[None, :] * y_row + o[:, None], values.to(y0.dtype.element_ty), mask=mask)
@@ -193,7 +184,6 @@ def rows(
     normed_ND: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     later: Tensor | None = None,
-    score: tuple[str, Tensor | None, Tensor] | None = None,
     how: dict[str, int] | None = None,
 ) -> list[Tensor]:
     """Rows x `[N, D]` (at most `ROWS`), normed by `norm` (weight and eps) if given, through one or two weights
@@ -201,7 +191,7 @@ def rows(
 
     A weight is plain (`scales` None), or E4M3 codes with scales `[ceil(O / 128), ceil(D / 128)]`; then the row
     is quantised in runs of 128 channels. `residual_NO` is added to the (one) product. `normed_ND` takes the normed
-    rows. `score` (kind, bias, keys `[N, E]` int32): see `scored`. `later` is a weight of a kernel to come, which
+    rows. `later` is a weight of a kernel to come, which
     this one asks to be brought into L2. All weights must be fit (`rows_fit`).
     """
     (count, width), dtype = x_ND.shape, out_dtype or x_ND.dtype
@@ -219,33 +209,12 @@ def rows(
         x_ND, norm[0] if norm is not None else x_ND, weights[0], weights[-1], by[0], by[-1], residual_NO, ys[0], ys[-1],
         normed_ND, outs[0], outs[1] if two else 0, x_ND.stride(0), weights[0].stride(0), weights[-1].stride(0),
         s_rows[0], s_rows[-1], residual_NO.stride(0) if residual_NO is not None else 0, ys[0].stride(0),
-        ys[-1].stride(0), norm[1] if norm is not None else 0.0, *(score[1:] if score else (None, None)), weight, size,
+        ys[-1].stride(0), norm[1] if norm is not None else 0.0, weight, size,
         D=width, GROUPS=triton.next_power_of_2(triton.cdiv(width, 128)), N=count, NP=triton.next_power_of_2(count),
         NORM=norm is not None, NORMED=normed_ND is not None, RESIDUAL=residual_NO is not None, CODES=codes,
-        POWERS=powers, SCORE=score[0] if score else "", BIASED=score is not None and score[1] is not None,
-        SPAN=span, THREADS=32 * how["num_warps"], **how, **launch_options(x_ND),
+        POWERS=powers, SPAN=span, THREADS=32 * how["num_warps"], **how, **launch_options(x_ND),
     )  # fmt: skip
     return ys
-
-
-def scored(
-    x_ND: Tensor, norm: tuple[Tensor, float], weight_ED: Tensor, bias_E: Tensor | None, score: str,
-    normed_ND: Tensor, how: dict[str, int] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A router's product of normed rows: scores `[N, E]` fp32, and keys `[N, E]` int32 in the order of score + bias,
-    for kernels that choose themselves. Not for softmax, whose scores need all logits. `normed_ND` as for `rows`."""
-    keys = torch.empty(x_ND.shape[0], weight_ED.shape[0], dtype=torch.int32, device=x_ND.device)
-    (scores,) = rows(
-        x_ND,
-        [weight_ED],
-        [None],
-        norm,
-        normed_ND=normed_ND,
-        out_dtype=torch.float32,
-        score=(score, bias_E, keys),
-        how=how,
-    )
-    return scores, keys
 
 
 def rows_fit(x_ND: Tensor, *weights: tuple[Tensor, Tensor | None, tuple[int, int] | None]) -> bool:

@@ -26,10 +26,6 @@ from rorqual.nn.step import Step
 ON = True
 """Whether passes of one token take this way."""
 
-CHOOSE = False
-"""Whether the experts' kernels choose from the router's scores themselves. Measured: level in bf16, 8 us a layer slower
-with FP8 (every program waits for its choice)."""
-
 ASK = 1
 """What kernels that have little to read ask to be brought into L2 for those to come: nothing (0), the weight of `o`
 (1), the shared experts' first two matrices too (2), and their last (3)."""
@@ -104,15 +100,10 @@ def feed(brick: nn.Module, norm: RMSNorm, x_1ND: Tensor, ids_1N: Tensor) -> Tens
     normed_ND = torch.empty_like(x_ND)
     r, by, table = router.part, (norm.weight, norm.eps), router.table
     rule = Rule(router.top_k, r.score, r.groups, r.keep, r.group_score, r.normalize, r.scale)
-    choice: Any
-    if CHOOSE and single_experts.chooses(router.weight.shape[0], rule, table is not None):
-        found = single.scored(x_ND, by, router.weight, router.bias, r.score, normed_ND)
-        choice = single_experts.Scores(*found, rule)
-    else:
-        (logits_NE,) = single.rows(
-            x_ND, [router.weight], [None], by, normed_ND=normed_ND, out_dtype=torch.float32
-        )
-        choice = chosen(logits_NE, router.bias, rule, table, ids_1N[0] if table is not None else None)
+    (logits_NE,) = single.rows(
+        x_ND, [router.weight], [None], by, normed_ND=normed_ND, out_dtype=torch.float32
+    )
+    choice = chosen(logits_NE, router.bias, rule, table, ids_1N[0] if table is not None else None)
     y = single_experts.through_experts(
         normed_ND, choice, *stacks, limit=e.limit, shared=shared, residual_1D=x_ND
     )

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rorqual.kernels import experts, route, single, single_experts, single_mla
+from rorqual.kernels import experts, single, single_experts, single_mla
 from rorqual.kernels.experts import Weights
 from rorqual.kernels.quant import E8M0, FP8, quantize_fp8
-from rorqual.kernels.route import Rule
 from tests.interpreter import repair
 
 
@@ -108,44 +107,11 @@ def test_experts(device: torch.device, codes: str, shared: int, limit: float | N
         by = torch.rand(1, chosen, device=device)
         res = torch.randn(1, hidden, device=device).bfloat16() if residual else None
         how = {"BO": 4, "num_warps": 4}, {"BO": 2, "num_warps": 4}
-        if ids[0] == 1:  # by programs that stay
-            rest = {"STAGES": 3, "resident": 1}
-            how = how[0] | rest, how[1] | rest
         y = single_experts.through_experts(
             x, (ids_NK, by), gate, up, down, limit=limit, shared=common, residual_1D=res, how=how
         )
         want = experts.reference(x, ids_NK, by, gate, up, down, limit=limit, shared=common)
         close(y, want if res is None else want + res, 2e-2)
-
-
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("rule", [Rule(3, "sigmoid", normalize=True, scale=2.5), Rule(6, "sqrtsoftplus")])
-def test_experts_choose(device: torch.device, rule: Rule, biased: bool) -> None:
-    """The experts that `route` would take, with their weights; among equals the lower number."""
-    count, width, hidden = 13, 24, 40
-    gate, up, down = (
-        Weights(matrix(count, *s, codes=False, device=device)[0])
-        for s in ((width, hidden), (width, hidden), (hidden, width))
-    )
-    norm = torch.rand(hidden, device=device).bfloat16() + 0.5, 1e-6
-    bias = torch.randn(count, device=device) * 0.1 if biased else None
-    router, normed = (
-        matrix(count, hidden, codes=False, device=device)[0],
-        torch.empty(1, hidden, device=device),
-    )
-    router[7] = router[2] = router[11]
-    if bias is not None:
-        bias[7] = bias[2] = bias[11] = 9.0
-    normed = normed.bfloat16()
-    for turn in range(2):
-        x = torch.randn(1, hidden, device=device).bfloat16()
-        scores, keys = single.scored(x, norm, router, bias, rule.score, normed, how={"BO": 4, "num_warps": 4})
-        found = single_experts.Scores(scores, keys, rule)
-        stay = {"BO": 4, "num_warps": 4, "STAGES": 3, "resident": 1}
-        how = None if turn == 0 else (stay, stay)
-        y = single_experts.through_experts(normed, found, gate, up, down, how=how)
-        ids, by = route.reference(normed, router, bias, rule)
-        close(y, experts.reference(normed, ids, by, gate, up, down), 1e-2)
 
 
 @pytest.mark.parametrize(
