@@ -70,7 +70,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """`forward` on x + `pending`, with its own last sum left to whoever comes next: each sum then goes with
         the norm after it. Returns the residual and what is still to be added, if anything."""
-        if single.fits(x, step):
+        if self.whole and single.fits(x, step):
             total = x if pending is None else x + pending
             after = single.attend(self.attention, self.attention_norm, total, step, cache, self.ff)
             if after is not None:
