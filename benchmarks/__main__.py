@@ -6,6 +6,7 @@ import sys
 from functools import partial
 
 from benchmarks import invariant, lite, serving, spec, tiny, two
+from benchmarks.context import context
 from benchmarks.decode import latent, smollm2
 from benchmarks.load import load
 from benchmarks.loading import loading
@@ -25,9 +26,9 @@ GPU = {
     "two": two.main,
     "two-profile": partial(two.main, True),
     "two-nccl": partial(two.main, True, False),
-    "context-v32": partial(serving.context, "deepseek-v3.2", [4 * K, 16 * K, 64 * K, 128 * K]),
-    "context-v3": partial(serving.context, "deepseek-v3", [4 * K, 16 * K, 64 * K, 128 * K]),
-    "context-v4": partial(serving.context, "deepseek-v4-flash", [4 * K, 64 * K, 256 * K, 1024 * K]),
+    "context-v32": partial(context, "v32", "deepseek-v3.2", [4 * K, 16 * K, 64 * K, 128 * K]),
+    "context-v3": partial(context, "v3", "deepseek-v3", [4 * K, 16 * K, 64 * K, 128 * K]),
+    "context-v4": partial(context, "v4", "deepseek-v4-flash", [4 * K, 16 * K, 64 * K, 256 * K, 1024 * K]),
 }
 
 

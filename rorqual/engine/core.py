@@ -15,6 +15,7 @@ from rorqual.engine.runner import Drawn, Flight, Pass, Runner
 from rorqual.engine.sampling import SamplingError
 from rorqual.engine.scheduler import Plan, Scheduler
 from rorqual.engine.team import Team, TeamError
+from rorqual.kernels.held import refresh_scales
 from rorqual.kernels.linear import packing
 from rorqual.nn import InputError, Transformer
 from rorqual.nn.cache import ROLLBACK
@@ -339,6 +340,7 @@ class Core:
             self._weights = self._weights_stamp()
             for pack in self.model.packs():
                 pack.check()
+            refresh_scales()
             for request in list(self.scheduler.running):
                 self.scheduler.preempt(request)
             self.pages.forget_all()

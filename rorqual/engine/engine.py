@@ -32,8 +32,10 @@ class Engine(Core):
     `step_tokens` tokens: prompts beyond that are worked in chunks beside running answers. `prefix_cache`
     keeps finished prefixes for requests that begin alike. `speculate` drafts with the MTP module. `invariant`:
     log-probabilities that no batch, chunking, prefix hit or draft changes, those of `model(ids)` inside
-    `rorqual.invariant()` to the bit. `fp8_cache` keeps MLA latents in V3.2's layout, 656 bytes a token and layer
-    instead of 1,152, rounded to FP8: answers are then no longer exactly `model.generate`'s.
+    `rorqual.invariant()` to the bit. `fp8_cache` keeps caches in the released layouts, rounded to FP8: MLA latents
+    in V3.2's 656 bytes a token and layer instead of 1,152, V4's entries in 584 instead of 1,024 and its index keys as
+    FP4 in 68 instead of 256. Answers are then no longer exactly `model.generate`'s; V4 rounds as
+    `simulate_released_rounding` does, and rotary channels to bf16.
 
     With a `layout` (`rorqual.Layout`) many processes, started by torchrun, are one engine: each makes it with the
     same options (`max_requests` and `memory` are each rank's own), rank 0 uses it as here, the others call `follow()`
