@@ -1,4 +1,4 @@
-"""The engine on replayed conversations."""
+"""Replayed conversations: what the prefix cache finds."""
 
 from __future__ import annotations
 
