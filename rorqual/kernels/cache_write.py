@@ -163,21 +163,16 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _mla_kernel(  # type: ignore[no-untyped-def]
-    kv_ptr, weight_ptr, cos_ptr, sin_ptr, q_ptr, q_out_ptr, pages_ptr, scales_ptr, ropes_ptr, slots_ptr,
+def mla_job(  # type: ignore[no-untyped-def]
+    n, job, kv_ptr, weight_ptr, cos_ptr, sin_ptr, q_ptr, q_out_ptr, pages_ptr, scales_ptr, ropes_ptr, slots_ptr,
     index_ptr, index_pages_ptr, kv_stride, q_stride, q_head, out_stride, out_head, page_stride, token_stride,
     index_stride, index_page, index_token, H, eps,
     RANK: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     HB: tl.constexpr, PAGE: tl.constexpr, INDEX: tl.constexpr, INDEX_P: tl.constexpr,
-    INTERLEAVED: tl.constexpr, FP8: tl.constexpr, CHAINED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Program (n, 0) writes token n's latent, (n, 1) its rotary key, and (n, 2 + b) turns the queries of `HB`
-    heads. Strides of pages are in bytes where they hold FP8."""
-    if CHAINED:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    n = tl.program_id(0).to(tl.int64)
-    job = tl.program_id(1)
+    """Job (n, 0) writes token n's latent, (n, 1) its rotary key, and (n, 2 + b) turns the queries of `HB` heads.
+    Strides of pages are in bytes where they hold FP8."""
     cos_ptr += n * (R // 2)
     sin_ptr += n * (R // 2)
     if job == 0:
@@ -226,6 +221,27 @@ def _mla_kernel(  # type: ignore[no-untyped-def]
             q_ptr + n * q_stride + head * q_head, q_out_ptr + n * out_stride + head * out_head, head < H,
             cos_ptr, sin_ptr, 1.0, weight_ptr, R, RP, INTERLEAVED, False,
         )  # fmt: skip
+
+
+@triton.jit
+def _mla_kernel(  # type: ignore[no-untyped-def]
+    kv_ptr, weight_ptr, cos_ptr, sin_ptr, q_ptr, q_out_ptr, pages_ptr, scales_ptr, ropes_ptr, slots_ptr,
+    index_ptr, index_pages_ptr, kv_stride, q_stride, q_head, out_stride, out_head, page_stride, token_stride,
+    index_stride, index_page, index_token, H, eps,
+    RANK: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    HB: tl.constexpr, PAGE: tl.constexpr, INDEX: tl.constexpr, INDEX_P: tl.constexpr,
+    INTERLEAVED: tl.constexpr, FP8: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Program (n, job) does `mla_job`."""
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    mla_job(
+        tl.program_id(0).to(tl.int64), tl.program_id(1), kv_ptr, weight_ptr, cos_ptr, sin_ptr, q_ptr, q_out_ptr,
+        pages_ptr, scales_ptr, ropes_ptr, slots_ptr, index_ptr, index_pages_ptr, kv_stride, q_stride, q_head,
+        out_stride, out_head, page_stride, token_stride, index_stride, index_page, index_token, H, eps,
+        RANK, BLOCK, BLOCKS, R, RP, HB, PAGE, INDEX, INDEX_P, INTERLEAVED, FP8,
+    )  # fmt: skip
 
 
 @triton.jit

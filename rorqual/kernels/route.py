@@ -310,19 +310,12 @@ def _logits(x_ND: Tensor, weight_ED: Tensor, shape: Plan | None, early: bool) ->
     return parts
 
 
-def fast(
-    x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None, rule: Rule, table_VK: Tensor | None = None,
-    token_N: Tensor | None = None, logits_NE: Tensor | None = None, early: bool = False,
-    shape: Plan | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`reference` in two launches."""
-    (tokens, width), experts = x_ND.shape, weight_ED.shape[0]
-    ids_NK = torch.empty((tokens, rule.top_k), dtype=torch.int32, device=x_ND.device)
-    weights_NK = torch.empty((tokens, rule.top_k), dtype=torch.float32, device=x_ND.device)
-    if not tokens:
-        return ids_NK, weights_NK
-    halves = x_ND.dtype == weight_ED.dtype and x_ND.dtype != torch.float32
-    parts = _logits(x_ND, weight_ED, shape or plan(tokens, experts, width, halves), early)
+def _choose(
+    parts: Tensor, bias_E: Tensor | None, rule: Rule, ids_NK: Tensor, weights_NK: Tensor, table_VK: Tensor | None,
+    token_N: Tensor | None, logits_NE: Tensor | None,
+) -> None:  # fmt: skip
+    """The second launch: ids and weights from logits in summands `[parts, N, E]`."""
+    _, tokens, experts = parts.shape
     _choose_kernel[(tokens,)](
         parts,
         bias_E if bias_E is not None else parts,
@@ -348,8 +341,36 @@ def fast(
         SP=triton.next_power_of_2(experts // rule.groups),
         KP=triton.next_power_of_2(rule.top_k),
         num_warps=CHOOSING_WARPS,
-        **chained(x_ND, tokens),
+        **chained(parts, tokens),
     )
+
+
+def chosen(
+    logits_NE: Tensor, bias_E: Tensor | None, rule: Rule, table_VK: Tensor | None = None,
+    token_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`route` from logits that are at hand, fp32 without gaps, on a GPU."""
+    shape = (logits_NE.shape[0], rule.top_k)
+    ids_NK = torch.empty(shape, dtype=torch.int32, device=logits_NE.device)
+    weights_NK = torch.empty(shape, dtype=torch.float32, device=logits_NE.device)
+    _choose(logits_NE[None], bias_E, rule, ids_NK, weights_NK, table_VK, token_N, None)
+    return ids_NK, weights_NK
+
+
+def fast(
+    x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None, rule: Rule, table_VK: Tensor | None = None,
+    token_N: Tensor | None = None, logits_NE: Tensor | None = None, early: bool = False,
+    shape: Plan | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`reference` in two launches."""
+    (tokens, width), experts = x_ND.shape, weight_ED.shape[0]
+    ids_NK = torch.empty((tokens, rule.top_k), dtype=torch.int32, device=x_ND.device)
+    weights_NK = torch.empty((tokens, rule.top_k), dtype=torch.float32, device=x_ND.device)
+    if not tokens:
+        return ids_NK, weights_NK
+    halves = x_ND.dtype == weight_ED.dtype and x_ND.dtype != torch.float32
+    parts = _logits(x_ND, weight_ED, shape or plan(tokens, experts, width, halves), early)
+    _choose(parts, bias_E, rule, ids_NK, weights_NK, table_VK, token_N, logits_NE)
     return ids_NK, weights_NK
 
 

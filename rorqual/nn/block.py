@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rorqual.family import parts
 from rorqual.family.parts import Layer, ModelConfig
+from rorqual.nn import single
 from rorqual.nn.cache import LayerCache
 from rorqual.nn.compressed import CompressedAttention
 from rorqual.nn.errors import InputError
@@ -66,9 +67,15 @@ class Block(nn.Module):
 
     def deferred(
         self, x: Tensor, pending: Tensor | None, ids_BT: Tensor, step: Step, cache: Any
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """`forward` on x + `pending`, with its own last sum left to whoever comes next: each sum then goes with
-        the norm after it. Returns the residual and what is still to be added."""
+        the norm after it. Returns the residual and what is still to be added, if anything."""
+        if self.whole and single.fits(x, step):
+            total = x if pending is None else x + pending
+            after = single.attend(self.attention, self.attention_norm, total, step, cache, self.ff)
+            if after is not None:
+                fed = single.feed(self.ff, self.ff_norm, after, ids_BT)
+                return (after, self._feed(self.ff_norm(after), ids_BT, step)) if fed is None else (fed, None)
         if pending is None:
             normed = self.attention_norm(x)
         else:
