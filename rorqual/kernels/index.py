@@ -364,7 +364,8 @@ def plan(
 ) -> Plan:
     """Chunks of one sequence take two queries a program; short contexts skip the gathering, and there a program
     takes up to four tiles of keys where there are enough programs. Where a tile is of several pages, the pipeline
-    gives half its stages to reading their numbers."""
+    gives half its stages to reading their numbers. In batch-invariant mode every query has a program of its own:
+    two in one would add up their heads in another order."""
     cap = max(4096, triton.next_power_of_2(2 * k))
     groups = 2 * cap
     p = Plan(cap=cap, parts=groups // 64)
@@ -372,9 +373,7 @@ def plan(
         p = p._replace(keys=32, parts=groups // 32, stages=2)
     elif fp4:  # multiplied out in registers: small tiles, of many programs
         p = p._replace(queries=2 if rows >= 4 * sequences and not is_invariant() else 1, stages=4)
-    elif (
-        rows >= 4 * sequences and not is_invariant()
-    ):  # there heads are added up in one order, that of one query
+    elif rows >= 4 * sequences and not is_invariant():
         p = p._replace(queries=2, keys=128, parts=groups // 128, stages=3)
     elif dtype == torch.uint8:
         p = p._replace(keys=128, parts=groups // 128, stages=3)
