@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from benchmarks import invariant, lite, serving, spec, tiny
+from benchmarks import invariant, lite, spec, tiny, turns, two
+from benchmarks.context import context
 from benchmarks.decode import latent, smollm2
 from benchmarks.load import load
 from benchmarks.loading import loading
 from benchmarks.start import start
 
 K = 1024
-CPU = {"smollm2": smollm2, "latent": latent, "loading": loading, "tiny": tiny.main, "turns": serving.turns}
+CPU = {"smollm2": smollm2, "latent": latent, "loading": loading, "tiny": tiny.main, "turns": turns.turns}
 GPU = {
     "lite": lite.main,
     "lite-profile": partial(lite.main, True),
@@ -22,9 +23,12 @@ GPU = {
     "spec": spec.main,
     "load": load,
     "start": start,
-    "context-v32": partial(serving.context, "deepseek-v3.2", [4 * K, 16 * K, 64 * K, 128 * K]),
-    "context-v3": partial(serving.context, "deepseek-v3", [4 * K, 16 * K, 64 * K, 128 * K]),
-    "context-v4": partial(serving.context, "deepseek-v4-flash", [4 * K, 64 * K, 256 * K, 1024 * K]),
+    "context-v32": partial(context, "v32", "deepseek-v3.2", [4 * K, 16 * K, 64 * K, 128 * K]),
+    "context-v3": partial(context, "v3", "deepseek-v3", [4 * K, 16 * K, 64 * K, 128 * K]),
+    "context-v4": partial(context, "v4", "deepseek-v4-flash", [4 * K, 16 * K, 64 * K, 256 * K, 1024 * K]),
+    "two": two.main,
+    "two-profile": partial(two.main, True),
+    "two-nccl": partial(two.main, True, False),
 }
 
 

@@ -9,13 +9,14 @@ from rorqual.engine import Completion, Engine, Grammar, Sampling
 from rorqual.family import ModelConfig, config, models
 from rorqual.kernels.mode import invariant
 from rorqual.model import Model, load, save
-from rorqual.nn import Transformer
+from rorqual.nn import Layout, Transformer
 
 __version__ = "0.1.0"
 __all__ = [
     "Completion",
     "Engine",
     "Grammar",
+    "Layout",
     "Model",
     "ModelConfig",
     "Sampling",

@@ -7,6 +7,7 @@ from rorqual.engine.loop import Answer, Completion, Delta, generate
 from rorqual.engine.request import Handle
 from rorqual.engine.sampling import Sampler, Sampling, SamplingError
 from rorqual.engine.speculative import generate_speculative
+from rorqual.engine.team import TeamError
 
 __all__ = [
     "Answer",
@@ -20,6 +21,7 @@ __all__ = [
     "Sampler",
     "Sampling",
     "SamplingError",
+    "TeamError",
     "generate",
     "generate_speculative",
 ]

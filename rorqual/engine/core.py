@@ -14,9 +14,12 @@ from rorqual.engine.request import Handle, Request
 from rorqual.engine.runner import Drawn, Flight, Pass, Runner
 from rorqual.engine.sampling import SamplingError
 from rorqual.engine.scheduler import Plan, Scheduler
+from rorqual.engine.team import Team, TeamError
+from rorqual.kernels.held import refresh_scales
 from rorqual.kernels.linear import packing
 from rorqual.nn import InputError, Transformer
 from rorqual.nn.cache import ROLLBACK
+from rorqual.nn.layout import Layout
 from rorqual.nn.paged import ring_bytes
 
 
@@ -44,6 +47,7 @@ class Core:
         speculate: bool,
         invariant: bool = False,
         fp8_cache: bool = False,
+        layout: Layout | None = None,
     ) -> None:
         lanes = model.lanes(fp8_cache)[: None if speculate else len(model.layers)]
         rings = 0
@@ -70,6 +74,7 @@ class Core:
         """Whether any token has come yet: the first is not kept waiting for the next pass's kernels."""
         self.steps = 0
         """Passes run so far."""
+        self.team = Team(self, layout) if layout is not None and layout.world > 1 else None
 
     # -------------------------------------------------------------------------------------- submit
 
@@ -83,10 +88,15 @@ class Core:
                 f"engine's pages hold {held} in all: shorten it, lower max_new_tokens, or give the engine more memory"
             )
         with self._lock:
-            if self.scheduler.waiting >= self.max_waiting:
+            waiting = self.scheduler.waiting if self.team is None else self.team.waiting
+            if waiting >= self.max_waiting:
                 raise EngineFull(
-                    f"{self.scheduler.waiting} requests wait already, the engine takes {self.max_waiting}: try later"
+                    f"{waiting} requests wait already, the engine takes {self.max_waiting}: try later"
                 )
+            if self.team is not None:
+                handle = self.team.submit(answer, priority)
+                self._progress.notify_all()
+                return handle
             handle = Handle(self)
             self._arrivals += 1
             request = Request(answer, handle, priority, self._arrivals, list(answer.prompt))
@@ -100,6 +110,11 @@ class Core:
     @property
     def busy(self) -> bool:
         """Whether any request is under way."""
+        return self.has_own or (self.team is not None and self.team.leads and self.team.busy)
+
+    @property
+    def has_own(self) -> bool:
+        """The same, of requests that this process works on."""
         return bool(self._flight or self.scheduler.running or self.scheduler.waiting)
 
     def step(self) -> bool:
@@ -109,10 +124,21 @@ class Core:
         for the host; its own draws come after that, when grammars know what they allow. With speculation it is
         then not known yet how many tokens the pass before has brought: only graphs can start without that.
         """
-        with self._lock, self._products():
-            self._check_weights()
+        team = self.team
+        with self._lock, self._products(), contextlib.nullcontext() if team is None else team.guarding():
+            if team is None:
+                self._check_weights()
+            else:
+                team.obey()
+                if team.closed:
+                    return False
             plan = self.scheduler.plan(self._limit)
-            passed = self._forward(plan) if plan else None
+            runs = bool(plan) if team is None else team.meet(plan)
+            passed = self._forward(plan) if plan and runs else None
+            if runs and not plan:
+                self._keep_step()
+            if team is not None:
+                team.deliver()
             self._land()
             if passed is not None:
                 self._draw(passed, plan)
@@ -121,7 +147,7 @@ class Core:
             if not self._ahead or not self._spoken or undrafted or not self.scheduler.running:
                 self._land()
             self._progress.notify_all()
-            return passed is not None or self.busy
+            return runs or self.busy
 
     def _settle(self, plan: Plan) -> None:
         """Land what the plan's pass can't start without."""
@@ -144,9 +170,11 @@ class Core:
                 return None
             passed = self.runner.forward(plan)
         except torch.OutOfMemoryError as error:
+            self._raise_if(self.team is not None)  # others are in the middle of this pass and need this rank
             self._with_less(plan, error)
             return None
         except Exception as error:
+            self._raise_if(self.team is not None)
             self._fail(plan.requests, error)
             return None
         self.steps += 1
@@ -177,6 +205,7 @@ class Core:
         try:
             self._flight = (plan, self.runner.draw(passed))
         except Exception as error:
+            self._raise_if(self._shares_requests)
             self._arrive(passed)
             self._fail(plan.requests, error)
 
@@ -202,11 +231,28 @@ class Core:
             if passed.undrafted:
                 self.runner.draft(passed)
         except Exception as error:
+            self._raise_if(self._shares_requests)
             self._fail(plan.requests, error)
         for request in plan.requests:
             if request.running and not request.finished:
                 self._record(request)
             request.handle._notify()
+
+    def _keep_step(self) -> None:
+        """Take part in a pass that only other ranks have tokens for."""
+        self.runner.idle()
+        self.steps += 1
+
+    @property
+    def _shares_requests(self) -> bool:
+        """Whether other ranks work on the same requests: none may part from the others."""
+        return self.team is not None and self.team.layout.tensor > 1
+
+    @staticmethod
+    def _raise_if(condition: bool) -> None:
+        """Raise what is being handled if `condition` holds."""
+        if condition:
+            raise
 
     def _take(self, request: Request, drawn: Drawn) -> None:
         """New tokens of a request: to its answer, and to its owner."""
@@ -266,6 +312,11 @@ class Core:
             request = handle.request
             if request is None or request.finished:
                 return
+            if self.team is not None:
+                self.team.cancel(handle)
+                handle._notify()
+                self._progress.notify_all()
+                return
             request.answer.done.finish_reason = "cancelled"
             self.scheduler.drop(request)
             handle._notify()
@@ -278,10 +329,18 @@ class Core:
         are computed anew from their tokens. Changes PyTorch counts (in place, optimizers) are noticed without
         this call; writes through `.data` are not."""
         with self._lock:
+            if self.team is None:
+                self._renew()
+            else:
+                self.team.weights_changed()
+
+    def _renew(self) -> None:
+        with self._lock:
             self._land()
             self._weights = self._weights_stamp()
             for pack in self.model.packs():
                 pack.check()
+            refresh_scales()
             for request in list(self.scheduler.running):
                 self.scheduler.preempt(request)
             self.pages.forget_all()
@@ -289,8 +348,13 @@ class Core:
     def _weights_stamp(self) -> int:
         return sum(p._version for p in self._parameters)
 
+    def _stale(self) -> bool:
+        """Whether weights have changed since it was last looked."""
+        before, self._weights = self._weights, self._weights_stamp()
+        return before != self._weights
+
     def _check_weights(self) -> None:
-        if self._weights_stamp() != self._weights:
+        if self._stale():
             self.weights_changed()
 
     # --------------------------------------------------------------------------------- who drives it
@@ -319,7 +383,10 @@ class Core:
                     self._progress.wait()
                 if self._stopping:
                     return
-            self.step()
+            try:
+                self.step()
+            except TeamError:
+                return  # it has been given to everyone who waits
 
     def _wait(self, handle: Handle) -> None:
         """Until something new may have come for a handle: drive the engine, or wait for its thread."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -15,7 +15,9 @@ from rorqual.engine.prompts import answers_of, is_batch
 from rorqual.engine.request import Handle
 from rorqual.engine.sampling import Sampling
 from rorqual.nn import InputError, Transformer
+from rorqual.nn.layout import Layout
 from rorqual.nn.paged import page_bytes, ring_bytes
+from rorqual.nn.spread import layout_of, spread
 
 
 class Engine(Core):
@@ -30,8 +32,14 @@ class Engine(Core):
     `step_tokens` tokens: prompts beyond that are worked in chunks beside running answers. `prefix_cache`
     keeps finished prefixes for requests that begin alike. `speculate` drafts with the MTP module. `invariant`:
     log-probabilities that no batch, chunking, prefix hit or draft changes, those of `model(ids)` inside
-    `rorqual.invariant()` to the bit. `fp8_cache` keeps MLA latents in V3.2's layout, 656 bytes a token and layer
-    instead of 1,152, rounded to FP8: answers are then no longer exactly `model.generate`'s.
+    `rorqual.invariant()` to the bit. `fp8_cache` keeps caches in the released layouts, rounded to FP8: MLA latents
+    in V3.2's 656 bytes a token and layer instead of 1,152, V4's entries in 584 instead of 1,024 and its index keys as
+    FP4 in 68 instead of 256. Answers are then no longer exactly `model.generate`'s; V4 rounds as
+    `simulate_released_rounding` does, and rotary channels to bf16.
+
+    With a `layout` (`rorqual.Layout`) many processes, started by torchrun, are one engine: each makes it with the
+    same options (`max_requests` and `memory` are each rank's own), rank 0 uses it as here, the others call `follow()`
+    until rank 0 calls `close()`. The model is spread over the ranks in place, if it isn't yet.
 
     Safe to use from several threads and from asyncio. Raises `InputError` for options that can't work.
     """
@@ -49,9 +57,11 @@ class Engine(Core):
         speculate: bool = False,
         invariant: bool = False,
         fp8_cache: bool = False,
+        layout: Layout | None = None,
     ) -> None:
         if not isinstance(model, Transformer):
             raise InputError(f"Engine takes a model, as rorqual.load(path) gives one, not {model!r:.80}")
+        layout = _laid_out(model, layout, speculate, invariant)
         cpu = model.device.type == "cpu"
         slots = _whole("max_requests", max_requests, 32 if cpu else 256)
         step = _whole("step_tokens", step_tokens, 1024 if cpu else 8192)
@@ -73,6 +83,8 @@ class Engine(Core):
         else:
             room = _whole("memory", memory, 0) - rings
         pages = min(room // page, most) if page else most
+        if layout is not None:
+            pages = layout.least(int(pages))
         if pages < 1:
             raise InputError(
                 f"{f'{memory:,}' if memory is not None else 'the free'} bytes hold no page: one of {size} tokens takes "
@@ -90,7 +102,39 @@ class Engine(Core):
             speculate=speculate,
             invariant=invariant,
             fp8_cache=fp8_cache,
+            layout=layout,
         )
+
+    # ---------------------------------------------------------------------------------- many ranks
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process takes requests: rank 0 does, and so does an engine of one process."""
+        return self.team is None or self.team.leads
+
+    def follow(self) -> None:
+        """On ranks other than 0: run passes in step with rank 0 until it closes the engine. Raises `TeamError`,
+        naming the rank, if one fails."""
+        if self.leads:
+            raise InputError("rank 0 leads: it submits requests, and the other ranks follow")
+        assert self.team is not None
+        while not self.team.closed:
+            self.step()
+
+    def close(self) -> None:
+        """End the engine on all ranks; requests under way are cancelled."""
+        self.stop()
+        if self.team is not None:
+            with self._lock:
+                self.team.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------ requests
 
     def submit(self, prompt: Any, sampling: Sampling | None = None, *, priority: int = 0) -> Handle:
         """Queue one prompt (text, ids or a 1-D tensor). Higher `priority` is served first. Raises what
@@ -128,6 +172,25 @@ class Engine(Core):
                 yield delta
         finally:
             handle.cancel()
+
+
+def _laid_out(model: Transformer, layout: Layout | None, speculate: bool, invariant: bool) -> Layout | None:
+    """The layout that `model` is spread by, now if it wasn't; None for one process."""
+    found = layout_of(model)
+    if found is not None and layout is not None and found is not layout:
+        raise InputError("the model is spread by another layout: give the engine that one")
+    layout = layout or found
+    if layout is None:
+        return None
+    if speculate and layout.gathers:
+        raise InputError("speculation isn't written for data ranks that share experts: leave it off")
+    if invariant and layout.world > 1:
+        raise InputError(
+            "batch-invariant mode is for one process: sums over ranks have an order of their own"
+        )
+    if found is None:
+        spread(model, layout)
+    return layout
 
 
 def _whole(name: str, value: int | None, default: int) -> int:

@@ -15,6 +15,7 @@ from rorqual.engine.packed import FIELDS, Laid, Left, fields, lay, numbers
 from rorqual.engine.request import Request
 from rorqual.engine.staging import Staging
 from rorqual.kernels.ahead import compiled_ahead
+from rorqual.nn.layout import apart
 from rorqual.nn.paged import Group, PagedStep
 
 Forward = Callable[[Tensor, PagedStep], tuple[Tensor, Tensor]]
@@ -83,11 +84,12 @@ class Graphs:
         """Whether there is a graph for so many sequences."""
         return count <= SIZES[-1]
 
-    def run(self, requests: Sequence[Request], width: int) -> Recorded:
+    def run(self, requests: Sequence[Request], width: int, least: tuple[int, int] = (1, 1)) -> Recorded:
         """The pass of these requests, each bringing its last token (and, if `width` is 2, its draft or a token in
-        its place)."""
-        size = SIZES[bisect_left(SIZES, len(requests))]
-        blocks = max(len(r.pages) for r in requests)
+        its place). `least`: sequences and page-table columns that the graph has room for at least (the same on all
+        ranks that meet in it)."""
+        size = SIZES[bisect_left(SIZES, max(len(requests), least[0]))]
+        blocks = max([least[1], *(len(r.pages) for r in requests)])
         blocks = max(8, 1 << (blocks - 1).bit_length())
         idle = self.left.newest_S.shape[0] - 1
         array = numbers(requests, size, width, blocks, idle)
@@ -172,20 +174,21 @@ class Graphs:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            with contextlib.suppress(Exception), compiled_ahead():
+            with contextlib.suppress(Exception), apart(), compiled_ahead():
                 self._prepared(packed, size, width)
             offsets, made = self._prepared(packed, size, width)
             if self.further is not None:
                 self._after(made, offsets)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads (a communicator's watchdog) may look at events meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             made.laid, made.step, made.logits, made.state = self._pass(packed, size, width, offsets)
         self._pool = graph.pool()
         made.replay = graph.replay
         if self.further is not None:
             mtp = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(mtp, pool=self._pool):
+            with torch.cuda.graph(mtp, pool=self._pool, capture_error_mode="thread_local"):
                 made.drafting = self._after(made, offsets)
             made.replay_mtp = mtp.replay
         return made

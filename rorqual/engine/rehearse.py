@@ -10,6 +10,7 @@ from rorqual.engine.batch import lay_out
 from rorqual.engine.request import Request
 from rorqual.engine.scheduler import Plan
 from rorqual.kernels.ahead import compiled_ahead
+from rorqual.nn.layout import apart
 
 if TYPE_CHECKING:
     from rorqual.engine.runner import Runner
@@ -37,6 +38,7 @@ class Rehearsals:
         nothing = Plan([_blank(r) for r in plan.decodes], [(_blank(r), count) for r, count in plan.chunks])
         with (
             contextlib.suppress(Exception),
+            apart(),
             compiled_ahead(),
         ):  # what is wrong with the pass it will say itself
             batch = lay_out(nothing, runner.page_size, runner._staging, one_group_of_chunks=True)

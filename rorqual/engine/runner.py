@@ -19,9 +19,10 @@ from rorqual.engine.sampling import UNSOUND, Sampler
 from rorqual.engine.scheduler import Plan
 from rorqual.engine.staging import Coming, Staging
 from rorqual.engine.tallies import upload
+from rorqual.engine.team import Together
 from rorqual.kernels.mode import invariant as batch_invariant
 from rorqual.nn import Transformer
-from rorqual.nn.paged import PagedStep, Store, new_store
+from rorqual.nn.paged import Group, PagedStep, Store, new_store
 
 
 @dataclass
@@ -144,6 +145,8 @@ class Runner:
         self._rehearsals = Rehearsals(self)
         there = self.sampler.newest_S
         self._left = Left(there, torch.zeros_like(there), torch.zeros_like(there))
+        self.together: Together | None = None
+        """What the ranks of an engine of many have agreed on for the next pass."""
         self.graphs: Graphs | None = None
         self._by_rows = model.fixed_rows or not invariant
         """Whether a pass takes all its tokens at once: else each is a pass of its own."""
@@ -174,7 +177,9 @@ class Runner:
 
     def replays(self, plan: Plan) -> bool:
         """Whether the plan's pass runs from a graph: then what passes under way bring need not be known."""
-        return self.graphs is not None and not plan.chunks and self.graphs.fits(len(plan.decodes))
+        if self.graphs is None or (self.together is not None and not self.together.graphs):
+            return False
+        return not plan.chunks and self.graphs.fits(len(plan.decodes))
 
     @torch.inference_mode()
     def forward(self, plan: Plan) -> Pass:
@@ -187,7 +192,7 @@ class Runner:
         those without a draft is any."""
         assert self.graphs is not None
         width, rows = 1 + self.speculate, len(plan.decodes)
-        made = self.graphs.run(plan.decodes, width)
+        made = self.graphs.run(plan.decodes, width, self._least)
         logits = made.logits.unflatten(0, (-1, width))[:rows]
         ids, starts = (x.view(-1, width)[:rows] for x in (made.laid.ids_N, made.laid.positions_N))
         return Pass(
@@ -203,6 +208,22 @@ class Runner:
             made.state,
             made,
         )
+
+    @property
+    def _least(self) -> tuple[int, int]:
+        return (1, 1) if self.together is None else (self.together.size, self.together.blocks)
+
+    @torch.inference_mode()
+    def idle(self) -> None:
+        """A pass for other ranks' sake, of none of this one's requests: its tokens are on page 0."""
+        if self.graphs is not None and self.together is not None and self.together.graphs:
+            self.graphs.run([], 1, self._least)
+            return
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        ends = torch.ones(1, dtype=torch.int32, device=self.device)
+        offsets = torch.arange(2, dtype=torch.int32, device=self.device)
+        group = Group(slice(0, 1), [0], [1], 1, 1, zero[None].int(), zero, ends, offsets, decoding=True)
+        self.model.run_paged(zero[None], PagedStep(zero, [group], self.page_size), self.stores)
 
     def _run(self, plan: Plan) -> Pass:
         """Any plan, as it comes."""

@@ -5,7 +5,7 @@ slot r at `[r, p % L]`. When a window of `ratio` tokens is complete, a softmax o
 over those of the window before), separately for each channel, weighs its projections; the sum is normalised,
 its last channels are rotated, and it is written as one entry. Tokens of one sequence stand in consecutive rows
 with consecutive positions, so a row's forerunners of this pass are found by counting rows back; older ones are
-in the ring.
+in the ring. Pages of bytes take entries and index keys in the released layout (`entries`).
 """
 
 from typing import Any
@@ -14,6 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rorqual.kernels.entries import (
+    entry_bytes,
+    key_bytes,
+    pack_entries_reference,
+    pack_keys,
+    scale_bytes,
+    store_entry,
+    store_key,
+)
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.mode import is_invariant
 
@@ -44,7 +53,8 @@ def reference(
     dim: int,
 ) -> None:
     """The definition, a token at a time: first all of a token's window is read, then its ring place written."""
-    entries, length = entry_pages_PEd.view(-1, dim), ring_kv.shape[1]
+    entries, length = entry_pages_PEd.flatten(0, 1), ring_kv.shape[1]
+    kept = norm_weight.dtype if entries.dtype == torch.uint8 else entries.dtype
     for n, (ring, position) in enumerate(zip(ring_N.tolist(), positions_N.tolist(), strict=True)):
         if ring < 0:
             continue
@@ -58,9 +68,28 @@ def reference(
         kv, gate = ring_kv[ring, at], ring_gate[ring, at]
         if overlap:  # a token's first half belongs to the next window's entry, its second to its own
             kv, gate = (torch.cat((z[:-ratio, :dim], z[-ratio:, dim:])) for z in (kv, gate))
-        pooled = (kv * gate.softmax(0)).sum(0).to(entries.dtype)
+        pooled = (kv * gate.softmax(0)).sum(0).to(kept)
         entry = F.rms_norm(pooled, (dim,), norm_weight.to(pooled.dtype), eps)
-        entries[slot] = _rotate_tail(entry, cos_Nr[n], sin_Nr[n])
+        entry = _rotate_tail(entry, cos_Nr[n], sin_Nr[n])
+        if form(entry_pages_PEd, dim, 2 * cos_Nr.shape[1]) == ENTRY:
+            entry = pack_entries_reference(entry[None], 2 * cos_Nr.shape[1])[0]
+        elif form(entry_pages_PEd, dim, 2 * cos_Nr.shape[1]) == KEY:
+            entry = pack_keys(entry[None])[0]
+        entries[slot] = entry
+
+
+PLAIN, ENTRY, KEY = 0, 1, 2
+"""What pages hold: entries in the model's type, or the bytes of entries or of index keys."""
+
+
+def form(pages: Tensor, dim: int, rope: int) -> int:
+    """Which of these it is, by the pages' width. Raises ValueError for widths of none."""
+    widths = {entry_bytes(dim, rope): ENTRY, key_bytes(dim): KEY}
+    if pages.dtype != torch.uint8:
+        widths = {dim: PLAIN}
+    if pages.shape[2] not in widths:
+        raise ValueError(f"pages of {pages.shape[2]} an item hold no entries of {dim} channels")
+    return widths[pages.shape[2]]
 
 
 def _rotate_tail(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -97,6 +126,7 @@ def _pool(  # type: ignore[no-untyped-def]
     cos,
     sin,
     entries,
+    tails,
     slots,
     turned,
     eps,
@@ -111,6 +141,12 @@ def _pool(  # type: ignore[no-untyped-def]
     POWER: tl.constexpr,
     STAGES: tl.constexpr,
     WRITE: tl.constexpr,
+    FORM: tl.constexpr,
+    ROW: tl.constexpr,
+    ROPE: tl.constexpr,
+    SCALES: tl.constexpr,
+    LOG: tl.constexpr,
+    ROOT: tl.constexpr,
     FIXED: tl.constexpr,
 ):
     """Row n's token into its ring (if WRITE), and the entry of the window that it completes. With FIXED the slots are
@@ -159,10 +195,10 @@ def _pool(  # type: ignore[no-untyped-def]
             at = (ring.to(tl.int64) * LENGTH + old) * WIDTH + half
             row = (n - WINDOW + 1 + slot_of).to(tl.int64)
             bias = (slot_of % RATIO) * WIDTH + half
-            there, new = live & held[:, None], live & brought[:, None]
-            g = tl.load(gate + (row * gate_row + half)[:, None] + c[None, :], mask=new, other=float("-inf"))
-            g += tl.load(ape + bias[:, None] + c[None, :], mask=new, other=0.0)
-            x = tl.load(kv + (row * kv_row + half)[:, None] + c[None, :], mask=new, other=0.0)
+            there, fits = live & held[:, None], live & brought[:, None]
+            g = tl.load(gate + (row * gate_row + half)[:, None] + c[None, :], mask=fits, other=float("-inf"))
+            g += tl.load(ape + bias[:, None] + c[None, :], mask=fits, other=0.0)
+            x = tl.load(kv + (row * kv_row + half)[:, None] + c[None, :], mask=fits, other=0.0)
             kept = tl.load(ring_gate + at[:, None] + c[None, :], mask=there, other=float("-inf"))
             g = tl.where(there, kept, g)
             x = tl.where(there, tl.load(ring_kv + at[:, None] + c[None, :], mask=there, other=0.0), x)
@@ -190,17 +226,25 @@ def _pool(  # type: ignore[no-untyped-def]
         x = tl.load(kv + (row * kv_row + half)[:, None] + c[None, :], mask=there, other=0.0)
         most, total, pooled = _add(g, x, most, total, pooled)
     entry = tl.where(c < DIM, pooled / tl.where(total > 0, total, 1.0), 0.0)
-    entry = entry.to(entries.dtype.element_ty).to(tl.float32)
-    scale = tl.load(norm_weight + c, mask=c < DIM, other=0.0).to(entries.dtype.element_ty).to(tl.float32)
+    kind = norm_weight.dtype.element_ty if FORM else entries.dtype.element_ty
+    entry = entry.to(kind).to(tl.float32)
+    scale = tl.load(norm_weight + c, mask=c < DIM, other=0.0).to(kind).to(tl.float32)
     entry = entry * tl.rsqrt(tl.sum(entry * entry) / DIM + eps) * scale
-    entry = entry.to(entries.dtype.element_ty).to(tl.float32)
+    entry = entry.to(kind).to(tl.float32)
     a, b = tl.split(tl.reshape(entry, [CHANNELS // 2, 2]))
     pair = tl.arange(0, CHANNELS // 2) - (DIM // 2 - turned)
     turns = (pair >= 0) & (pair < turned)
     co = tl.load(cos + n * turned + pair, mask=turns, other=1.0)
     si = tl.load(sin + n * turned + pair, mask=turns, other=0.0)
     entry = tl.reshape(tl.join(a * co - b * si, a * si + b * co), [CHANNELS])
-    tl.store(entries + slot * DIM + c, entry.to(entries.dtype.element_ty), mask=c < DIM)
+    place = slot * ROW
+    if FORM == 1:
+        entry = entry.to(kind).to(tl.float32)
+        store_entry(entry, entries + place, tails + place // 2, True, DIM - ROPE, ROPE, SCALES, CHANNELS)
+    elif FORM == 2:
+        store_key(entry.to(kind).to(tl.float32), entries + place, CHANNELS, LOG, ROOT, kind)
+    else:
+        tl.store(entries + place + c, entry.to(kind), mask=c < DIM)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -274,12 +318,20 @@ def fast(
     channels = triton.next_power_of_2(dim)
     power = triton.next_power_of_2(window)
     slots = min(power, max(1, TILE // channels))
+    rope = 2 * cos_Nr.shape[1]
+    what = form(entry_pages_PEd, dim, rope)
+    assert what != KEY or channels == dim
+    if what == ENTRY:
+        channels = max(64, channels)
     fixed = is_invariant()
     _pool[(rows,)](
         kv_NW, gate_NW, ape, ring_kv, ring_gate, ring_N, positions_N, norm_weight, cos_Nr, sin_Nr,
-        entry_pages_PEd, entry_slots_N, cos_Nr.shape[1], eps, kv_NW.stride(0), gate_NW.stride(0),
+        entry_pages_PEd, entry_pages_PEd.view(torch.bfloat16) if what == ENTRY else entry_pages_PEd, entry_slots_N,
+        cos_Nr.shape[1], eps, kv_NW.stride(0), gate_NW.stride(0),
         LENGTH=length, RATIO=ratio, OVERLAP=overlap, DIM=dim, CHANNELS=channels, SLOTS=slots, POWER=power,
-        STAGES=1 if long or fixed or power <= slots else 3, WRITE=not long, FIXED=fixed,
+        STAGES=1 if long or fixed or power <= slots else 3, WRITE=not long, FIXED=fixed, FORM=what,
+        ROW=entry_pages_PEd.shape[2], ROPE=rope, SCALES=scale_bytes(dim - rope), LOG=channels.bit_length() - 1,
+        ROOT=dim**-0.5,
         num_warps=8 if power > slots else 4,
     )  # fmt: skip
     if long:
@@ -323,7 +375,8 @@ def compress_decode(
     `[R, L, W]` with L >= kept tokens + `ROLLBACK`. Row n is the token at `positions_N[n]` of ring slot
     `ring_N[n]` (negative: padding, nothing happens); rows of one sequence are consecutive, ascending. If
     (position + 1) % ratio == 0, the entry goes to flat slot `entry_slots_N[n]` of `entry_pages_PEd` (negative:
-    nowhere), rotated by `cos_Nr[n]`, `sin_Nr[n]`, those of position ratio * (position // ratio).
+    nowhere), rotated by `cos_Nr[n]`, `sin_Nr[n]`, those of position ratio * (position // ratio). Pages are in the
+    model's type, or bytes `[P, E, entry_bytes]` or (index keys) `[P, E, key_bytes]`: see `entries`.
     """
     _op(
         kv_NW, gate_NW, ape, ring_kv, ring_gate, ring_N, positions_N, norm_weight, eps, cos_Nr, sin_Nr,

@@ -10,7 +10,8 @@ fp32 in the order of its choice, then the shared experts' and what `add_ND` hold
 `fast` runs without a device-to-host sync. A few tokens go through `experts_few` (two launches), more through
 `experts_triton`: sort pairs by expert on the device, two grouped products, sum; on Hopper `experts_gluon` (FP8) and
 `experts_gluon16` have the products of large batches. FP8 matrices are multiplied as codes; except for a few tokens
-the activations are quantised 1x128 on the way (where `reference` multiplies the matrices out).
+the activations are quantised 1x128 on the way (where `reference` multiplies the matrices out). FP4
+matrices, and FP8 in odd blocks, are multiplied out in registers (`experts_packed`).
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rorqual.kernels import gluon_rings
+from rorqual.kernels import experts_packed, gluon_rings
 from rorqual.kernels.experts_run import Batch, run_few, run_sorted
+from rorqual.kernels.fp8_linear import fp8_linear
 from rorqual.kernels.gpu import usable
+from rorqual.kernels.held import held_scale
 from rorqual.kernels.linear import linear
 from rorqual.kernels.mode import by_fixed_kernels
 from rorqual.kernels.quant import FP8, dequantize_fp4, dequantize_fp8
@@ -37,8 +40,8 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 class Weights:
     """Matrices `[E, out, in]` of all experts, or `[out, in]` of the shared ones.
 
-    Plain: `codes` is fp32, bf16 or fp16 and `scale` None. Held as codes: float8_e4m3fn with one `scale` (fp32;
-    float8_e8m0fnu is converted at every call) a `block` of 128x128, or packed FP4 (int8; `reference` only).
+    Plain: `codes` is fp32, bf16 or fp16 and `scale` None. Held as codes: float8_e4m3fn with one `scale` (fp32 or
+    float8_e8m0fnu) a `block`, or packed FP4 (int8) with a float8_e8m0fnu scale every 32 inputs.
     """
 
     codes: Tensor
@@ -81,12 +84,14 @@ def experts(
     shared: Shared | None = None,
     add_ND: Tensor | None = None,
     fixed: bool = False,
+    of: int | None = None,
 ) -> Tensor:
     """Each token through its experts: `[N, D]` in x's type.
 
     ids `[N, K]` int64 or int32, weights `[N, K]` fp32; gate, up `[E, W, D]`, down `[E, D, W]`; with `limit` gate
     is clamped from above, up on both sides. `shared` experts serve every token with weight 1; `add_ND` is added
     before the cast. With `fixed` a token's result has the same bits whatever else is in the batch (on the GPU).
+    Where the matrices are those of a few experts among more, `of` says among how many: a hint for the plan.
     """
     tensors = [x_ND, ids_NK, weights_NK, gate.codes, up.codes, down.codes]
     tensors += [w.codes for w in shared or ()] + ([add_ND] if add_ND is not None else [])
@@ -96,8 +101,20 @@ def experts(
             common = _through(x_ND, shared, limit)
             add_ND, shared = _wide(common) if add_ND is None else _wide(common) + add_ND, None
         return fast(
-            x_ND, ids_NK, weights_NK, gate, up, down, limit=limit, shared=shared, add_ND=add_ND, fixed=fixed
-        )
+            x_ND, ids_NK, weights_NK, gate, up, down, limit=limit, shared=shared, add_ND=add_ND, fixed=fixed, of=of
+        )  # fmt: skip
+    if usable(*tensors) and not learning and not fixed and experts_packed.supported(x_ND, gate, up, down):
+        if shared is not None:
+            common = _through(x_ND, shared, limit)
+            add_ND = _wide(common) if add_ND is None else _wide(common) + add_ND
+        stacks = gate, up, down
+        fp4 = gate.codes.dtype == torch.int8
+        scales = [
+            w.scale.view(torch.uint8) if fp4 else held_scale(w.scale) for w in stacks if w.scale is not None
+        ]
+        add_ND = add_ND.contiguous() if add_ND is not None else None
+        rows = x_ND.contiguous(), ids_NK.contiguous(), weights_NK.contiguous()
+        return experts_packed.fast(Batch(*rows, stacks, stacks, 0, limit, add_ND), scales)
     return reference(x_ND, ids_NK, weights_NK, gate, up, down, limit=limit, shared=shared, add_ND=add_ND)
 
 
@@ -114,8 +131,15 @@ def _swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
 
 def _through(x_ND: Tensor, shared: Shared, limit: float | None) -> Tensor:
     """The shared experts, by plain products."""
-    gate, up, down = (weight.matrix(x_ND.dtype) for weight in shared)
-    return linear(_swiglu(linear(x_ND, gate), linear(x_ND, up), limit).to(x_ND.dtype), down)
+
+    def times(x: Tensor, w: Weights) -> Tensor:
+        whole = all(size % 128 == 0 for size in w.codes.shape)
+        if w.scale is not None and w.codes.dtype == FP8 and w.block == BLOCK and whole and usable(x, w.codes):
+            return fp8_linear(x, w.codes, w.scale, BLOCK)
+        return linear(x, w.matrix(x.dtype))
+
+    gate, up, down = shared
+    return times(_swiglu(times(x_ND, gate), times(x_ND, up), limit).to(x_ND.dtype), down)
 
 
 def reference(
@@ -278,6 +302,7 @@ def fast(
     shared: Shared | None = None,
     add_ND: Tensor | None = None,
     fixed: bool = False,
+    of: int | None = None,
     how: Plan | None = None,
 ) -> Tensor:
     """`experts` by Triton kernels; `how` overrides the plan."""
@@ -296,5 +321,5 @@ def fast(
         exact = gate.codes.dtype == torch.float32
         count, width, hidden = gate.codes.shape
         gluon = gluon_rings.supported(x_ND, width, hidden)
-        how = EXACT if exact else plan(x_ND.shape[0], ids_NK.shape[1], count, fp8, fixed, gluon)
+        how = EXACT if exact else plan(x_ND.shape[0], ids_NK.shape[1], of or count, fp8, fixed, gluon)
     return run_few(batch, how) if how.few else run_sorted(batch, how)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rorqual.kernels import experts_few, experts_gluon, experts_gluon16, experts_triton, fp8_gluon
 from rorqual.kernels.gpu import triton
+from rorqual.kernels.held import held_scale
 from rorqual.kernels.quant import FP8
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ PLACE: tuple[int, int] | None = None
 
 def _scale(weight: Weights) -> Tensor:
     """The scales in fp32; where there are none, something to point at."""
-    return weight.codes if weight.scale is None else weight.scale.float()
+    return weight.codes if weight.scale is None else held_scale(weight.scale)
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def run_sorted(b: Batch, how: Plan) -> Tensor:
     places = taken = order
     if b.pairs > ONE_CHUNK or how.gluon:
         taken = b.ids.new_empty(2, dtype=torch.int32)
-        places = _place(b, rows, order, table, codes, scales, taken)
+        places = place(b, rows, order, table, codes, scales, taken)
     else:
         chunk = max(16, triton.next_power_of_2(b.pairs))
         experts_triton.sort_kernel[(b.count + b.extra + triton.cdiv(groups, 64),)](
@@ -150,7 +151,7 @@ def run_sorted(b: Batch, how: Plan) -> Tensor:
     return y_ND
 
 
-def _place(
+def place(
     b: Batch, rows: int, order: Tensor, table: Tensor, codes: Tensor, scales: Tensor, taken: Tensor
 ) -> Tensor:
     """Write order and table, zero `taken`, and write codes and scales if there is room for them; the place of every

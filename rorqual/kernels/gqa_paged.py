@@ -2,7 +2,7 @@
 
 Multi-head, grouped and multi-query attention alike (V1 report section 2.2): the query heads of a group meet the
 same keys, so a group's heads and queries are packed into the rows of one tile. A few queries a sequence (decoding,
-drafts) are cut into splits along the keys, put together by `mla_decode.combine`; more of them (prefill, whole or in
+drafts) are cut into splits along the keys, put together by `join.combine`; more of them (prefill, whole or in
 chunks) run as flash attention. The fixed form computes every query in one way, to the bit, whatever comes with it.
 """
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rorqual.kernels import gqa_paged_gluon
 from rorqual.kernels.gpu import tl, triton, usable
-from rorqual.kernels.mla_decode import choose_splits, combine, processors
+from rorqual.kernels.join import combine
+from rorqual.kernels.mla_decode import choose_splits, processors
 
 FEW = 8
 """Queries a sequence up to which the keys are split."""

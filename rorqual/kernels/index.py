@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rorqual.kernels.entries import from_e2m1, from_exponent, key_bytes, unpack_keys
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.mode import is_invariant
 
@@ -41,7 +42,7 @@ def reference(
     chosen_NK = torch.full((q_NHd.shape[0], k), -1, dtype=torch.int32, device=q_NHd.device)
     for seq in seq_N.unique().tolist():
         (rows,) = (seq_N == seq).nonzero(as_tuple=True)
-        keys = _values(k_pages_PTd[table_SB[seq].long()].flatten(0, 1)[:max_keys])
+        keys = _values(k_pages_PTd[table_SB[seq].long()].flatten(0, 1)[:max_keys], q_NHd.shape[2])
         position = torch.arange(keys.shape[0], device=keys.device)
         for block in rows.split(max(1, 2**24 // (q_NHd.shape[1] * max(1, keys.shape[0])))):
             dots = (q_NHd[block].to(keys.dtype) @ keys.T).relu()
@@ -54,8 +55,10 @@ def reference(
     return chosen_NK
 
 
-def _values(keys: Tensor) -> Tensor:
-    """Index keys as fp32 (fp64 stays): from bf16, or from 128 codes and a scale in 132 bytes."""
+def _values(keys: Tensor, dim: int = CODES) -> Tensor:
+    """Index keys as fp32 (fp64 stays): from bf16, from 128 codes and a scale in 132 bytes, or V4's FP4 bytes."""
+    if keys.dtype == torch.uint8 and keys.shape[-1] == key_bytes(dim):
+        return unpack_keys(keys, torch.float32)
     if keys.dtype == torch.uint8:
         codes = keys[..., :CODES].contiguous().view(torch.float8_e4m3fn).float()
         return codes * keys[..., CODES:].contiguous().view(torch.float32)
@@ -94,6 +97,7 @@ def _score(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     KEYS: tl.constexpr,
     SCALED: tl.constexpr,
+    FP4: tl.constexpr,
     PEAKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -109,9 +113,16 @@ def _score(  # type: ignore[no-untyped-def]
     c = tl.arange(0, QUERIES * HEADS)
     c_head, c_local = c % HEADS, tl.program_id(1) * QUERIES + c // HEADS
     c_live = (c_head < heads) & (c_local < rows)
-    d = tl.arange(0, DIM)
     q_rows = (first + c_local).to(tl.int64) * q_row + c_head * q_head
-    q_tile = tl.load(q + q_rows[:, None] + d[None, :], mask=c_live[:, None] & (d < dim)[None, :], other=0.0)
+    if FP4:  # a byte holds an even and an odd channel: these meet the queries' in two products
+        d = tl.arange(0, DIM // 2)
+        q_tile = tl.load(q + q_rows[:, None] + 2 * d[None, :], mask=c_live[:, None], other=0.0)
+        q_odd = tl.load(q + q_rows[:, None] + 2 * d[None, :] + 1, mask=c_live[:, None], other=0.0)
+    else:
+        d = tl.arange(0, DIM)
+        q_tile = tl.load(
+            q + q_rows[:, None] + d[None, :], mask=c_live[:, None] & (d < dim)[None, :], other=0.0
+        )
     weight = tl.load(w + (first + c_local).to(tl.int64) * heads + c_head, mask=c_live, other=0.0)
     weight = weight.to(tl.float32)
     item = tl.arange(0, KEYS)
@@ -133,10 +144,21 @@ def _score(  # type: ignore[no-untyped-def]
             else:
                 page = tl.load(of_seq + s // PAGE, mask=s < limit, other=0).to(tl.int64)
                 at = page * PAGE_STRIDE + (s % PAGE) * ITEM_STRIDE
-            key = tl.load(keys + at[:, None] + d[None, :], mask=(d < dim)[None, :], other=0.0)
-            if key.dtype != q_tile.dtype:
-                key = key.to(q_tile.dtype)
-            dots = tl.dot(key, tl.trans(q_tile), input_precision="ieee")
+            if FP4:
+                byte = tl.load(keys + at[:, None] + d[None, :])
+                exponent = tl.load(keys + at[:, None] + DIM // 2 + tl.arange(0, DIM // 32)[None, :])
+                factor = from_exponent(exponent)[:, :, None]
+                even = tl.reshape(from_e2m1(byte & 15), [KEYS, DIM // 32, 16]) * factor
+                odd = tl.reshape(from_e2m1(byte >> 4), [KEYS, DIM // 32, 16]) * factor
+                even = tl.reshape(even, [KEYS, DIM // 2]).to(q_tile.dtype)
+                odd = tl.reshape(odd, [KEYS, DIM // 2]).to(q_tile.dtype)
+                dots = tl.dot(even, tl.trans(q_tile), input_precision="ieee")
+                dots = tl.dot(odd, tl.trans(q_odd), dots, input_precision="ieee")
+            else:
+                key = tl.load(keys + at[:, None] + d[None, :], mask=(d < dim)[None, :], other=0.0)
+                if key.dtype != q_tile.dtype:
+                    key = key.to(q_tile.dtype)
+                dots = tl.dot(key, tl.trans(q_tile), input_precision="ieee")
             worth = tl.maximum(dots, 0.0) * weight[None, :]
             if QUERIES == 1:
                 score = tl.sum(worth, axis=1)[:, None]
@@ -337,7 +359,9 @@ class Plan(NamedTuple):
     choose_warps: int = 16
 
 
-def plan(rows: int, sequences: int, max_keys: int, k: int, page: int, dtype: torch.dtype) -> Plan:
+def plan(
+    rows: int, sequences: int, max_keys: int, k: int, page: int, dtype: torch.dtype, fp4: bool = False
+) -> Plan:
     """Chunks of one sequence take two queries a program; short contexts skip the gathering, and there a program
     takes up to four tiles of keys where there are enough programs. Where a tile is of several pages, the pipeline
     gives half its stages to reading their numbers."""
@@ -346,6 +370,8 @@ def plan(rows: int, sequences: int, max_keys: int, k: int, page: int, dtype: tor
     p = Plan(cap=cap, parts=groups // 64)
     if dtype == torch.float32:  # no tensor cores: tiles that fit the registers
         p = p._replace(keys=32, parts=groups // 32, stages=2)
+    elif fp4:  # multiplied out in registers: small tiles, of many programs
+        p = p._replace(queries=2 if rows >= 4 * sequences and not is_invariant() else 1, stages=4)
     elif (
         rows >= 4 * sequences and not is_invariant()
     ):  # there heads are added up in one order, that of one query
@@ -378,10 +404,13 @@ def fast(
     chosen_NK = torch.empty(rows, k, dtype=torch.int32, device=device)
     if not rows:
         return chosen_NK
-    p = tiles or plan(rows, table_SB.shape[0], max_keys, k, k_pages_PTd.shape[1], k_pages_PTd.dtype)
+    fp4 = k_pages_PTd.dtype == torch.uint8 and k_pages_PTd.shape[2] == key_bytes(dim)
+    page, kind = k_pages_PTd.shape[1], k_pages_PTd.dtype
+    p = tiles or plan(rows, table_SB.shape[0], max_keys, k, page, kind, fp4)
     assert k_pages_PTd.stride(2) == 1 and table_SB.stride(1) == 1 and max_keys <= MOST_KEYS and p.cap >= k
     assert p.chunk <= 2**15
-    scaled = k_pages_PTd.dtype == torch.uint8
+    scaled = k_pages_PTd.dtype == torch.uint8 and not fp4
+    assert not fp4 or dim == triton.next_power_of_2(dim) >= 32
     codes, key_scales = k_pages_PTd, k_pages_PTd
     if scaled:
         codes = k_pages_PTd.view(torch.float8_e4m3fn)
@@ -406,7 +435,8 @@ def fast(
             SCALE_PAGE=key_scales.stride(0), SCALE_ITEM=key_scales.stride(1), PAGE=k_pages_PTd.shape[1],
             QUERIES=p.queries,
             HEADS=max(triton.next_power_of_2(heads), -(-16 // p.queries)),
-            DIM=max(16, triton.next_power_of_2(dim)), KEYS=p.keys, SCALED=scaled, PEAKS=gathered,
+            DIM=max(16, triton.next_power_of_2(dim)), KEYS=p.keys, SCALED=scaled, FP4=fp4,
+            PEAKS=gathered,
             STAGES=p.stages, num_warps=p.warps,
         )  # fmt: skip
         if gathered:
@@ -436,9 +466,10 @@ def index_choose(
     """The k best-scored positions of each query, int32 `[N, k]`, ascending; -1 behind them where fewer exist.
 
     Index queries `q_NHd` (bf16, fp32, or E4M3 with their scale folded into `w_NH`), fp32 head weights `w_NH`,
-    index keys in pages `[P, page_size, d]` of bf16 or fp32, or uint8 with d = 132 (128 E4M3 codes, then one fp32
-    scale). Query n belongs to sequence `seq_N[n]` of `table_SB` and sees the positions below `limits_N[n]` (0
-    gives all -1), never more than `max_keys`. Queries of one sequence are best kept next to each other.
+    index keys in pages `[P, page_size, d]` of bf16 or fp32, or uint8 of 132 a key (128 E4M3 codes, then one fp32
+    scale) or of `entries.key_bytes(d)` (V4's FP4, for queries turned as its keys are). Query n belongs to sequence
+    `seq_N[n]` of `table_SB` and sees the positions below `limits_N[n]` (0 gives all -1), never more than `max_keys`.
+    Queries of one sequence are best kept next to each other.
     """
     supported = max_keys <= MOST_KEYS and q_NHd.dtype != torch.float64 and k_pages_PTd.dtype != torch.float64
     if usable(q_NHd, w_NH, k_pages_PTd, table_SB, seq_N, limits_N) and supported:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rorqual.kernels import mla_decode_gluon, peers
+from rorqual.kernels import mla_decode_gluon, mla_decode_gluon_fp8, peers
 from rorqual.kernels.gpu import tl, triton, usable
+from rorqual.kernels.join import combine
 from rorqual.kernels.quant import FP8, dequantize_fp8, quantize_fp8
 
 SCALED = 128
@@ -180,55 +181,6 @@ def _attend(  # type: ignore[no-untyped-def]
     tl.store(o_ptr + place, acc.to(o_ptr.dtype.element_ty), mask=held[:, None] & (channel < RANK)[None, :])
 
 
-@triton.jit(do_not_specialize=("rows", "heads", "splits", "total"))
-def _combine(  # type: ignore[no-untyped-def]
-    part_ptr, lse_ptr, ends_ptr, starts_ptr, o_ptr, rows, heads, splits, total,
-    SIZE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr,
-    FIXED: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """One output row: the mean of its splits' results, weighted by their sums, in the order of the splits.
-
-    `rows` = places * heads a sequence. PACKED outputs have their sequences one right after another.
-    """
-    row = tl.program_id(0)
-    s = row // rows
-    end = tl.load(ends_ptr + s)
-    to = row.to(tl.int64)
-    if PACKED:
-        start = tl.load(starts_ptr + s)
-        if row % rows >= (tl.load(starts_ptr + s + 1) - start) * heads:
-            return
-        to = to + (start * heads - s * rows)
-    if FIXED > 0:
-        used = tl.cdiv(end, FIXED)
-    else:
-        share = tl.cdiv(tl.cdiv(end, splits), TILE) * TILE
-        used = tl.cdiv(end, tl.maximum(share, 1))
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    lane = tl.arange(0, BLOCK_S)
-    peak = tl.full([BLOCK_S], float("-inf"), tl.float32)
-    for i in tl.range(0, used, BLOCK_S):
-        at = (i + lane).to(tl.int64) * total + row
-        peak = tl.maximum(peak, tl.load(lse_ptr + at, mask=i + lane < used, other=float("-inf")))
-    top = tl.max(peak, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    acc = tl.zeros([BLOCK_C], tl.float32)
-    mass = 0.0
-    for i in tl.range(0, used, BLOCK_S):
-        there = i + lane < used
-        at = (i + lane).to(tl.int64) * total + row
-        weight = tl.exp2(tl.load(lse_ptr + at, mask=there, other=float("-inf")) - top)
-        part = tl.load(
-            part_ptr + at[:, None] * SIZE + channel[None, :],
-            mask=there[:, None] & (channel < SIZE)[None, :],
-            other=0.0,
-        )
-        acc += tl.sum(part * weight[:, None], 0)
-        mass += tl.sum(weight, 0)
-    acc = acc / tl.where(mass > 0, mass, 1.0)
-    tl.store(o_ptr + to * SIZE + channel, acc.to(o_ptr.dtype.element_ty), mask=channel < SIZE)
-
-
 # ------------------------------------------------------------------------------------------- launches
 
 
@@ -242,7 +194,7 @@ class Config(NamedTuple):
     resident: int
     """Programs that run on one multiprocessor at a time."""
     gluon: bool = False
-    """Whether `mla_decode_gluon` runs it."""
+    """Whether `mla_decode_gluon`, or `mla_decode_gluon_fp8`, runs it."""
 
 
 WIDE = Config(16, 16, 8, 1, 1)
@@ -271,55 +223,19 @@ def choose_splits(units: int, capacity: int, slots: int, tile: int) -> int:
     return min(range(1, most + 1), key=lambda splits: (cost(splits), splits))
 
 
-def configure(rows: int, heads: int, fixed: bool, fp8: bool, hopper: bool) -> Config:
-    """The cut for `rows` = width * heads queries a sequence, in Gluon where it is `hopper`'s case. The fixed form may
-    look at `heads` alone."""
+def configure(rows: int, heads: int, crowded: bool, fixed: bool, fp8: bool, hopper: bool) -> Config:
+    """The cut for `rows` = width * heads queries a sequence, in Gluon where it is `hopper`'s case; `crowded`: more
+    sequences than multiprocessors. The fixed form may look at `heads` alone."""
+    gluon = Config(mla_decode_gluon.ROWS, mla_decode_gluon.TILE, 12, 1, 1, True)
     rows = heads if fixed else rows
     if rows <= 16:
-        return Config(16, 32, 4, 3, 2)
+        # Most of Gluon's 64 rows are empty, which costs nothing unless bf16 programs come in more than one turn.
+        return gluon if hopper and not fixed and (fp8 or not crowded) else Config(16, 32, 4, 3, 2)
+    if hopper and not (fixed and rows <= 32 and not fp8):
+        return gluon
     if rows <= 32 and not fp8:
         return Config(32, 32, 4, 3, 2)
-    if hopper:
-        return Config(mla_decode_gluon.ROWS, mla_decode_gluon.PAIR, 8, 1, 1, True)
     return Config(64, 32, 8, 3, 1) if fp8 else Config(64, 64, 8, 2, 1)
-
-
-def combine(
-    part: Tensor,
-    lse: Tensor,
-    ends_S: Tensor,
-    starts_S1: Tensor | None,
-    o: Tensor,
-    *,
-    rows: int,
-    heads: int,
-    tile: int,
-    fixed: int = 0,
-) -> None:
-    """Stage 2: `part` `[splits, S * rows, size]` fp32 and `lse` `[splits, S * rows]` (base 2) into `o`
-    `[..., size]`, whose rows are those of `part`, or with `starts_S1` only those that a sequence has."""
-    splits, total, size = part.shape
-    block_s = 16 if fixed else min(32, triton.next_power_of_2(splits))
-    # The order of a sum lies in its tile's shape: the fixed form's must not depend on the number of splits.
-    block_c = min(128 if fixed or splits > 8 else 512, triton.next_power_of_2(size))
-    _combine[(total, -(-size // block_c))](
-        part,
-        lse,
-        ends_S,
-        starts_S1,
-        o,
-        rows,
-        heads,
-        splits,
-        total,
-        SIZE=size,
-        BLOCK_S=block_s,
-        BLOCK_C=block_c,
-        TILE=tile,
-        FIXED=fixed,
-        PACKED=starts_S1 is not None,
-        num_warps=4,
-    )
 
 
 def _launch(
@@ -414,7 +330,9 @@ def fast(
     if tokens == 0:
         return out
     fixed = FIXED_KEYS if splits == "fixed" else 0
-    cut = config or configure(rows, heads, bool(fixed), fp8, mla_decode_gluon.supported(q, pages_PTC, rank))
+    form = mla_decode_gluon_fp8 if fp8 else mla_decode_gluon
+    crowded, hopper = sequences > processors(q.device), form.supported(q, pages_PTC, rank)
+    cut = config or configure(rows, heads, crowded, bool(fixed), fp8, hopper)
     if config is None and q.dtype == torch.float32 and rank > 128:
         cut = WIDE
     blocks, capacity = -(-rows // cut.block_m), table_SB.shape[1] * size
@@ -434,7 +352,7 @@ def fast(
     exponent = scale * math.log2(math.e)
     grid = (blocks, pieces, sequences)
     if cut.gluon:
-        mla_decode_gluon.launch(
+        form.launch(
             q,
             pages_PTC,
             table_SB,

@@ -1,11 +1,9 @@
-"""Stage 1 of `mla_decode` for Hopper in Gluon, beyond a few rows: two groups of four warps share pairs of tiles.
+"""Stage 1 of `mla_decode` for Hopper in Gluon: two groups of four warps share 64 rows, one warp fetches tiles by TMA.
 
-64 rows' values are 64 x 512 fp32, half of a multiprocessor's registers, so a group keeps one half of the channels.
-For the scores a group takes one tile of the pair for itself (64 keys at once: fewer would starve the tensor cores of
-operands). The groups exchange their rows' maxima and then their weights through shared memory, and each adds both
-tiles' values to its half. Tiles come and go as four pieces (tile x half), each given back by the one group that reads
-its values, so that the next pair arrives while this one is still being added. (The division of labour is that of
-FlashMLA, DeepSeek 2025; its schedule is another.)
+64 rows' values are 64 x 512 fp32, half of a multiprocessor's registers. The first group makes the scores of a tile of
+64 keys, takes the softmax, leaves the weights where the second finds them and adds the first quarter of the channels;
+the second adds the rest while the first is at the next tile. Two tiles fit beside the queries; each comes and goes in
+parts, as the groups are done with them.
 """
 
 from typing import Any
@@ -37,8 +35,8 @@ else:
     AVAILABLE = INSTALLED
 
 ROWS = 64
-PAIR = 128
-"""Keys of a pair of tiles; a split holds whole pairs, a page whole tiles."""
+TILE = 64
+"""Keys of a tile; a split holds whole tiles, a page too."""
 
 RANK, ROPE = 512, 64
 """The latents of every released model."""
@@ -46,35 +44,34 @@ RANK, ROPE = 512, 64
 
 @gluon.jit
 def _fetch(  # type: ignore[no-untyped-def]
-    c_desc, e_desc, pieces, ropes, full, free, table_ptr, first, last, PAGE: gl.constexpr,
-):  # fmt: skip
-    """The fetching warp. Piece 2 * tile + half; in the order in which they are given back. Past the last key the last
-    page comes again."""
-    TILE: gl.constexpr = c_desc.block_type.shape[0]
-    HALF: gl.constexpr = c_desc.block_type.shape[1]
-    here = first < last
-    left = gl.load(table_ptr + first // PAGE, mask=here, other=0)
-    right = gl.load(table_ptr + gl.minimum(first + TILE, last - 1) // PAGE, mask=here, other=0)
-    for start in range(first, last, 2 * TILE):
-        parity = ((start - first) // (2 * TILE) & 1) ^ 1
-        row = left * PAGE + start % PAGE
-        beside = right * PAGE + (start + TILE) % PAGE
-        left = gl.load(table_ptr + gl.minimum(start + 2 * TILE, last - 1) // PAGE)
-        right = gl.load(table_ptr + gl.minimum(start + 3 * TILE, last - 1) // PAGE)
-        mbarrier.wait(free.index(0), parity)
-        mbarrier.expect(full.index(0), c_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(c_desc, [row, 0], full.index(0), pieces.index(0))
-        mbarrier.wait(free.index(3), parity)
-        mbarrier.expect(full.index(3), c_desc.block_type.nbytes + e_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(c_desc, [beside, HALF], full.index(3), pieces.index(3))
-        tma.async_copy_global_to_shared(e_desc, [beside, 2 * HALF], full.index(3), ropes.index(1))
-        mbarrier.wait(free.index(1), parity)
-        mbarrier.expect(full.index(1), c_desc.block_type.nbytes + e_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(c_desc, [row, HALF], full.index(1), pieces.index(1))
-        tma.async_copy_global_to_shared(e_desc, [row, 2 * HALF], full.index(1), ropes.index(0))
-        mbarrier.wait(free.index(2), parity)
-        mbarrier.expect(full.index(2), c_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(c_desc, [beside, 0], full.index(2), pieces.index(2))
+    a_desc, c_desc, e_desc, k_parts, bars, table_ptr, first, last, PAGE: gl.constexpr
+):
+    """The fetching warp. The second group's parts are free first."""
+    k_a, k_b, k_c, k_e = k_parts
+    full_a, full_b, full_c, free_a, free_b, _p_full, _p_free = bars
+    STAGES: gl.constexpr = k_a.shape[0]
+    TILE: gl.constexpr = k_a.shape[1]
+    A: gl.constexpr = k_a.shape[2]
+    page = gl.load(table_ptr + first // PAGE, mask=first < last, other=0)
+    tile = 0
+    for start in range(first, last, TILE):
+        row = page * PAGE + (start & (PAGE - 1))
+        page = gl.load(table_ptr + gl.minimum(start + TILE, last - 1) // PAGE)
+        stage = tile % STAGES
+        parity = ((tile // STAGES) & 1) ^ 1
+        mbarrier.wait(free_b.index(stage), parity)
+        bar = full_b.index(stage)
+        mbarrier.expect(bar, a_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(a_desc, [row, A], bar, k_b.index(stage))
+        bar = full_c.index(stage)
+        mbarrier.expect(bar, c_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(c_desc, [row, 2 * A], bar, k_c.index(stage))
+        mbarrier.wait(free_a.index(stage), parity)
+        bar = full_a.index(stage)
+        mbarrier.expect(bar, a_desc.block_type.nbytes + e_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(a_desc, [row, 0], bar, k_a.index(stage))
+        tma.async_copy_global_to_shared(e_desc, [row, 4 * A], bar, k_e.index(stage))
+        tile += 1  # noqa: SIM113
 
 
 @gluon.jit
@@ -91,107 +88,155 @@ def _clear(piece, there):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _compute(  # type: ignore[no-untyped-def]
-    q_left, q_right, weights, pieces, ropes, full, free, peaks, said, given, o_ptr, lse_ptr, first, last, scale, base,
-    block, rows, heads, open_to,
-    MINE: gl.constexpr, DIRECT: gl.constexpr,
+def _lead(  # type: ignore[no-untyped-def]
+    q_ptr, at, q_parts, k_parts, p_tile, fades, bars, o_ptr, lse_ptr, first, last, scale, base, block, rows, held,
+    heads, end, width,
+    DIRECT: gl.constexpr,
 ):  # fmt: skip
-    """Group MINE: the scores of the pair's tile MINE, the values of channel half MINE of both tiles."""
-    OTHER: gl.constexpr = 1 - MINE
-    ROWS: gl.constexpr = q_left.shape[0]
-    HALF: gl.constexpr = q_left.shape[1]
-    TILE: gl.constexpr = pieces.shape[1]
+    """The first group: scores, softmax and the first quarter of the values."""
+    q_a, q_b, q_c, q_e = q_parts
+    k_a, k_b, k_c, k_e = k_parts
+    full_a, full_b, full_c, free_a, _free_b, p_full, p_free = bars
+    ROWS: gl.constexpr = q_a.shape[0]
+    STAGES: gl.constexpr = k_a.shape[0]
+    TILE: gl.constexpr = k_a.shape[1]
+    A: gl.constexpr = q_a.shape[1]
+    C: gl.constexpr = q_c.shape[1]
+    E: gl.constexpr = q_e.shape[1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
-    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, A, 16])
     LINE: gl.constexpr = gl.SliceLayout(1, S)
-    # The queries' rotary part lies where group 1's weights will: it moves into registers.
-    q_rope = weights.index(1).load(gl.DotOperandLayout(0, S, 2))
+    Q: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    q_row = block * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, Q))
+    from_ = q_ptr + (at + q_row).to(gl.int64)[:, None] * (4 * A + E)
+    known = (q_row < held)[:, None]
+    to_a = gl.arange(0, A, gl.SliceLayout(0, Q))[None, :]
+    to_c = gl.arange(0, C, gl.SliceLayout(0, Q))[None, :]
+    to_e = gl.arange(0, E, gl.SliceLayout(0, Q))[None, :]
+    q_a.store(gl.load(from_ + to_a, mask=known, other=0.0))
+    q_b.store(gl.load(from_ + A + to_a, mask=known, other=0.0))
+    q_c.store(gl.load(from_ + 2 * A + to_c, mask=known, other=0.0))
+    q_e.store(gl.load(from_ + 4 * A + to_e, mask=known, other=0.0))
+    fence_async_shared()
     row = block * ROWS + gl.arange(0, ROWS, LINE)
-    visible = open_to + row // heads
-    lane = MINE * TILE + gl.arange(0, TILE, gl.SliceLayout(0, S))
+    open_to = end - width + row // heads
+    whole = end - width + 1  # keys that every row sees
     # The lowest finite number, not -inf: a fade of exp2(-inf + inf) would be NaN.
     peak = gl.full([ROWS], -1e30, gl.float32, LINE)
     total = gl.zeros([ROWS], gl.float32, LINE)
-    acc = gl.zeros([ROWS, HALF], gl.float32, A)
-    turn = 0
-    for start in range(first, last, 2 * TILE):
-        parity = turn & 1
-        score = gl.zeros([ROWS, TILE], gl.float32, S)
-        there = last - start - MINE * TILE
-        if there < TILE:
-            mbarrier.wait(full.index(2 * MINE), parity)
-            mbarrier.wait(full.index(2 * MINE + 1), parity)
-            _clear(pieces.index(2 * MINE), there)
-            _clear(pieces.index(2 * MINE + 1), there)
-            _clear(ropes.index(MINE), there)
+    acc = gl.zeros([ROWS, A], gl.float32, O)
+    tile = 0
+    for start in range(first, last, TILE):
+        stage = tile % STAGES
+        parity = (tile // STAGES) & 1
+        if last - start < TILE:
+            mbarrier.wait(full_a.index(stage), parity)
+            mbarrier.wait(full_b.index(stage), parity)
+            mbarrier.wait(full_c.index(stage), parity)
+            _clear(k_a.index(stage), last - start)
+            _clear(k_b.index(stage), last - start)
+            _clear(k_c.index(stage), last - start)
+            _clear(k_e.index(stage), last - start)
             fence_async_shared()
-        if MINE == 0:
-            mbarrier.wait(full.index(0), parity)
-            score = warpgroup_mma(
-                q_left, pieces.index(0).permute((1, 0)), score, use_acc=False, is_async=True
-            )
-            mbarrier.wait(full.index(1), parity)
-            score = warpgroup_mma(q_right, pieces.index(1).permute((1, 0)), score, is_async=True)
-        else:
-            mbarrier.wait(full.index(3), parity)
-            score = warpgroup_mma(
-                q_right, pieces.index(3).permute((1, 0)), score, use_acc=False, is_async=True
-            )
-            mbarrier.wait(full.index(2), parity)
-            score = warpgroup_mma(q_left, pieces.index(2).permute((1, 0)), score, is_async=True)
-        score = warpgroup_mma(q_rope, ropes.index(MINE).permute((1, 0)), score, is_async=True)
+        score = gl.zeros([ROWS, TILE], gl.float32, S)
+        mbarrier.wait(full_b.index(stage), parity)
+        score = warpgroup_mma(q_b, k_b.index(stage).permute((1, 0)), score, use_acc=False, is_async=True)
+        mbarrier.wait(full_c.index(stage), parity)
+        score = warpgroup_mma(q_c, k_c.index(stage).permute((1, 0)), score, is_async=True)
+        mbarrier.wait(full_a.index(stage), parity)
+        score = warpgroup_mma(q_a, k_a.index(stage).permute((1, 0)), score, is_async=True)
+        score = warpgroup_mma(q_e, k_e.index(stage).permute((1, 0)), score, is_async=True)
         score = warpgroup_mma_wait(0, deps=[score])
-
-        score = gl.where((start + lane)[None, :] <= visible[:, None], score * scale, -float("inf"))
-        higher = gl.maximum(peak, gl.max(score, 1))
-        peaks.index(MINE).store(higher)
-        mbarrier.arrive(said.index(MINE))
-        mbarrier.wait(said.index(OTHER), parity)
-        higher = gl.maximum(higher, peaks.index(OTHER).load(LINE))
+        if start + TILE > whole:
+            key = start + gl.arange(0, TILE, gl.SliceLayout(0, S))
+            score = gl.where(key[None, :] <= open_to[:, None], score, -float("inf"))
+        higher = gl.maximum(peak, gl.max(score, 1) * scale)
+        weight = gl.exp2(score * scale - higher[:, None])
         fade = gl.exp2(peak - higher)
         peak = higher
-        weight = gl.exp2(score - higher[:, None])
         total = total * fade + gl.sum(weight, 1)
-        weight = weight.to(weights.dtype)
-        weights.index(MINE).store(weight)
+        half_weight = weight.to(p_tile.dtype)
+        mbarrier.wait(p_free, (tile & 1) ^ 1)
+        p_tile.store(half_weight)
+        fades.store(fade)
         fence_async_shared()
-        mbarrier.arrive(given.index(MINE))
-        acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, A))[:, None]
-        own = gl.convert_layout(weight, gl.DotOperandLayout(0, A, 2))
-        acc = warpgroup_mma(own, pieces.index(3 * MINE), acc, is_async=True)
-        mbarrier.wait(given.index(OTHER), parity)
-        acc = warpgroup_mma(weights.index(OTHER), pieces.index(2 * OTHER + MINE), acc, is_async=True)
-        acc, own = warpgroup_mma_wait(1, deps=[acc, own])
-        mbarrier.arrive(free.index(3 * MINE))
+        mbarrier.arrive(p_full)
+        acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, O))[:, None]
+        operand = gl.convert_layout(half_weight, gl.DotOperandLayout(0, O, 2))
+        acc = warpgroup_mma(operand, k_a.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(free.index(2 * OTHER + MINE))
-        turn += 1
-
-    peaks.index(MINE).store(total)
-    mbarrier.arrive(said.index(MINE))
-    mbarrier.wait(said.index(OTHER), turn & 1)
-    total += peaks.index(OTHER).load(LINE)
+        mbarrier.arrive(free_a.index(stage))
+        tile += 1
     known = gl.where(total > 0, total, 1.0)
-    if not DIRECT and MINE == 0:
+    part = 1.0 / known
+    mbarrier.wait(p_free, (tile & 1) ^ 1)
+    fades.store(part)
+    mbarrier.arrive(p_full)
+    if not DIRECT:
         to = base.to(gl.int64) + row
-        gl.store(lse_ptr + to, gl.where(total > 0, peak + gl.log2(known), -float("inf")), mask=row < rows)
-    acc = acc / gl.convert_layout(known, gl.SliceLayout(1, A))[:, None]
-    m = block * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, A))
-    channel = MINE * HALF + gl.arange(0, HALF, gl.SliceLayout(0, A))
-    place = (base.to(gl.int64) + m)[:, None] * (2 * HALF) + channel[None, :]
-    gl.store(o_ptr + place, acc.to(o_ptr.dtype.element_ty), mask=(m < rows)[:, None])
+        gl.store(lse_ptr + to, gl.where(total > 0, peak + gl.log2(known), -float("inf")), mask=row < held)
+    _write(o_ptr, acc * gl.convert_layout(part, gl.SliceLayout(1, O))[:, None], base, block,
+           rows if DIRECT else held, 0, 4 * A, O)  # fmt: skip
+
+
+@gluon.jit
+def _write(  # type: ignore[no-untyped-def]
+    o_ptr, acc, base, block, rows, COLUMN: gl.constexpr, RANK: gl.constexpr, O: gl.constexpr
+):
+    """The result's channels from COLUMN on to memory."""
+    m = block * acc.shape[0] + gl.arange(0, acc.shape[0], gl.SliceLayout(1, O))
+    channel = COLUMN + gl.arange(0, acc.shape[1], gl.SliceLayout(0, O))
+    place = o_ptr + (base.to(gl.int64) + m)[:, None] * RANK + channel[None, :]
+    gl.store(place, acc.to(o_ptr.dtype.element_ty), mask=(m < rows)[:, None])
+
+
+@gluon.jit
+def _follow(k_parts, p_tile, fades, bars, o_ptr, first, last, base, block, rows):  # type: ignore[no-untyped-def]
+    """The second group: the other values, by the weights that the first left in `p_tile`."""
+    _k_a, k_b, k_c, _k_e = k_parts
+    _full_a, full_b, full_c, _free_a, free_b, p_full, p_free = bars
+    ROWS: gl.constexpr = p_tile.shape[0]
+    STAGES: gl.constexpr = k_b.shape[0]
+    TILE: gl.constexpr = k_b.shape[1]
+    A: gl.constexpr = k_b.shape[2]
+    C: gl.constexpr = k_c.shape[2]
+    B_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, A, 16])
+    C_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    acc_b = gl.zeros([ROWS, A], gl.float32, B_O)
+    acc_c = gl.zeros([ROWS, C], gl.float32, C_O)
+    tile = 0
+    for _ in range(first, last, TILE):
+        stage = tile % STAGES
+        parity = (tile // STAGES) & 1
+        mbarrier.wait(full_b.index(stage), parity)
+        mbarrier.wait(full_c.index(stage), parity)
+        mbarrier.wait(p_full, tile & 1)
+        fade = fades.load(gl.SliceLayout(1, C_O))
+        acc_c = acc_c * fade[:, None]
+        acc_b = acc_b * gl.convert_layout(fade, gl.SliceLayout(1, B_O))[:, None]
+        acc_c = warpgroup_mma(p_tile, k_c.index(stage), acc_c, is_async=True)
+        acc_b = warpgroup_mma(p_tile, k_b.index(stage), acc_b, is_async=True)
+        acc_b, acc_c = warpgroup_mma_wait(0, deps=[acc_b, acc_c])
+        mbarrier.arrive(p_free)
+        mbarrier.arrive(free_b.index(stage))
+        tile += 1
+    mbarrier.wait(p_full, tile & 1)
+    part = fades.load(gl.SliceLayout(1, C_O))
+    _write(o_ptr, acc_c * part[:, None], base, block, rows, 2 * A, 4 * A, C_O)
+    part_b = gl.convert_layout(part, gl.SliceLayout(1, B_O))
+    _write(o_ptr, acc_b * part_b[:, None], base, block, rows, A, 4 * A, B_O)
 
 
 @gluon.jit(do_not_specialize=("rows", "heads", "width", "table_stride", "splits"))
 def _attend(  # type: ignore[no-untyped-def]
-    c_desc, e_desc, q_ptr, table_ptr, ends_ptr, o_ptr, lse_ptr, scale, rows, heads, width, table_stride, splits,
-    ROWS: gl.constexpr, PAGE: gl.constexpr, FIXED: gl.constexpr, DIRECT: gl.constexpr,
+    a_desc, c_desc, e_desc, q_ptr, table_ptr, ends_ptr, o_ptr, lse_ptr, scale, rows, heads, width, table_stride,
+    splits,
+    ROWS: gl.constexpr, TILE: gl.constexpr, A: gl.constexpr, E: gl.constexpr, PAGE: gl.constexpr,
+    FIXED: gl.constexpr, DIRECT: gl.constexpr, FOLLOW: gl.constexpr,
 ):  # fmt: skip
-    """As `mla_decode._attend`: ROWS of a sequence's queries against one split of its keys."""
-    TILE: gl.constexpr = c_desc.block_type.shape[0]
-    HALF: gl.constexpr = c_desc.block_type.shape[1]
-    ROPE: gl.constexpr = e_desc.block_type.shape[1]
-    dtype: gl.constexpr = c_desc.dtype
+    """As `mla_decode._attend`: ROWS of a sequence's queries against one split of its keys. The descriptors are of a
+    tile's quarter, half and rotary part."""
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
     block = gl.program_id(0)
     split = gl.program_id(1)
     s = gl.program_id(2)
@@ -199,66 +244,57 @@ def _attend(  # type: ignore[no-untyped-def]
     if FIXED > 0:
         share = FIXED
     else:
-        share = gl.cdiv(gl.cdiv(end, splits), 2 * TILE) * 2 * TILE
+        share = gl.cdiv(gl.cdiv(end, splits), TILE) * TILE
     first = split * share
     last = gl.minimum(first + share, end)
     base = s * rows
     if not DIRECT:
         base += split * gl.num_programs(2) * rows
     held = gl.where(first < last, rows, 0)  # a program without keys runs through, touching nothing
-
-    SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HALF], dtype)
-    NARROW: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROPE], dtype)
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_left = gl.allocate_shared_memory(dtype, [ROWS, HALF], SHARED)
-    q_right = gl.allocate_shared_memory(dtype, [ROWS, HALF], SHARED)
-    weights = gl.allocate_shared_memory(dtype, [2, ROWS, ROPE], NARROW)
-    pieces = gl.allocate_shared_memory(dtype, [4, TILE, HALF], c_desc.layout)
-    ropes = gl.allocate_shared_memory(dtype, [2, TILE, ROPE], e_desc.layout)
-    peaks = gl.allocate_shared_memory(gl.float32, [2, ROWS], FLAT)
-    full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    said = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    given = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(4):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(free.index(i), count=1)
+    W: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    q_a = gl.allocate_shared_memory(dtype, [ROWS, A], W)
+    q_b = gl.allocate_shared_memory(dtype, [ROWS, A], W)
+    q_c = gl.allocate_shared_memory(dtype, [ROWS, 2 * A], W)
+    q_e = gl.allocate_shared_memory(dtype, [ROWS, E], W)
+    k_a = gl.allocate_shared_memory(dtype, [2, TILE, A], W)
+    k_b = gl.allocate_shared_memory(dtype, [2, TILE, A], W)
+    k_c = gl.allocate_shared_memory(dtype, [2, TILE, 2 * A], W)
+    k_e = gl.allocate_shared_memory(dtype, [2, TILE, E], W)
+    p_tile = gl.allocate_shared_memory(dtype, [ROWS, TILE], W)
+    fades = gl.allocate_shared_memory(gl.float32, [ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full_a = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    full_b = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    full_c = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    free_a = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    free_b = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    p_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    p_free = gl.allocate_shared_memory(gl.int64, [1], BAR)
     for i in gl.static_range(2):
-        mbarrier.init(said.index(i), count=1)
-        mbarrier.init(given.index(i), count=1)
-
-    Q: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = block * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, Q))
-    at = (s * rows + row).to(gl.int64)[:, None] * (2 * HALF + ROPE)
-    known = (row < held)[:, None]
-    channel = gl.arange(0, HALF, gl.SliceLayout(0, Q))[None, :]
-    q_left.store(gl.load(q_ptr + at + channel, mask=known, other=0.0))
-    q_right.store(gl.load(q_ptr + at + HALF + channel, mask=known, other=0.0))
-    channel = gl.arange(0, ROPE, gl.SliceLayout(0, Q))[None, :]
-    weights.index(1).store(gl.load(q_ptr + at + 2 * HALF + channel, mask=known, other=0.0))
-    fence_async_shared()
-    table_ptr += s * table_stride
-    open_to = end - width
+        mbarrier.init(full_a.index(i), count=1)
+        mbarrier.init(full_b.index(i), count=1)
+        mbarrier.init(full_c.index(i), count=1)
+        mbarrier.init(free_a.index(i), count=1)
+        mbarrier.init(free_b.index(i), count=1)
+    mbarrier.init(p_full, count=1)
+    mbarrier.init(p_free, count=1)
+    q_parts = (q_a, q_b, q_c, q_e)
+    k_parts = (k_a, k_b, k_c, k_e)
+    bars = (full_a, full_b, full_c, free_a, free_b, p_full, p_free)
     gl.warp_specialize(
         [
             (
-                _compute,
+                _lead,
                 (
-                    q_left, q_right, weights, pieces, ropes, full, free, peaks, said, given, o_ptr, lse_ptr, first,
-                    last, scale, base, block, rows if DIRECT else held, heads, open_to, 0, DIRECT,
+                    q_ptr, s * rows, q_parts, k_parts, p_tile, fades, bars, o_ptr, lse_ptr, first, last, scale, base,
+                    block, rows, held, heads, end, width, DIRECT,
                 ),
             ),
-            (
-                _compute,
-                (
-                    q_left, q_right, weights, pieces, ropes, full, free, peaks, said, given, o_ptr, lse_ptr, first,
-                    last, scale, base, block, rows if DIRECT else held, heads, open_to, 1, DIRECT,
-                ),
-            ),
-            (_fetch, (c_desc, e_desc, pieces, ropes, full, free, table_ptr, first, last, PAGE)),
+            (_follow, (k_parts, p_tile, fades, bars, o_ptr, first, last, base, block, rows if DIRECT else held)),
+            (_fetch, (a_desc, c_desc, e_desc, k_parts, bars, table_ptr + s * table_stride, first, last, PAGE)),
         ],
         [4, 1],
-        [240, 24],
+        [FOLLOW, 24],
     )  # fmt: skip
 
 
@@ -271,7 +307,7 @@ def supported(q_NHC: Tensor, pages_PTC: Tensor, rank: int) -> bool:
         and q_NHC.dtype == pages_PTC.dtype == torch.bfloat16
         and pages_PTC.is_contiguous()
         and (rank, q_NHC.shape[2] - rank) == (RANK, ROPE)
-        and pages_PTC.shape[1] % (PAIR // 2) == 0
+        and pages_PTC.shape[1] % TILE == 0
     )
 
 
@@ -293,15 +329,12 @@ def launch(
     """Stage 1 over `grid` (blocks of rows, splits, sequences) into `o` and `lse`; `scale` for base-2 exponents."""
     latents = pages_PTC.view(-1, pages_PTC.shape[2])
     shape, strides = list(latents.shape), list(latents.stride())
-    tiles = [PAIR // 2, RANK // 2], [PAIR // 2, ROPE]
-    c_desc, e_desc = (
-        TensorDescriptor(
-            latents, shape, strides, tile, gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16)
-        )
-        for tile in tiles
+    descs = (
+        TensorDescriptor(latents, shape, strides, t, gl.NVMMASharedLayout.get_default_for(t, gl.bfloat16))
+        for t in ([TILE, RANK // 4], [TILE, RANK // 2], [TILE, ROPE])
     )
     _attend[grid](
-        c_desc, e_desc, q_NHC, table_SB, ends_S, o, lse, scale, rows, q_NHC.shape[1], width,
-        table_SB.stride(0), grid[1], ROWS=ROWS, PAGE=pages_PTC.shape[1], FIXED=fixed, DIRECT=direct,
+        *descs, q_NHC, table_SB, ends_S, o, lse, scale, rows, q_NHC.shape[1], width, table_SB.stride(0), grid[1],
+        ROWS=ROWS, TILE=TILE, A=RANK // 4, E=ROPE, PAGE=pages_PTC.shape[1], FIXED=fixed, DIRECT=direct, FOLLOW=240,
         num_warps=4,
     )  # fmt: skip

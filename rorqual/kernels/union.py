@@ -4,12 +4,16 @@ entries (the chosen ones, CSA; all finished ones, HCA; none, SWA) and over a sin
 An entry is key and value of every head. Raw entries lie in rings, that of position p of slot r at `[r, p % L]`,
 compressed ones in pages. A query's keys are one list, first its window, then its entries; a program takes a run
 of that list for up to 64 heads, and where a list is cut into several runs a second kernel joins them.
+
+Rings, pages and the pass's own entries may all be bytes in the released layout (`entries`), whose rotary channels
+are the last `rope`.
 """
 
 import torch
 from torch import Tensor
 
 from rorqual.kernels import union_gluon
+from rorqual.kernels.entries import from_exponent, scale_bytes, unpack_entries
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.mode import is_invariant
 
@@ -32,9 +36,15 @@ def reference(
     window: int,
     ratio: int,
     scale: float,
+    rope: int = 0,
 ) -> Tensor:
     """The definition, a query at a time, fp32 inside. `new_Nd`: the pass's own raw entries, where the ring
     does not hold them yet (`union_prefill`)."""
+    if ring_RLd.dtype == torch.uint8:
+        dim, kind = q_NHd.shape[2], torch.promote_types(q_NHd.dtype, torch.float32)
+        ring_RLd = unpack_entries(ring_RLd, dim, rope, kind)
+        new_Nd = unpack_entries(new_Nd, dim, rope, kind) if new_Nd is not None else None
+        entries_PEd = unpack_entries(entries_PEd, dim, rope, kind) if entries_PEd is not None else None
     o_NHd, length = torch.zeros_like(q_NHd), ring_RLd.shape[1]
     rings, positions = ring_N.tolist(), positions_N.tolist()
     for n, (ring, position) in enumerate(zip(rings, positions, strict=True)):
@@ -61,6 +71,25 @@ def reference(
 
 
 # ----------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _values(  # type: ignore[no-untyped-def]
+    row, live, d, DIM: tl.constexpr, ROPE: tl.constexpr, SCALES: tl.constexpr, WIDTH: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """The entries `[KEYS, WIDTH]` in fp32 whose bytes begin at `row` [KEYS]."""
+    PLAIN: tl.constexpr = DIM - ROPE
+    code = tl.load(row[:, None] + d[None, :], mask=live[:, None] & (d < PLAIN)[None, :], other=0)
+    tail = (row + (PLAIN + SCALES)).to(tl.pointer_type(tl.bfloat16))[:, None] + (d - PLAIN)[None, :]
+    turned = tl.load(tail, mask=live[:, None] & ((d >= PLAIN) & (d < DIM))[None, :], other=0.0)
+    j = tl.arange(0, WIDTH // 64)
+    exponent = tl.load(
+        row[:, None] + PLAIN + j[None, :], mask=live[:, None] & (j * 64 < PLAIN)[None, :], other=0
+    )
+    wide = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    wide = tl.reshape(wide, [KEYS, WIDTH // 64, 64]) * from_exponent(exponent)[:, :, None]
+    return tl.where((d < PLAIN)[None, :], tl.reshape(wide, [KEYS, WIDTH]), turned.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["columns"])
@@ -93,13 +122,16 @@ def _attend(  # type: ignore[no-untyped-def]
     NEW: tl.constexpr,
     ENTRIES: tl.constexpr,
     SINGLE: tl.constexpr,
+    ROPE: tl.constexpr,
+    SCALES: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Run `program_id(2)` of row n's keys, for HEADS heads. `scale` has log2(e) in it. A single run
-    is finished here; of several, `o` [N, H, splits, d] and `lse` (base 2) are joined later."""
+    is finished here; of several, `o` [N, H, splits, d] and `lse` (base 2) are joined later. With SCALES rows are
+    bytes."""
     n, split, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
     ring = tl.load(rings + n)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -123,6 +155,7 @@ def _attend(  # type: ignore[no-untyped-def]
         table += tl.load(seqs + n).to(tl.int64) * columns
     tiles = tl.cdiv(count, KEYS)
     first, last = tiles * split // splits, tiles * (split + 1) // splits
+    ROW: tl.constexpr = DIM + SCALES + ROPE if SCALES else DIM
     queries = tl.load(q + n.to(tl.int64) * q_row + h[:, None] * q_head + d[None, :], mask=inside, other=0.0)
     most = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
@@ -131,9 +164,11 @@ def _attend(  # type: ignore[no-untyped-def]
         i = t * KEYS + tl.arange(0, KEYS)
         live = i < count
         place = ring.to(tl.int64) * LENGTH + (position - near + 1 + i) % LENGTH
-        row = ring_items + place * DIM
+        row = ring_items + place * ROW
         if NEW:
-            row = tl.where(i >= near - fresh, new + (n - near + 1 + i).to(tl.int64) * new_row, row)
+            # The stride of bytes, 584, is no multiple of 16: as an argument it would count as one of 1.
+            step = ROW if SCALES else new_row
+            row = tl.where(i >= near - fresh, new + (n - near + 1 + i).to(tl.int64) * step, row)
         if ENTRIES:
             far = (i >= near) & live
             entry = i - near
@@ -142,8 +177,11 @@ def _attend(  # type: ignore[no-untyped-def]
                 live = live & (entry >= 0)
                 far = far & live
             page = tl.load(table + entry // PAGE, mask=far, other=0)
-            row = tl.where(i >= near, entries + (page.to(tl.int64) * PAGE + entry % PAGE) * DIM, row)
-        kv = tl.load(row[:, None] + d[None, :], mask=live[:, None] & (d < DIM)[None, :], other=0.0)
+            row = tl.where(i >= near, entries + (page.to(tl.int64) * PAGE + entry % PAGE) * ROW, row)
+        if SCALES:
+            kv = _values(row, live, d, DIM, ROPE, SCALES, WIDTH, KEYS).to(queries.dtype)
+        else:
+            kv = tl.load(row[:, None] + d[None, :], mask=live[:, None] & (d < DIM)[None, :], other=0.0)
         logits = tl.dot(queries, tl.trans(kv), input_precision="ieee") * scale
         logits = tl.where(live[None, :], logits, float("-inf"))
         higher = tl.maximum(most, tl.max(logits, axis=1))
@@ -189,11 +227,11 @@ def _join(  # type: ignore[no-untyped-def]
     total = tl.sum(tl.exp2(reach - top)) + tl.exp2(logit - top)
     mixed = tl.zeros([WIDTH], tl.float32)
     for start in tl.range(0, splits, RUNS):
-        s = start + tl.arange(0, RUNS)
-        reach = tl.load(lse + row * splits + s, mask=(s < splits) & there, other=float("-inf"))
-        mask = (reach > float("-inf"))[:, None] & (d < DIM)[None, :]
-        runs = tl.load(part + (row * splits + s)[:, None] * DIM + d[None, :], mask=mask, other=0.0)
-        mixed += tl.sum(runs * (tl.exp2(reach - top) / total)[:, None], axis=0)
+        run = start + tl.arange(0, RUNS)
+        reached = tl.load(lse + row * splits + run, mask=(run < splits) & there, other=float("-inf"))
+        mask = (reached > float("-inf"))[:, None] & (d < DIM)[None, :]
+        runs = tl.load(part + (row * splits + run)[:, None] * DIM + d[None, :], mask=mask, other=0.0)
+        mixed += tl.sum(runs * (tl.exp2(reached - top) / total)[:, None], axis=0)
     tl.store(o + row * DIM + d, mixed.to(o.dtype.element_ty), mask=d < DIM)
 
 
@@ -221,6 +259,7 @@ def fast(
     window: int,
     ratio: int,
     scale: float,
+    rope: int = 0,
     hopper: bool | None = None,
     splits: int | None = None,
     most_heads: int = 64,
@@ -235,6 +274,10 @@ def fast(
     if not rows:
         return o_NHd
     assert q_NHd.stride(2) == 1 and ring_RLd.is_contiguous()
+    if new_Nd is not None and ring_RLd.dtype == torch.uint8:
+        assert new_Nd.is_contiguous()
+        if new_Nd.data_ptr() % 16:  # as a slice of rows: then they would be read a byte at a time
+            new_Nd = new_Nd.clone()
     longest, page = window, 16
     if entries_PEd is not None:
         assert entries_PEd.is_contiguous() and table_SB is not None and seq_N is not None
@@ -243,7 +286,8 @@ def fast(
         longest += table_SB.shape[1] * page if chosen_NK is None else chosen_NK.shape[1]
     if chosen_NK is not None:
         chosen_NK = chosen_NK.contiguous()
-    hopper = union_gluon.supported(q_NHd, new_Nd, ring_RLd, entries_PEd) if hopper is None else hopper
+    if hopper is None:
+        hopper = union_gluon.supported(q_NHd, ring_RLd, new_Nd, entries_PEd, rope=rope)
     block = min(most_heads, max(16, triton.next_power_of_2(heads)))
     block, tile = (union_gluon.HEADS, union_gluon.KEYS) if hopper else (block, keys or 64)
     head_blocks = -(-heads // block)
@@ -255,7 +299,8 @@ def fast(
     if cut > 1:
         part = torch.empty(rows, heads, cut, dim, dtype=torch.float32, device=q_NHd.device)
         lse = torch.empty(rows, heads, cut, dtype=torch.float32, device=q_NHd.device)
-    width = max(16, triton.next_power_of_2(dim))
+    packed = ring_RLd.dtype == torch.uint8
+    width = max(64 if packed else 16, triton.next_power_of_2(dim))
     args = (
         q_NHd, new_Nd, ring_RLd, ring_N, positions_N, entries_PEd, table_SB, seq_N, starts_S1, chosen_NK, sink_H,
         part, lse, heads, table_SB.stride(0) if table_SB is not None else 0, q_NHd.stride(0), q_NHd.stride(1),
@@ -264,7 +309,8 @@ def fast(
     constants = {
         "LENGTH": ring_RLd.shape[1], "DIM": dim, "WINDOW": window, "RATIO": max(1, ratio), "PAGE": page,
         "CHOSEN": chosen_NK.shape[1] if chosen_NK is not None else 0, "NEW": new_Nd is not None,
-        "ENTRIES": entries_PEd is not None, "SINGLE": cut == 1,
+        "ENTRIES": entries_PEd is not None, "SINGLE": cut == 1, "ROPE": rope,
+        "SCALES": scale_bytes(dim - rope) if packed else 0,
     }  # fmt: skip
     grid = rows, head_blocks, cut
     if hopper:
@@ -300,6 +346,7 @@ def union_decode(
     window: int,
     ratio: int,
     scale: float,
+    rope: int = 0,
 ) -> Tensor:
     """Attention `[N, H, d]` of queries whose own entries are in their rings already.
 
@@ -307,16 +354,17 @@ def union_decode(
     last `window` positions, its own among them. Compressed entries: none (`entries_PEd` None); those of index
     below (position + 1) // ratio in the pages of row `seq_N[n]` of `table_SB`; or of these the ones in `chosen_NK`
     (int32, no index twice, -1 only behind them). `sink_H` fp32. A ring has L >= window + the tokens of one
-    sequence in a pass - 1 places.
+    sequence in a pass - 1 places. Rings and pages are of q's type, or both bytes (uint8, `entries.entry_bytes` an
+    entry) with `rope` rotary channels.
     """
     if _usable(q_NHd, ring_RLd, ring_N, positions_N, entries_PEd, table_SB, seq_N, chosen_NK, sink_H):
         return fast(
             q_NHd, None, ring_RLd, ring_N, positions_N, entries_PEd, table_SB, seq_N, None, chosen_NK, sink_H,
-            window=window, ratio=ratio, scale=scale,
+            window=window, ratio=ratio, scale=scale, rope=rope,
         )  # fmt: skip
     return reference(
         q_NHd, None, ring_RLd, ring_N, positions_N, entries_PEd, table_SB, seq_N, chosen_NK, sink_H,
-        window=window, ratio=ratio, scale=scale,
+        window=window, ratio=ratio, scale=scale, rope=rope,
     )  # fmt: skip
 
 
@@ -336,15 +384,16 @@ def union_prefill(
     window: int,
     ratio: int,
     scale: float,
+    rope: int = 0,
 ) -> Tensor:
     """The same for chunks: the rows of sequence s are `starts_S1[s]` to `starts_S1[s + 1]`, at consecutive
-    positions; their raw entries are `new_Nd`, and the ring still holds those before the chunk."""
+    positions; their raw entries are `new_Nd` (of the ring's type), and the ring still holds those before the chunk."""
     if _usable(q_NHd, new_Nd, ring_RLd, ring_N, positions_N, entries_PEd, table_SB, chosen_NK, sink_H):
         return fast(
             q_NHd, new_Nd, ring_RLd, ring_N, positions_N, entries_PEd, table_SB, seq_N, starts_S1, chosen_NK, sink_H,
-            window=window, ratio=ratio, scale=scale,
+            window=window, ratio=ratio, scale=scale, rope=rope,
         )  # fmt: skip
     return reference(
         q_NHd, new_Nd, ring_RLd, ring_N, positions_N, entries_PEd, table_SB, seq_N, chosen_NK, sink_H,
-        window=window, ratio=ratio, scale=scale,
+        window=window, ratio=ratio, scale=scale, rope=rope,
     )  # fmt: skip

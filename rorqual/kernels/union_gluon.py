@@ -3,7 +3,8 @@
 Four warps gather the run's rows, 64 at a time, into a ring of two tiles: from the query's window, from the pass's
 own entries or from pages. A first group of four warps makes the scores of a tile, takes the softmax, leaves the
 weights where a second group finds them, and adds the first quarter of the channels; the second group adds the
-rest while the first is at the scores of the next tile.
+rest while the first is at the scores of the next tile. Rows of bytes (`entries`) are read into registers while the
+tiles before them are in use, and multiplied out into the ring.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rorqual.kernels.entries import entry_bytes
 from rorqual.kernels.gpu import INSTALLED, tl, triton
 
 gluon: Any
@@ -32,8 +34,11 @@ else:
     AVAILABLE = INSTALLED
 
 HEADS, KEYS, STAGES, DIM = 64, 64, 2, 512
-REGISTERS = 184, 240
-"""Registers of a thread of the first and the second group; the gathering warps have the rest of 512."""
+ROPE = 64
+"""Rotary channels that rows of bytes must have."""
+REGISTERS = {False: (184, 240), True: (168, 232)}
+"""Registers of a thread of the first and the second group, by whether rows are bytes; the gathering warps have the
+rest of 512."""
 
 
 @gluon.jit
@@ -64,11 +69,73 @@ def _run(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def _rows(  # type: ignore[no-untyped-def]
+    i, new, ring_items, entries, table, seqs, chosen, ring, position, near, fresh, columns, new_row,
+    LENGTH: gl.constexpr, ROW: gl.constexpr, BYTES: gl.constexpr, PAGE: gl.constexpr, CHOSEN: gl.constexpr,
+    NEW: gl.constexpr, ENTRIES: gl.constexpr,
+):  # fmt: skip
+    """Where keys `i` of this query's list begin."""
+    n = gl.program_id(0)
+    place = ring.to(gl.int64) * LENGTH + (position - near + 1 + i) % LENGTH
+    at = ring_items + place * ROW
+    if NEW:
+        # The stride of bytes, 584, is no multiple of 16: as an argument it would count as one of 1.
+        step = ROW if BYTES else new_row
+        at = gl.where(i >= near - fresh, new + (n - near + 1 + i).to(gl.int64) * step, at)
+    if ENTRIES:
+        far = i >= near
+        entry = gl.maximum(i - near, 0)
+        if CHOSEN > 0:
+            entry = gl.maximum(gl.load(chosen + n.to(gl.int64) * CHOSEN + entry, mask=far, other=0), 0)
+        of = gl.load(seqs + n).to(gl.int64) * columns
+        page = gl.load(table + of + entry // PAGE, mask=far, other=0)
+        at = gl.where(far, entries + (page.to(gl.int64) * PAGE + entry % PAGE) * ROW, at)
+    return at
+
+
+@gluon.jit
+def _put(part, stage, COLUMN: gl.constexpr, code, scales, BLOCK: gl.constexpr):  # type: ignore[no-untyped-def]
+    """64 channels of a tile, multiplied out by block BLOCK's scale, into a part of the ring."""
+    exponent = ((scales >> (8 * BLOCK)) & 255).to(gl.int32) << 23
+    scale = exponent.to(gl.float32, bitcast=True)
+    wide = code.to(gl.float8e4nv, bitcast=True).to(gl.float32) * scale[:, None]
+    part.index(stage).slice(COLUMN, 64, dim=1).store(wide.to(part.dtype))
+
+
+@gluon.jit
+def _decode(at, k_parts, full, free, stage, parity, ROWS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of rows of bytes: read, then, when its place in the ring is free, multiplied out into it."""
+    k_a, k_b, k_c = k_parts
+    byte = at[:, None] + gl.arange(0, 64, gl.SliceLayout(0, ROWS))[None, :]
+    code_0 = gl.load(byte)
+    code_1 = gl.load(byte + 64)
+    code_2 = gl.load(byte + 128)
+    code_3 = gl.load(byte + 192)
+    code_4 = gl.load(byte + 256)
+    code_5 = gl.load(byte + 320)
+    code_6 = gl.load(byte + 384)
+    scales = gl.load((at + 448).to(gl.pointer_type(gl.int64)))
+    tail = (at + 456).to(gl.pointer_type(gl.bfloat16))
+    turned = gl.load(tail[:, None] + gl.arange(0, 64, gl.SliceLayout(0, ROWS))[None, :])
+    mbarrier.wait(free, parity)
+    _put(k_a, stage, 0, code_0, scales, 0)
+    _put(k_a, stage, 64, code_1, scales, 1)
+    _put(k_b, stage, 0, code_2, scales, 2)
+    _put(k_b, stage, 64, code_3, scales, 3)
+    _put(k_c, stage, 0, code_4, scales, 4)
+    _put(k_c, stage, 64, code_5, scales, 5)
+    _put(k_c, stage, 128, code_6, scales, 6)
+    k_c.index(stage).slice(192, 64, dim=1).store(turned.to(k_c.dtype))
+    fence_async_shared()
+    mbarrier.arrive(full)
+
+
+@gluon.jit
 def _fetch(  # type: ignore[no-untyped-def]
     q, new, ring_items, rings, positions, entries, table, seqs, starts, chosen, q_parts, k_parts, bars, heads,
     columns, q_row, q_head, new_row,
     LENGTH: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr, RATIO: gl.constexpr, PAGE: gl.constexpr,
-    CHOSEN: gl.constexpr, NEW: gl.constexpr, ENTRIES: gl.constexpr,
+    CHOSEN: gl.constexpr, NEW: gl.constexpr, ENTRIES: gl.constexpr, ROW: gl.constexpr,
 ):  # fmt: skip
     """The gathering warps: the queries, then the keys tile by tile."""
     q_full, k_full, k_free, _p_full, _p_free = bars
@@ -96,26 +163,22 @@ def _fetch(  # type: ignore[no-untyped-def]
     key = gl.arange(0, KEYS, gl.SliceLayout(1, ROWS))
     for t in range(first, last):
         i = gl.minimum(t * KEYS + key, count - 1)  # keys that don't exist: one that does, with no weight
-        place = ring.to(gl.int64) * LENGTH + (position - near + 1 + i) % LENGTH
-        at = ring_items + place * DIM
-        if NEW:
-            at = gl.where(i >= near - fresh, new + (n - near + 1 + i).to(gl.int64) * new_row, at)
-        if ENTRIES:
-            far = i >= near
-            entry = gl.maximum(i - near, 0)
-            if CHOSEN > 0:
-                entry = gl.maximum(gl.load(chosen + n.to(gl.int64) * CHOSEN + entry, mask=far, other=0), 0)
-            of = gl.load(seqs + n).to(gl.int64) * columns
-            page = gl.load(table + of + entry // PAGE, mask=far, other=0)
-            at = gl.where(far, entries + (page.to(gl.int64) * PAGE + entry % PAGE) * DIM, at)
-        at = at[:, None]
+        at = _rows(
+            i, new, ring_items, entries, table, seqs, chosen, ring, position, near, fresh, columns, new_row,
+            LENGTH, ROW, ROW != DIM, PAGE, CHOSEN, NEW, ENTRIES,
+        )  # fmt: skip
         done = t - first
         stage = done % STAGES
-        mbarrier.wait(k_free.index(stage), ((done // STAGES) & 1) ^ 1)
-        async_copy.async_copy_global_to_shared(k_a.index(stage), at + to_a)
-        async_copy.async_copy_global_to_shared(k_b.index(stage), at + A + to_a)
-        async_copy.async_copy_global_to_shared(k_c.index(stage), at + to_c)
-        async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
+        parity = ((done // STAGES) & 1) ^ 1
+        if ROW != DIM:
+            _decode(at, k_parts, k_full.index(stage), k_free.index(stage), stage, parity, ROWS)
+        else:
+            at = at[:, None]
+            mbarrier.wait(k_free.index(stage), parity)
+            async_copy.async_copy_global_to_shared(k_a.index(stage), at + to_a)
+            async_copy.async_copy_global_to_shared(k_b.index(stage), at + A + to_a)
+            async_copy.async_copy_global_to_shared(k_c.index(stage), at + to_c)
+            async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
 
 
 @gluon.jit
@@ -250,8 +313,9 @@ def _attend(  # type: ignore[no-untyped-def]
     q, new, ring_items, rings, positions, entries, table, seqs, starts, chosen, sink, o, lse, heads, columns, q_row,
     q_head, new_row, scale,
     LENGTH: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr, RATIO: gl.constexpr, PAGE: gl.constexpr,
-    CHOSEN: gl.constexpr, NEW: gl.constexpr, ENTRIES: gl.constexpr, SINGLE: gl.constexpr, HEADS: gl.constexpr,
-    KEYS: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr, FOLLOW: gl.constexpr,
+    CHOSEN: gl.constexpr, NEW: gl.constexpr, ENTRIES: gl.constexpr, SINGLE: gl.constexpr, ROPE: gl.constexpr,
+    SCALES: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
+    FOLLOW: gl.constexpr,
 ):  # fmt: skip
     """As `union._attend`."""
     dtype: gl.constexpr = q.dtype.element_ty
@@ -259,6 +323,7 @@ def _attend(  # type: ignore[no-untyped-def]
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     A: gl.constexpr = DIM // 4
     C: gl.constexpr = DIM // 2
+    ROW: gl.constexpr = DIM + SCALES + ROPE if SCALES > 0 else DIM
     q_a = gl.allocate_shared_memory(dtype, [HEADS, A], SWIZZLED)
     q_b = gl.allocate_shared_memory(dtype, [HEADS, A], SWIZZLED)
     q_c = gl.allocate_shared_memory(dtype, [HEADS, C], SWIZZLED)
@@ -276,7 +341,7 @@ def _attend(  # type: ignore[no-untyped-def]
     mbarrier.init(p_full, count=1)
     mbarrier.init(p_free, count=1)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=128)
+        mbarrier.init(k_full.index(i), count=1 if SCALES > 0 else 128)
         mbarrier.init(k_free.index(i), count=2)
     q_parts = (q_a, q_b, q_c)
     k_parts = (k_a, k_b, k_c)
@@ -302,7 +367,7 @@ def _attend(  # type: ignore[no-untyped-def]
                 (
                     q, new, ring_items, rings, positions, entries, table, seqs, starts, chosen, q_parts, k_parts,
                     bars, heads, columns, q_row, q_head, new_row, LENGTH, DIM, WINDOW, RATIO, PAGE, CHOSEN, NEW,
-                    ENTRIES,
+                    ENTRIES, ROW,
                 ),
             ),
         ],
@@ -311,24 +376,28 @@ def _attend(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-def supported(q_NHd: Tensor, *rows: Tensor | None) -> bool:
+def supported(q_NHd: Tensor, *rows: Tensor | None, rope: int = 0) -> bool:
     """Whether `attend` takes these: 512 channels of bf16 or fp16 on a Hopper GPU, in rows that 16-byte copies can
-    read. `rows`: everything that keys are read from."""
-    there = [q_NHd, *(t for t in rows if t is not None)]
+    read, or bytes of them with 64 rotary channels. `rows`: everything that keys are read from."""
+    there = [t for t in rows if t is not None]
+    packed = bool(there) and there[0].dtype == torch.uint8
+    if packed and (rope != ROPE or any(t.shape[-1] != entry_bytes(DIM, ROPE) for t in there)):
+        return False
     return (
         AVAILABLE
         and q_NHd.is_cuda
         and torch.cuda.get_device_capability(q_NHd.device)[0] == 9
         and q_NHd.dtype in (torch.bfloat16, torch.float16)
         and q_NHd.shape[2] == DIM
-        and all(t.dtype == q_NHd.dtype and t.stride(-1) == 1 for t in there)
-        and all(t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:-1]) for t in there)
+        and all(t.dtype == (torch.uint8 if packed else q_NHd.dtype) and t.stride(-1) == 1 for t in there)
+        and all(t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:-1]) for t in [q_NHd, *there])
+        and q_NHd.stride(-1) == 1
     )
 
 
 def attend(grid: tuple[int, int, int], *args: Any, **constants: Any) -> None:
     """Launch with the arguments of `union._attend`, less its tile sizes."""
-    lead, follow = REGISTERS
+    lead, follow = REGISTERS[constants["SCALES"] > 0]
     _attend[grid](
         *args, **constants, HEADS=HEADS, KEYS=KEYS, STAGES=STAGES, LEAD=lead, FOLLOW=follow, num_warps=4
     )

@@ -8,7 +8,8 @@ has the shape its docstring gives.
 
 from rorqual.nn.cache import Cache
 from rorqual.nn.errors import ContextError, InputError
+from rorqual.nn.layout import Layout
 from rorqual.nn.step import Rows, Step, Trace
 from rorqual.nn.transformer import Transformer
 
-__all__ = ["Cache", "ContextError", "InputError", "Rows", "Step", "Trace", "Transformer"]
+__all__ = ["Cache", "ContextError", "InputError", "Layout", "Rows", "Step", "Trace", "Transformer"]

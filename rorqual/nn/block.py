@@ -49,6 +49,8 @@ class Block(nn.Module):
             self.ff = MoE(hidden, config.vocab, layer.ff)
         else:
             self.ff = SwiGLU(hidden, layer.ff.width, layer.ff.limit)
+        self.whole = True
+        """Whether all of the layer is here, none of it on other ranks (`nn.spread`)."""
         self.attention_mix = Mix(hidden, config.residual, eps) if config.residual else None
         self.ff_mix = Mix(hidden, config.residual, eps) if config.residual else None
 

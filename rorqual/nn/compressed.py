@@ -8,11 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.family import parts
+from rorqual.kernels.entries import (
+    BLOCK,
+    entry_bytes,
+    key_bytes,
+    pack_entries,
+    pack_keys,
+    turn_queries,
+    unpack_entries,
+    unpack_keys,
+)
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.index import index_choose
 from rorqual.kernels.mode import by_fixed_kernels
 from rorqual.kernels.simulate import fake_fp4, fake_fp8, hadamard
 from rorqual.kernels.skinny import heads_down
+from rorqual.kernels.turn import keep_rows, turn_rows
 from rorqual.kernels.union import union_decode, union_prefill
 from rorqual.nn.cache import Tail
 from rorqual.nn.compressor import Compressor, PoolState
@@ -20,7 +31,7 @@ from rorqual.nn.errors import InputError
 from rorqual.nn.indexer import choose_in_blocks, gather_blocks, query_blocks
 from rorqual.nn.linear import Linear, Pinned
 from rorqual.nn.norm import RMSNorm, unit_rms, upcast
-from rorqual.nn.paged import Group, Lane, Lanes, PagedStep, RingTail, Store
+from rorqual.nn.paged import Group, Lane, Lanes, Packing, PagedStep, RingTail, Store
 from rorqual.nn.rope import rotate_tail
 from rorqual.nn.step import Step
 
@@ -71,7 +82,9 @@ class EntryIndexer(nn.Module):
         k_BEd = self.compressor(x_BTD, step, state)
         cos, sin = step.rotation(self.rope)
         q = rotate_tail(self.q_b(qr_BTC).unflatten(-1, (p.heads, p.dim)), (cos[:, :, None], sin[:, :, None]))
-        if self.simulate:
+        if state is not None and state.packed:  # keys come turned and rounded
+            q = turn_queries(q)
+        elif self.simulate:
             q, k_BEd = fake_fp4(hadamard(q), 32), fake_fp4(hadamard(k_BEd), 32)
         full = upcast(x_BTD)
         w = F.linear(full, self.w.matrix(full.dtype)) * (p.heads**-0.5 * p.dim**-0.5)
@@ -81,17 +94,21 @@ class EntryIndexer(nn.Module):
         """The same over pages, by kernels: for each group the chosen entries' indices, int32 `[n, top_k]`."""
         p, pages = self.part, store["index.entries"]
         self.compressor.paged(x_1ND, step, store, "index.")
-        cos, sin = step.rotation(self.rope)
-        q = rotate_tail(self.q_b(qr_1NC).unflatten(-1, (p.heads, p.dim)), (cos[:, :, None], sin[:, :, None]))
-        w = self.w.in_full(x_1ND) * (p.heads**-0.5 * p.dim**-0.5)
+        cos, sin = (t[0] for t in step.rotation(self.rope))
+        q = turn_rows(self.q_b(qr_1NC)[0].unflatten(-1, (p.heads, p.dim)), cos, sin)
+        if pages.dtype == torch.uint8:
+            q = turn_queries(q)
+        w = self.w.in_full(x_1ND[0]) * (p.heads**-0.5 * p.dim**-0.5)
         ratio = self.compressor.part.ratio
-        return [
-            index_choose(
-                q[0, g.tokens], w[0, g.tokens], pages, g.table_SB, g.seq_N.int(),
-                ((step.positions_N[g.tokens] + 1) // ratio).int(), k=p.top_k, max_keys=max(1, g.end // ratio),
-            )
-            for g in step.groups
-        ]  # fmt: skip
+        chosen: list[Tensor | None] = []
+        for g in step.groups:
+            chosen.append(
+                index_choose(
+                    q[g.tokens], w[g.tokens], pages, g.table_SB, step.numbers(g).seq_N, step.finished(g, ratio),
+                    k=p.top_k, max_keys=max(1, g.end // ratio),
+                )
+            )  # fmt: skip
+        return chosen
 
 
 class CompressedAttention(Pinned):
@@ -131,36 +148,55 @@ class CompressedAttention(Pinned):
         return (self.part.head_dim if c else 0), (c.index.dim if c and c.index else 0)
 
     def lanes(self, dtype: torch.dtype, fp8: bool = False) -> Lanes:
-        if fp8:
-            raise InputError("V4's FP8 cache layout is not written yet: use the model's own type")
         p, c = self.part, self.part.compress
+        sizes = self._packed_sizes() if fp8 else (0, 0)
         found = {"window": Lane((p.head_dim,), dtype, keep=p.window)}
-        for prefix, dim in zip(("pool.", "index."), self._pool_dims(), strict=True):
+        if fp8:
+            found["window"] = Lane((sizes[0],), torch.uint8, keep=p.window)
+        for prefix, dim, size in zip(("pool.", "index."), self._pool_dims(), sizes, strict=True):
             if c and dim:
-                found |= {prefix + name: lane for name, lane in PoolState.lanes(c, dim, dtype).items()}
+                found |= {prefix + name: lane for name, lane in PoolState.lanes(c, dim, dtype, size).items()}
         return found
 
+    def _packed_sizes(self) -> tuple[int, int]:
+        """Bytes of an entry and of an indexer key in the released layout (584 and 68). Raises `InputError` for
+        widths that its blocks don't divide."""
+        p, index = self.part, self._pool_dims()[1]
+        plain = p.head_dim - p.rope.dim
+        if plain % BLOCK or (index and (index < 32 or index & (index - 1))):
+            raise InputError(
+                f"V4's FP8 cache works in blocks of {BLOCK} entry channels, with index keys of a power of two from 32 "
+                f"on; this model has {plain} and {index}"
+            )
+        return entry_bytes(p.head_dim, p.rope.dim), key_bytes(index)
+
     def view(self, store: Store, group: Group) -> CompressedCache:
-        lanes, c = self.lanes(store["window"].dtype), self.part.compress
+        p, c, dtype = self.part, self.part.compress, self.kv_norm.weight.dtype
+        entry: Packing | None = None
+        key: Packing | None = None
+        if store["window"].dtype == torch.uint8:
+            dim, rope = p.head_dim, p.rope.dim
+            entry = Packing(lambda x: pack_entries(x, rope), lambda x: unpack_entries(x, dim, rope, dtype))
+            key = Packing(pack_keys, lambda x: unpack_keys(x, dtype))
+        window = Lane(store["window"].shape[2:], store["window"].dtype, keep=p.window)
         pool, index = (
-            PoolState.view(store, prefix, PoolState.lanes(c, dim, store["window"].dtype), group)
+            PoolState.view(store, prefix, PoolState.lanes(c, dim, dtype), group, packed)
             if c and dim
             else None
-            for prefix, dim in zip(("pool.", "index."), self._pool_dims(), strict=True)
+            for prefix, dim, packed in zip(("pool.", "index."), self._pool_dims(), (entry, key), strict=True)
         )
-        return CompressedCache(RingTail(store["window"], lanes["window"], group), pool, index)
+        return CompressedCache(RingTail(store["window"], window, group, entry), pool, index)
 
     def paged(self, x_1ND: Tensor, step: PagedStep, store: Store) -> Tensor | None:
         """The brick by kernels that read pages and rings as they lie, on a GPU; None elsewhere."""
-        if self.simulate or not usable(x_1ND) or torch.is_grad_enabled():
+        packed = store["window"].dtype == torch.uint8
+        if (self.simulate and not packed) or not usable(x_1ND) or torch.is_grad_enabled():
             return None
         p = self.part
-        cos, sin = step.rotation(p.rope)
+        cos, sin = (t[0] for t in step.rotation(p.rope))
         qr_1NC = self.q_a_norm(self.q_a(x_1ND))
-        q_NHd = unit_rms(self.q_b(qr_1NC).unflatten(-1, (p.heads, p.head_dim)), self.eps)
-        turn = cos[:, :, None], sin[:, :, None]
-        q_NHd = rotate_tail(q_NHd, turn)[0]
-        kv_Nd = rotate_tail(self.kv_norm(self.kv(x_1ND)), (cos, sin))[0]
+        q_NHd = turn_rows(self.q_b(qr_1NC)[0].unflatten(-1, (p.heads, p.head_dim)), cos, sin, eps=self.eps)
+        kv_Nd = self.kv(x_1ND)[0]
         ratio, entries = 1, None
         chosen: list[Tensor | None] = [None] * len(step.groups)
         if self.compressor is not None and p.compress is not None:
@@ -168,38 +204,32 @@ class CompressedAttention(Pinned):
             self.compressor.paged(x_1ND, step, store, "pool.")
         if self.index is not None:
             chosen = self.index.paged(x_1ND, qr_1NC, step, store)
-        window = store["window"]
+        window, places, scale = store["window"], store["window"].shape[1], p.head_dim**-0.5
         out = []
         for g, picked in zip(step.groups, chosen, strict=True):
-            at, ring_N = g.tokens, g.ring_S[g.seq_N]
-            position_N = step.positions_N[at]
-            common = {"window": p.window, "ratio": ratio, "scale": p.head_dim**-0.5}
-            seq_N, ring32, position32 = g.seq_N.int(), ring_N.int(), position_N.int()
+            at, n = g.tokens, step.numbers(g)
+            kv, turn, norm = kv_Nd[at], (cos[at], sin[at]), self.kv_norm
             if g.decoding:
-                window[ring_N, position_N % window.shape[1]] = kv_Nd[at]
+                slot_N = step.in_rings(g, places)
+                keep_rows(kv, *turn, window.flatten(0, 1), slot_N, eps=norm.eps, weight=norm.weight)
                 o = union_decode(
-                    q_NHd[at],
-                    window,
-                    ring32,
-                    position32,
-                    entries,
-                    g.table_SB,
-                    seq_N,
-                    picked,
-                    self.sink,
-                    **common,
-                )
+                    q_NHd[at], window, n.ring_N, n.position_N, entries, g.table_SB, n.seq_N, picked, self.sink,
+                    window=p.window, ratio=ratio, scale=scale, rope=p.rope.dim,
+                )  # fmt: skip
             else:
+                new_Nd = window.new_empty(kv.shape[0], window.shape[2])
+                order_N = torch.arange(kv.shape[0], device=window.device)
+                keep_rows(kv, *turn, new_Nd, order_N, eps=norm.eps, weight=norm.weight)
                 o = union_prefill(
-                    q_NHd[at], kv_Nd[at], window, ring32, position32, entries, g.table_SB, seq_N, g.offsets_S1,
-                    picked, self.sink, **common,
+                    q_NHd[at], new_Nd, window, n.ring_N, n.position_N, entries, g.table_SB, n.seq_N, g.offsets_S1,
+                    picked, self.sink, window=p.window, ratio=ratio, scale=scale, rope=p.rope.dim,
                 )  # fmt: skip
                 # The last tokens that fit go to the ring; those before them to ring 0, which nobody reads.
-                late = position_N >= g.ends_S[g.seq_N] - window.shape[1]
-                window[torch.where(late, ring_N, 0), position_N % window.shape[1]] = kv_Nd[at]
+                late_N = n.position_N >= g.ends_S[g.seq_N] - places
+                window[torch.where(late_N, n.ring_N, 0).long(), (n.position_N % places).long()] = new_Nd
             out.append(o)
-        o_1NHd = (out[0] if len(out) == 1 else torch.cat(out))[None]
-        return self._project_out(rotate_tail(o_1NHd, turn, inverse=True))
+        o_NHd = out[0] if len(out) == 1 else torch.cat(out)
+        return self._project_out(turn_rows(o_NHd, cos, sin, inverse=True)[None])
 
     def forward(self, x_BTD: Tensor, step: Step, cache: CompressedCache | None) -> Tensor:
         p = self.part

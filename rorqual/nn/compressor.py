@@ -12,7 +12,7 @@ from rorqual.kernels.compress import compress_decode, compress_prefill
 from rorqual.nn.cache import Slots, Tail
 from rorqual.nn.linear import Linear, Pinned
 from rorqual.nn.norm import RMSNorm, upcast
-from rorqual.nn.paged import Group, Lane, Lanes, PagedSlots, PagedStep, RingTail, Store
+from rorqual.nn.paged import Group, Lane, Lanes, Packing, PagedSlots, PagedStep, RingTail, Store
 from rorqual.nn.rope import rotate_tail, rotation
 from rorqual.nn.step import Rows, Step
 
@@ -40,21 +40,29 @@ class PoolState:
         return cls(kv, gate, entries, part.ratio)
 
     @staticmethod
-    def lanes(part: Compress, dim: int, dtype: torch.dtype) -> Lanes:
-        """What is kept: with overlap two windows of projections as wide as two entries, else one."""
+    def lanes(part: Compress, dim: int, dtype: torch.dtype, packed: int = 0) -> Lanes:
+        """What is kept: with overlap two windows of projections as wide as two entries, else one. `packed`: bytes
+        of an entry, where it is kept as such."""
         keep, width = (2 * part.ratio, 2 * dim) if part.overlap else (part.ratio, dim)
         state = torch.float64 if dtype == torch.float64 else torch.float32
         return {
             "kv": Lane((width,), state, keep=keep),
             "gate": Lane((width,), state, keep=keep, fill=float("-inf")),
-            "entries": Lane((dim,), dtype, every=part.ratio),
+            "entries": Lane((packed or dim,), torch.uint8 if packed else dtype, every=part.ratio),
         }
 
     @classmethod
-    def view(cls, store: Store, prefix: str, lanes: Lanes, group: Group) -> PoolState:
+    def view(
+        cls, store: Store, prefix: str, lanes: Lanes, group: Group, packed: Packing | None = None
+    ) -> PoolState:
         """Over the pages and rings of a group's sequences, stored under names that begin with `prefix`."""
         kv, gate = (RingTail(store[prefix + name], lanes[name], group) for name in ("kv", "gate"))
-        return cls(kv, gate, PagedSlots(store[prefix + "entries"], group), lanes["entries"].every)
+        return cls(kv, gate, PagedSlots(store[prefix + "entries"], group, packed), lanes["entries"].every)
+
+    @property
+    def packed(self) -> bool:
+        """Whether entries come back as the released layout rounds them."""
+        return isinstance(self.entries, PagedSlots) and self.entries.packed is not None
 
     def select(self, rows_B: Tensor) -> None:
         for kept in (self.kv, self.gate, self.entries):
@@ -116,12 +124,12 @@ class Compressor(Pinned):
         cos, sin = step.once(("entry", self.rope, ratio), lambda: rotation(self.rope, begin_N))
         slots_N = step.slots(ratio)
         for g in step.groups:
-            at = g.tokens
+            at, n = g.tokens, step.numbers(g)
             take_in = compress_decode if g.decoding else compress_prefill
             take_in(
-                kv_NW[at], gate_NW[at], self.ape, store[prefix + "kv"], store[prefix + "gate"],
-                g.ring_S[g.seq_N].int(), step.positions_N[at].int(), self.norm.weight, self.norm.eps, cos[at], sin[at],
-                store[prefix + "entries"], slots_N[at], ratio=ratio, overlap=self.part.overlap, dim=self.dim,
+                kv_NW[at], gate_NW[at], self.ape, store[prefix + "kv"], store[prefix + "gate"], n.ring_N,
+                n.position_N, self.norm.weight, self.norm.eps, cos[at], sin[at], store[prefix + "entries"], slots_N[at],
+                ratio=ratio, overlap=self.part.overlap, dim=self.dim,
             )  # fmt: skip
 
     def _windows(self, kv_BTW: Tensor, gate_BTW: Tensor, rows: Rows, state: PoolState | None) -> Windows:

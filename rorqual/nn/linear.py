@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rorqual.kernels.experts import Weights
 from rorqual.kernels.fixed import linear_fixed
 from rorqual.kernels.fp8_linear import fp8_linear
-from rorqual.kernels.linear import Pack, linear, linears
+from rorqual.kernels.linear import Pack, linear, linear_in_fp32, linears
 from rorqual.kernels.mode import by_fixed_kernels
 from rorqual.kernels.quant import FP4_BLOCK, dequantize_fp4, dequantize_fp8
 
@@ -138,6 +138,13 @@ class Linear(Matrix):
         if by_fixed_kernels(x, self.weight):
             weight = self.weight if self.scale is None else self.matrix(full.dtype)
             return linear_fixed(x, weight, out_dtype=full.dtype)
+        if (
+            x.is_cuda
+            and x.dtype in (torch.bfloat16, torch.float16)
+            and self.scale is None
+            and self.weight.dtype == x.dtype
+        ):
+            return linear_in_fp32(x, self.weight)
         return F.linear(full, self.matrix(full.dtype))
 
 

@@ -16,7 +16,7 @@ from rorqual.kernels.cache_write import mla_write
 from rorqual.kernels.fuse import rmsnorm
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.linear import Pack
-from rorqual.kernels.mla_decode import mla_decode, packed_bytes
+from rorqual.kernels.mla_decode import mla_decode, pack_latents, packed_bytes, unpack_latents
 from rorqual.kernels.mla_prefill import gather_latents, mla_prefill
 from rorqual.kernels.mla_sparse import mla_sparse
 from rorqual.kernels.mode import is_invariant
@@ -27,7 +27,7 @@ from rorqual.nn.gqa import attend
 from rorqual.nn.indexer import Indexer, gather_blocks, query_blocks
 from rorqual.nn.linear import Linear, together
 from rorqual.nn.norm import RMSNorm, upcast
-from rorqual.nn.paged import Group, Lane, Lanes, PagedSlots, PagedStep, Store
+from rorqual.nn.paged import Group, Lane, Lanes, Packing, PagedSlots, PagedStep, Store
 from rorqual.nn.rope import rotate
 from rorqual.nn.step import Step
 
@@ -103,8 +103,10 @@ class MLA(nn.Module):
         packed = store["latent"].dtype == torch.uint8
         index = None
         if p.index:
-            index = PagedSlots(store["index"], group, (p.index.dim, 0, dtype) if packed else None)
-        latent = PagedSlots(store["latent"], group, (p.kv_rank, p.rope_dim, dtype) if packed else None)
+            index = PagedSlots(store["index"], group, _packing(p.index.dim, 0, dtype) if packed else None)
+        latent = PagedSlots(
+            store["latent"], group, _packing(p.kv_rank, p.rope_dim, dtype) if packed else None
+        )
         return MLACache(latent, index)
 
     def paged(self, x_1ND: Tensor, step: PagedStep, store: Store) -> Tensor | None:
@@ -272,6 +274,11 @@ class MLA(nn.Module):
         """Queries in latent space beside their rotary part [B, T, H, kv_rank + rope], and W_UV."""
         w_uk, w_uv = self._up(q_nope.dtype)
         return torch.cat((_by_head(q_nope, w_uk), q_rope), -1), w_uv
+
+
+def _packing(rank: int, rope: int, dtype: torch.dtype) -> Packing:
+    """Items of `rank` codes and `rope` rotary channels as bytes."""
+    return Packing(lambda x: pack_latents(x, rank), lambda x: unpack_latents(x, rank, rope, dtype))
 
 
 def _into_values(u_BTHc: Tensor, w_uv: Tensor) -> Tensor:

@@ -30,6 +30,11 @@ class Experts(nn.Module):
         self.down = GroupedLinear(experts, width, hidden)
         self.limit = limit
         self.pack = Pack()
+        self.first, self.of = 0, experts
+
+    def hold(self, first: int, of: int) -> None:
+        """These matrices are those of experts from `first` on, among `of`: choices of others add nothing."""
+        self.first, self.of = first, of
 
     def forward(
         self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor, shared: Shared | None = None
@@ -40,6 +45,8 @@ class Experts(nn.Module):
         summed in fp32 in the order of its choice. On a GPU `shared` experts can come along.
         """
         (tokens, chosen), count = ids_NK.shape, self.gate.weight.shape[0]
+        if self.first:
+            ids_NK = ids_NK - self.first
         cpu = (
             x_ND.device.type == "cpu"
             and self.gate.scale is None
@@ -50,13 +57,23 @@ class Experts(nn.Module):
             return self._all(x_ND, ids_NK, weights_NK)
         stacks = self.gate.stack(), self.up.stack(), self.down.stack()
         return experts(
-            x_ND, ids_NK, weights_NK, *stacks, limit=self.limit, shared=shared, fixed=is_invariant()
+            x_ND,
+            ids_NK,
+            weights_NK,
+            *stacks,
+            limit=self.limit,
+            shared=shared,
+            fixed=is_invariant(),
+            of=self.of,
         )
 
     def _all(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """The same with every token through every expert, those not chosen at weight 0: with few tokens the
         matrices are what takes time, and nearly all of them are read anyway, now in three products."""
         experts, width, _ = self.gate.weight.shape
+        if self.of > experts:
+            here_NK = (ids_NK >= 0) & (ids_NK < experts)
+            ids_NK, weights_NK = ids_NK.clamp(0, experts - 1), weights_NK.masked_fill(~here_NK, 0)
         weights_NE = weights_NK.new_zeros(x_ND.shape[0], experts).scatter_add_(1, ids_NK, weights_NK)
         stacks = self.gate.weight, self.up.weight
         gate, up = (y.unflatten(1, (experts, width)) for y in linears(x_ND, stacks, (None, None), self.pack))

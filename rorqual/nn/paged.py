@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from rorqual.family.parts import Rope
-from rorqual.kernels.mla_decode import pack_latents, unpack_latents
 from rorqual.nn.cache import ROLLBACK, LayerCache
 from rorqual.nn.rope import Rotation, rotation
 from rorqual.nn.step import Rows, Step
@@ -166,6 +165,14 @@ class Group:
         return y_ST.flatten(0, 1) if self._place is None else y_ST[self._place]
 
 
+class Numbers(NamedTuple):
+    """Of a group's tokens, int32: their ring, position and row of the page table."""
+
+    ring_N: Tensor
+    position_N: Tensor
+    seq_N: Tensor
+
+
 class PagedStep(Step):
     """One pass over a flat batch: `positions_N` of its tokens, and its groups in the order they stand."""
 
@@ -187,6 +194,29 @@ class PagedStep(Step):
         if key not in self.shared:
             self.shared[key] = make()
         return self.shared[key]
+
+    def numbers(self, g: Group) -> Numbers:
+        """What kernels ask of each of a group's tokens."""
+
+        def make() -> Numbers:
+            return Numbers(g.ring_S[g.seq_N].int(), self.positions_N[g.tokens].int(), g.seq_N.int())
+
+        made: Numbers = self.once(("numbers", g.tokens.start), make)
+        return made
+
+    def finished(self, g: Group, every: int) -> Tensor:
+        """How many items of a lane with one for `every` tokens each of a group's tokens sees, int32 `[n]`."""
+        n = self.numbers(g)
+        made: Tensor = self.once(("finished", g.tokens.start, every), lambda: (n.position_N + 1) // every)
+        return made
+
+    def in_rings(self, g: Group, places: int) -> Tensor:
+        """Flat place `[n]` of each of a group's tokens in rings of so many places."""
+        n = self.numbers(g)
+        made: Tensor = self.once(
+            ("ring", g.tokens.start, places), lambda: n.ring_N.long() * places + n.position_N % places
+        )
+        return made
 
     def slots(self, every: int = 1) -> Tensor:
         """Flat place `[N]` of each token's item in a growing lane: page * items a page + place in the page. For a
@@ -237,14 +267,17 @@ class PagedStep(Step):
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
 
+class Packing(NamedTuple):
+    """How items lie as bytes, and back: `[n, *shape]` to `[n, bytes]` uint8."""
+
+    pack: Callable[[Tensor], Tensor]
+    unpack: Callable[[Tensor], Tensor]
+
+
 class PagedSlots:
     """`nn.cache.Slots` over pages: stores new items, and gives a copy of all of a group's items."""
 
-    def __init__(
-        self, pages_PT: Tensor, group: Group, packed: tuple[int, int, torch.dtype] | None = None
-    ) -> None:
-        """`packed`: pages hold FP8 codes, scales and rotary channels as bytes; how many channels are codes and how
-        many rotary, and the type to give them back in."""
+    def __init__(self, pages_PT: Tensor, group: Group, packed: Packing | None = None) -> None:
         self.pages, self.table_SB, self.packed = pages_PT, group.table_SB, packed
 
     def append(self, new_BT: Tensor, rows: Rows) -> Tensor:
@@ -256,13 +289,13 @@ class PagedSlots:
         row, column, position = rows.where
         page = self.table_SB[row, position // per_page].long()
         new = new_BT[row, column]
-        new = new.to(self.pages.dtype) if self.packed is None else pack_latents(new, self.packed[0])
+        new = new.to(self.pages.dtype) if self.packed is None else self.packed.pack(new)
         self.pages[page, position % per_page] = new
         blocks = -(-rows.end // per_page)
         held = self.pages[self.table_SB[:, :blocks].long()].flatten(1, 2)[:, : rows.end]
         if self.packed is None:
             return held
-        return unpack_latents(held.flatten(0, 1), *self.packed).unflatten(0, held.shape[:2])
+        return self.packed.unpack(held.flatten(0, 1)).unflatten(0, held.shape[:2])
 
     def select(self, rows_B: Tensor) -> None:
         raise NotImplementedError("pages belong to the engine: a view of them selects nothing")
@@ -274,8 +307,9 @@ class PagedSlots:
 class RingTail:
     """`nn.cache.Tail` over rings: the last items of each row, in the place of their position modulo the ring."""
 
-    def __init__(self, ring_RL: Tensor, lane: Lane, group: Group) -> None:
+    def __init__(self, ring_RL: Tensor, lane: Lane, group: Group, packed: Packing | None = None) -> None:
         assert lane.keep is not None
+        self.packed = packed
         self.ring, self.keep, self.fill, self.ring_S = ring_RL, lane.keep, lane.fill, group.ring_S.long()
 
     def extend(self, new_BTW: Tensor, rows: Rows) -> Tensor:
@@ -283,13 +317,19 @@ class RingTail:
         places = self.ring.shape[1]
         before = rows.starts_B[:, None] + torch.arange(-self.keep, 0, device=rows.device)
         old = self.ring[self.ring_S[:, None], before % places]
+        bytes_BTW = new_BTW
+        if self.packed is not None:  # whoever looks at the new items sees what will be read later
+            bytes_BTW = self.packed.pack(new_BTW.flatten(0, 1)).unflatten(0, new_BTW.shape[:2])
+            old, new_BTW = (
+                self.packed.unpack(z.flatten(0, 1)).unflatten(0, z.shape[:2]) for z in (old, bytes_BTW)
+            )
         old = torch.where((before >= 0)[..., None], old, self.fill)
         row, column, position = rows.where
         if rows.width > places:
             ends = torch.tensor(rows.ends, device=rows.device)
             last = position >= ends[row] - places
             row, column, position = row[last], column[last], position[last]
-        self.ring[self.ring_S[row], position % places] = new_BTW[row, column].to(self.ring.dtype)
+        self.ring[self.ring_S[row], position % places] = bytes_BTW[row, column].to(self.ring.dtype)
         return torch.cat((old, new_BTW.to(old.dtype)), 1)
 
     def reaches(self, starts: list[int]) -> bool:

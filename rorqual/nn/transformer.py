@@ -269,7 +269,8 @@ class Transformer(nn.Module):
 
     def lanes(self, fp8: bool = False) -> list[Lanes]:
         """What every layer, and after them every MTP module, keeps in pages (`nn.paged`); with `fp8` in the
-        released FP8 layout (V3.2: 656 bytes a token and layer, and 132 of the indexer)."""
+        released FP8 layout (V3.2: 656 bytes a token and layer, and 132 of the indexer; V4: 584 an entry, and 68 an
+        index key)."""
         modules: Any = self.mtp
         bricks: list[Any] = [layer.attention for layer in self.layers]
         bricks += [module.block.attention for module in modules]

@@ -18,6 +18,7 @@ from rorqual.family.hub import to_hub
 from rorqual.kernels import quant
 from rorqual.nn import Transformer
 from rorqual.nn.linear import Matrix
+from rorqual.nn.spread import layout_of
 from rorqual.weights import names
 from rorqual.weights.errors import CheckpointError
 from rorqual.weights.plan import SCALES
@@ -61,6 +62,11 @@ def save(
         raise ValueError(f'quantize must be "released" or None, got {quantize!r}')
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
+    layout = layout_of(model)
+    if layout is not None and layout.world > 1:
+        raise CheckpointError(
+            "the model is spread over ranks, and this one holds only a share: save it before"
+        )
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file: expected a directory to save to")

@@ -59,6 +59,10 @@ def serve(engine: Engine, prompts: list[list[int]], new: int, between: int = 0) 
             engine.step()
     while engine.busy:
         engine.step()
+    for handle in handles:
+        if handle.error is not None:
+            raise handle.error
+        assert len(handle.completion.ids) == new
     return handles
 
 
@@ -152,7 +156,7 @@ def test_company(large: Model) -> None:
     handles = serve(engine, prompts[:3], 6, between=2) + serve(engine, prompts[3:20], 6, between=1)
     handles += serve(engine, prompts[20:37], 5) + serve(engine, prompts, 4)
     idle(engine)
-    graphs = engine.runner._graphs
+    graphs = engine.runner.graphs
     assert graphs is not None and graphs._made
     check(large, handles[:6] + random.sample(handles[6:], 24))
 
@@ -165,6 +169,7 @@ def test_drafts(large: Model) -> None:
     engine = engine_for(large, speculate=True)
     handles = serve(engine, [words(random.randint(1, 100)) for _ in range(12)], 8, between=1)
     idle(engine)
+    assert engine.runner.graphs is not None and engine.runner.graphs._made
     check(large, handles)
 
 
@@ -174,7 +179,7 @@ def test_graphs_change_no_bit(large: Model) -> None:
     for recorded in (True, False):
         engine = engine_for(large)
         if not recorded:
-            engine.runner._graphs = None
+            engine.runner.graphs = None
         (handle,) = serve(engine, [prompt], 8)
         answers.append((handle.completion.ids, handle.completion.logprobs))
     assert answers[0] == answers[1]

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from rorqual.engine import Sampling, runner
+from rorqual.engine import Engine, Sampling, runner
 from rorqual.family import MLA, Index, Rope
 from rorqual.kernels import cache_write
 from rorqual.model import Model
 from tests.engine.conftest import config
 from tests.engine.test_engine import engine_of, idle
+from tests.engine.test_fp8_cache import small_v4
 from tests.interpreter import repair
 from tests.parity.zoo import stir_ours
 
@@ -78,3 +79,20 @@ def test_tokens_by_kernels(kind: str, kernels: set[str], request: pytest.Fixture
     assert [c.ids for c in engine.generate(prompts, sampling)] == plain
     idle(engine)
     assert not kernels - set(launched), f"did not run; what ran: {sorted(set(launched))}"
+
+
+@pytest.mark.slow
+def test_v4_over_bytes_by_kernels(request: pytest.FixtureRequest) -> None:
+    """The released cache layout, read and written by kernels: the tokens of the plain path over the same bytes."""
+    model = Model(small_v4())
+    stir_ours(model)
+    prompts = [[random.randrange(60) for _ in range(count)] for count in (1, 38, 7)]
+    sampling = Sampling(0.0, max_new_tokens=4, ignore_eos=True)
+    plain = [c.ids for c in Engine(model, max_requests=4, fp8_cache=True).generate(prompts, sampling)]
+    launched = request.getfixturevalue("interpreted")
+    engine = Engine(model, max_requests=4, fp8_cache=True, step_tokens=16)
+    assert [c.ids for c in engine.generate(prompts, sampling)] == plain
+    idle(engine)
+    assert not {"_attend", "_pool", "_turn_rows", "_turn", "_score", "_choose"} - set(launched), sorted(
+        set(launched)
+    )

@@ -7,7 +7,7 @@ import torch
 
 import rorqual
 from rorqual.family.parts import Compress, Index, Rope
-from rorqual.kernels import compress
+from rorqual.kernels import compress, entries
 from rorqual.nn.compressor import Compressor
 from rorqual.nn.rope import rotation
 from rorqual.nn.step import Rows, Step
@@ -26,7 +26,7 @@ PAGE = 4
 class Case:
     """Sequences of projections and gates, the entries they give by the brick, and rings full of garbage."""
 
-    def __init__(self, device, lengths, ratio, overlap, dim=24, dtype=torch.float32):
+    def __init__(self, device, lengths, ratio, overlap, dim=24, dtype=torch.float32, packed=None):
         self.device, self.ratio, self.overlap, self.dim, self.dtype = device, ratio, overlap, dim, dtype
         width = 2 * dim if overlap else dim
         part = Compress(ratio, overlap, Index(heads=1, dim=8, top_k=1) if overlap else None)
@@ -50,6 +50,8 @@ class Case:
         self.order = torch.randperm(shape[0])[: len(lengths)].tolist()
         pages = sum(-(-length // ratio // PAGE) + 1 for length in lengths) + 1
         self.pages = torch.full((pages, PAGE, dim), float("nan"), dtype=dtype, device=device)
+        if packed is not None:
+            self.pages = torch.full((pages, PAGE, packed), 255, dtype=torch.uint8, device=device)
         numbers = iter((torch.randperm(pages - 1) + 1).tolist())
         self.table = [[next(numbers) for _ in range(-(-length // ratio // PAGE))] for length in lengths]
 
@@ -142,6 +144,34 @@ def test_decoding_goes_on_after_prefill_through_the_ops(device):
     for p in range(41, 50):
         case.run(compress.compress_decode, [(0, p, p + 1)])
     case.check([50])
+
+
+@pytest.mark.parametrize("form", [compress.fast, compress.reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("kind", ["entries", "keys"])
+def test_entries_and_keys_as_bytes(device, form, dtype, long, kind):
+    """The bytes hold what packing gives of the entries that pages in the model's type get."""
+    dim = 72 if kind == "entries" else 32
+    size = entries.entry_bytes(72, 8) if kind == "entries" else entries.key_bytes(32)
+    state, found = torch.get_rng_state(), []
+    for packed in (None, size):
+        torch.set_rng_state(state)
+        case = Case(device, [40, 9], 4, True, dim=dim, dtype=dtype, packed=packed)
+        case.weight = case.weight.to(dtype)
+        for chunk in ([(1, 0, 9), (0, 0, 13)], [(0, 13, 29)], [(0, 29, 40)]):
+            case.run(form, chunk, padding=1, **({"long": long} if form is compress.fast else {}))
+        found.append(case.pages[case.table[0]].flatten(0, 1)[:10])
+    assert int((case.pages != 255).any(-1).sum()) == 12
+    plain, packed = found
+    if kind == "entries":
+        got, want = (
+            entries.unpack_entries(z, 72, 8, torch.float32)
+            for z in (packed, entries.pack_entries_reference(plain, 8))
+        )
+    else:
+        got, want = (entries.unpack_keys(z, torch.float32) for z in (packed, entries.pack_keys(plain)))
+    assert torch.equal(got, want)
 
 
 def test_wide_windows_of_bf16_entries(device):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rorqual.kernels import index
+from rorqual.kernels import entries, index
 from rorqual.kernels.index import Plan
 from rorqual.nn import indexer
 from tests.interpreter import repair
@@ -106,6 +106,19 @@ def test_bf16(device):
 def test_fp8_queries_and_pages(device):
     q, w, *rest = make(device, [200, 70], [0, 1], 208, dim=128, kind=torch.uint8)
     compare((q.to(torch.float8_e4m3fn), w, *rest), 9, 208)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_keys_of_fp4(device, kind, queries):
+    """Whole and half numbers: any order of summing gives one score."""
+    q, w, pages, *rest = make(device, [200, 70, 33], [0, 1, 1], 208, dim=64)
+    shape = pages.shape[:2]
+    codes = torch.randint(0, 256, (*shape, 32), dtype=torch.uint8)
+    scales = torch.randint(126, 129, (*shape, 2), dtype=torch.uint8)
+    packed = torch.cat((codes, scales), -1).to(device)
+    assert packed.shape[2] == entries.key_bytes(64)
+    compare((q.to(kind), w, packed, *rest), 9, 208, SMALL._replace(queries=queries))
 
 
 def test_queries_are_worked_in_blocks(device, monkeypatch):

@@ -164,14 +164,15 @@ def test_fixed_form_is_the_same_to_the_bit(
 @pytest.mark.gpu
 @pytest.mark.parametrize("page_size", [64, 128])
 @pytest.mark.parametrize("splits", [None, 1, 3, "fixed"])
-@pytest.mark.parametrize(("width", "heads"), [(1, 16), (2, 16), (1, 64), (3, 40)])
-def test_hopper_form(width: int, heads: int, splits: int | str | None, page_size: int) -> None:
+@pytest.mark.parametrize(
+    ("width", "heads", "fp8"), [(1, 16, False), (2, 16, False), (1, 64, False), (3, 40, False), (3, 40, True)]
+)
+def test_hopper_form(width: int, heads: int, fp8: bool, splits: int | str | None, page_size: int) -> None:
     """Latents of the released size, which `mla_decode_gluon` takes on a Hopper GPU."""
-    device = torch.device("cuda")
-    given = make(
-        [300, 0, 5, 64, 1029], width, heads, 512, 64, device, page_size=page_size, dtype=torch.bfloat16
-    )
-    assert op.mla_decode_gluon.supported(*given[:2], 512) == (torch.cuda.get_device_capability()[0] == 9)
+    device, ends = torch.device("cuda"), [300, 0, 5, 64, 1029]
+    given = make(ends, width, heads, 512, 64, device, page_size=page_size, dtype=torch.bfloat16, fp8=fp8)
+    form = op.mla_decode_gluon_fp8 if fp8 else op.mla_decode_gluon
+    assert form.supported(*given[:2], 512) == (torch.cuda.get_device_capability()[0] == 9)
     right = reference(*given, width=width, rank=512, scale=0.04).double().cpu()
     ours = mla_decode(*given, width=width, rank=512, scale=0.04, splits=splits)
     close(ours, right, 2e-2)

@@ -5,6 +5,7 @@ import torch
 
 from rorqual.family import parts
 from rorqual.kernels import union
+from rorqual.kernels.entries import pack_entries
 from rorqual.nn.compressed import CompressedAttention
 from rorqual.nn.step import Rows, Step
 from tests.interpreter import repair
@@ -21,7 +22,18 @@ class Case:
     """Sequences whose newest tokens (`begins[s]` to `ends[s]`) are a pass's queries, between padding rows."""
 
     def __init__(
-        self, device, begins, ends, ratio, k=None, heads=3, page=4, dtype=torch.float32, fresh=False, dim=DIM
+        self,
+        device,
+        begins,
+        ends,
+        ratio,
+        k=None,
+        heads=3,
+        page=4,
+        dtype=torch.float32,
+        fresh=False,
+        dim=DIM,
+        rope=0,
     ):
         sequences = len(ends)
         self.ring = torch.full((sequences + 2, LENGTH, dim), float("nan")).to(dtype)
@@ -56,6 +68,11 @@ class Case:
         self.sink = torch.randn(heads).to(device)
         self.ring, self.entries, self.table = (z.to(device) for z in (self.ring, self.entries, self.table))
         self.kwargs = {"window": WINDOW, "ratio": ratio, "scale": dim**-0.5}
+        if rope:  # what is not there stays NaN: scales of 255 stand for it
+            self.ring, self.entries, self.new = (
+                pack_entries(z, rope) for z in (self.ring, self.entries, self.new)
+            )
+            self.kwargs["rope"] = rope
 
     def args(self, fresh, entries=True):
         """Arguments of `reference`."""
@@ -113,18 +130,31 @@ def test_chunks_read_their_own_entries_before_the_ring_has_them(device, ratio, k
     close(case.fast(True, keys=32, splits=2), want)
 
 
+@pytest.mark.parametrize(("dim", "rope"), [(72, 8), (160, 32)])
+@pytest.mark.parametrize(("ratio", "k"), [(4, 5), (3, None)])
+def test_rings_and_pages_of_bytes(device, ratio, k, dim, rope):
+    case = Case(device, [0, 12, 60, 8], [1, 13, 61, 16], ratio, k, dim=dim, rope=rope)
+    want = case.expected(False)
+    for splits in (1, 3):
+        close(case.fast(False, splits=splits, keys=16), want)
+    close(case.fast(False, entries=False), case.expected(False, entries=False))
+    case = Case(device, [0, 20, 37, 0], [20, 29, 38, 1], ratio, k, fresh=True, dim=dim, rope=rope)
+    close(case.fast(True, keys=16), case.expected(True))
+
+
 def test_bf16(device):
     case = Case(device, [0, 40], [3, 41], 4, 5, dtype=torch.bfloat16)
     close(case.fast(False, keys=16), case.expected(False), tolerance=2e-2)
 
 
+@pytest.mark.parametrize("rope", [0, 64])
 @pytest.mark.parametrize("heads", [64, 5, 130])
 @pytest.mark.parametrize(("ratio", "k"), [(4, 70), (4, None)])
-def test_the_form_for_hopper(device, heads, ratio, k):
+def test_the_form_for_hopper(device, heads, ratio, k, rope):
     some = torch.empty(1, 1, 512, dtype=torch.bfloat16, device=device)
     if not union.union_gluon.supported(some):
         pytest.skip("no Hopper GPU")
-    options = {"heads": heads, "dtype": torch.bfloat16, "dim": 512}
+    options = {"heads": heads, "dtype": torch.bfloat16, "dim": 512, "rope": rope}
     case = Case(device, [0, 12, 600, 299], [3, 13, 602, 304], ratio, k, **options)
     want = case.expected(False)
     for splits in (1, 3):

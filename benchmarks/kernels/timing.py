@@ -1,0 +1,65 @@
+"""How kernel benchmarks are timed and told: replays of one CUDA graph, over several copies of the inputs where these
+would fit the L2, beside the bytes and the arithmetic that are needed."""
+
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+READ, BF16, FP8 = 4.35e12, 735e12, 1.275e15
+L2 = 60e6
+DEVICE = "cuda"
+Call = Callable[[], Any]
+
+
+def micros(calls: list[Call], least: int = 8, budget: float = 0.05) -> float:
+    """Median us of one call, all of `calls` in turn in one graph."""
+    torch.cuda.synchronize()
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    calls[0]()
+    torch.cuda.synchronize()
+    slow = time.perf_counter() - begun > 2e-3
+    graph, times = torch.cuda.CUDAGraph(), 1 if slow else max(1, least // len(calls))
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            for call in calls:
+                call()
+    taken: list[float] = []
+    begun = time.perf_counter()
+    while len(taken) < 4 or (time.perf_counter() - begun < budget and len(taken) < 40):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        taken.append(start.elapsed_time(end) * 1e3 / (times * len(calls)))
+    return statistics.median(taken[1:])
+
+
+def line(name: str, us: float, size: float, flops: float = 0.0, peak: float = BF16, note: str = "") -> None:
+    floor = max(size / READ, flops / peak) * 1e6
+    print(
+        f"{name:46s} {us:9.1f} us  {size / us / 1e3:7.0f} GB/s  {flops / us / 1e6:6.0f} TFLOP/s  "
+        f"floor {floor:8.1f}  {100 * floor / us:4.0f}% {note}",
+        flush=True,
+    )
+
+
+def guarded(what: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return what(*args, **kwargs)
+    except Exception:
+        print(f"FAILED {what.__name__} {args} {kwargs}"[:200])
+        print("\n".join(traceback.format_exc().strip().splitlines()[-4:])[:1500], flush=True)
+        return None
+
+
+def report(kind: str, case: Any, found: list[tuple[float, Any]]) -> None:
+    best = "; ".join(f"{us:.1f} {what}" for us, what in sorted(found)[:5])
+    print(f"sweep {kind} {case}: {best}; worst {max(found)[0]:.1f}", flush=True)
