@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 THREADS = 12
-"""Most compilations at once. About half of one holds Python's lock, so more would not help."""
+"""Most compilations at once."""
 
 _busy = threading.Lock()
 
