@@ -358,7 +358,7 @@ class Team:
     def guarding(self) -> Iterator[None]:
         """Whatever goes wrong inside ends the engine on all ranks, since the others wait for this one."""
         if self.error is not None:
-            raise self.error
+            raise self.fail(self.error)  # found by the watch between two passes: callers have yet to hear it
         try:
             yield
         except BaseException as error:

@@ -446,7 +446,7 @@ def heads_fixed(
     first: int = 0,
 ) -> Tensor:
     """`heads_reference` so that a row's bits depend on that row alone. bf16 tiles may differ by the number of rows,
-    as in `rorqual.kernels.fixed`; fp32 has one tile."""
+    as in `rorqual.kernels.fixed`; codes and fp32 have one tile each."""
     half = x_NHK.dtype in (torch.bfloat16, torch.float16)
     kept = x_NHK.dtype if scale is None else FP8
     if (half or x_NHK.dtype == torch.float32) and w_HRC.dtype == kept and w_HRC.stride(-1) == 1:
@@ -454,6 +454,10 @@ def heads_fixed(
             return x_NHK.new_empty(0, x_NHK.shape[1], w_HRC.shape[2 if up else 1]) if out is None else out
         x_NHK = x_NHK if x_NHK.stride(-1) == 1 else x_NHK.contiguous()
         how = None if half else {"BN": 16, "BM": 32, "BK": 32, "STAGES": 2, "num_warps": 4}
+        if (
+            half and scale is not None
+        ):  # tiles of 16 rows meet codes in another order of channels than larger ones
+            how = {"BN": 64, "BM": 64, "BK": 128, "STAGES": 3, "num_warps": 4}
         return heads_fast(x_NHK, w_HRC, up, out, scale, first, how=how)
     rows = [heads_reference(x, w_HRC, up, None, scale, first) for x in x_NHK.split(1)]
     y = torch.cat(rows) if rows else x_NHK.new_empty(0, x_NHK.shape[1], w_HRC.shape[2 if up else 1])

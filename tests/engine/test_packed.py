@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from rorqual import Sampling
 from rorqual.engine.packed import HERE, NONE, Left, fields, lay_reference, lay_triton, numbers
 from rorqual.engine.request import Request
+from rorqual.family import MLA, Rope
 from rorqual.kernels import gpu
-from tests.engine.conftest import build
+from rorqual.model import Model
+from tests.engine.conftest import config
 from tests.engine.test_engine import engine_of, prompts_of
 from tests.interpreter import repair
+from tests.parity.zoo import stir_ours
 
 SLOTS, PAGE = 9, 4
 
@@ -78,11 +83,23 @@ def test_what_is_known_and_what_is_not(device: torch.device, width: int) -> None
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
+def wide() -> Model:
+    """A small V3 whose heads' parts kernels take: references may ask the device for numbers."""
+    plan = config("v3")
+    attention = MLA(4, 16, 16, 16, 16, Rope(16, interleaved=True), q_rank=32)
+    layers, mtp = (
+        tuple(replace(layer, attention=attention) for layer in some) for some in (plan.layers, plan.mtp)
+    )
+    model = Model(replace(plan, layers=layers, mtp=mtp))
+    stir_ours(model)
+    return model
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("speculate", [False, True])
 def test_no_step_waits_for_the_gpu(speculate: bool) -> None:
     """Steps with everything a request can ask for, but for the one wait for the draws themselves."""
-    model = build("v3").cuda()
+    model = wide().cuda()
     engine = engine_of(model, 400, slots=8, speculate=speculate)
     samplings = [
         Sampling(0.0, max_new_tokens=30, ignore_eos=True),

@@ -51,8 +51,8 @@ def wide(x: Tensor, ids: Tensor, weights: Tensor, *stacks: Weights, **options: o
 
 
 SMALL = {
-    "few": Plan(Tiles(2, 16, 32, 4, 2), Tiles(2, 32, 32, 4, 2), few=True),
-    "sorted": Plan(Tiles(16, 16, 64, 4, 2), Tiles(16, 32, 32, 4, 2)),
+    "few": Plan(Tiles(2, 16, 64, 4, 2), Tiles(2, 32, 64, 4, 2), few=True),
+    "sorted": Plan(Tiles(16, 16, 64, 4, 2), Tiles(16, 32, 64, 4, 2)),
 }
 
 
