@@ -67,9 +67,10 @@ class Core:
         """Requests a pass, while the device is short of memory."""
         self.slots = slots
         self._ahead = model.device.type == "cuda"
-        self._parameters = [p for p in model.parameters() if not p.is_inference()]
+        # Buffers too: training moves the router's biases in place.
+        self._numbers = [t for t in (*model.parameters(), *model.buffers()) if not t.is_inference()]
         self._weights = self._weights_stamp()
-        self._stopping = False
+        self._stopping = self._closed = False
         self._spoken = False
         """Whether any token has come yet: the first is not kept waiting for the next pass's kernels."""
         self.steps = 0
@@ -88,6 +89,8 @@ class Core:
                 f"engine's pages hold {held} in all: shorten it, lower max_new_tokens, or give the engine more memory"
             )
         with self._lock:
+            if self._closed:
+                raise InputError("the engine is closed")
             waiting = self.scheduler.waiting if self.team is None else self.team.waiting
             if waiting >= self.max_waiting:
                 raise EngineFull(
@@ -177,6 +180,9 @@ class Core:
             self._raise_if(self.team is not None)
             self._fail(plan.requests, error)
             return None
+        except BaseException:
+            self._start_over(plan)
+            raise
         self.steps += 1
         self._limit = None if self._limit is None or self._limit > self.slots else self._limit + 1
         for request in plan.decodes:
@@ -190,9 +196,12 @@ class Core:
 
     def _with_less(self, plan: Plan, error: Exception) -> None:
         """The device ran out of memory: the next pass takes half as many requests and tokens; one request alone
-        with no more than a page of tokens fails. Nothing was written that the next pass would not write."""
+        with no more than a page of tokens fails. To pages nothing was written that the next pass would not write;
+        but layers before the one that failed may have rings full of a chunk's last tokens, where those before the
+        chunk are needed again: such requests start over."""
         torch.cuda.empty_cache()
-        for request in plan.admitted:
+        lost = [request for request, _ in plan.chunks if request.ring]
+        for request in {id(r): r for r in (*plan.admitted, *lost)}.values():
             self.scheduler.preempt(request)
         tokens = len(plan.decodes) + sum(count for _, count in plan.chunks)
         if len(plan.requests) == 1 and tokens <= self.pages.page_size:
@@ -208,6 +217,16 @@ class Core:
             self._raise_if(self._shares_requests)
             self._arrive(passed)
             self._fail(plan.requests, error)
+        except BaseException:
+            self._arrive(passed)
+            self._start_over(plan)
+            raise
+
+    def _start_over(self, plan: Plan) -> None:
+        """The step was interrupted (Ctrl-C): what its requests hold can't be told, so they begin again."""
+        for request in plan.requests:
+            if request.running and not request.finished:
+                self.scheduler.preempt(request)
 
     def _arrive(self, passed: Pass) -> None:
         """The pass is no longer under way."""
@@ -233,6 +252,9 @@ class Core:
         except Exception as error:
             self._raise_if(self._shares_requests)
             self._fail(plan.requests, error)
+        except BaseException:
+            self._start_over(plan)
+            raise
         for request in plan.requests:
             if request.running and not request.finished:
                 self._record(request)
@@ -346,7 +368,7 @@ class Core:
             self.pages.forget_all()
 
     def _weights_stamp(self) -> int:
-        return sum(p._version for p in self._parameters)
+        return sum(t._version for t in self._numbers)
 
     def _stale(self) -> bool:
         """Whether weights have changed since it was last looked."""
@@ -368,7 +390,7 @@ class Core:
                 self._thread.start()
 
     def stop(self) -> None:
-        """End that thread; requests under way stay as they are."""
+        """End that thread; requests under way stay as they are. Who waits for them in asyncio waits until `start`."""
         thread, self._thread = self._thread, None
         if thread is not None:
             with self._lock:
@@ -387,6 +409,11 @@ class Core:
                 self.step()
             except TeamError:
                 return  # it has been given to everyone who waits
+            except Exception as error:  # outside any request's own work: the thread has to outlive it
+                with self._lock:
+                    self._flight = None
+                    self._fail(self.scheduler.everyone(), error)
+                    self._progress.notify_all()
 
     def _wait(self, handle: Handle) -> None:
         """Until something new may have come for a handle: drive the engine, or wait for its thread."""

@@ -122,11 +122,16 @@ class Engine(Core):
             self.step()
 
     def close(self) -> None:
-        """End the engine on all ranks; requests under way are cancelled."""
+        """End the engine, on all its ranks; requests under way are cancelled, and no more are taken."""
         self.stop()
-        if self.team is not None:
-            with self._lock:
+        with self._lock:
+            if self.team is not None:
                 self.team.close()
+                return
+            self._land()
+            self._closed = True
+            for request in self.scheduler.everyone():
+                self._cancel(request.handle)
 
     def __enter__(self) -> Self:
         return self

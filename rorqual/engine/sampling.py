@@ -74,6 +74,7 @@ class Sampling:
         self._in_range("presence_penalty", -100.0, 100.0)
         self._in_range("frequency_penalty", -100.0, 100.0)
         self._whole("top_k", 0)
+        object.__setattr__(self, "top_k", min(self.top_k, 2**31 - 1))  # more than any vocabulary
         self._whole("max_new_tokens", 1)
         if not isinstance(self.logprobs, bool):
             self._whole("logprobs", 0)
@@ -103,8 +104,8 @@ class Sampling:
 
     def _in_range(self, name: str, low: float, high: float, open_low: bool = False) -> None:
         value = getattr(self, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value > high or value < low or (open_low and value == low):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or value != value or value > high or value < low or (open_low and value == low):
             bracket = "(" if open_low else "["
             raise SamplingError(f"{name} must be a number in {bracket}{low:g}, {high:g}], got {value!r}")
 

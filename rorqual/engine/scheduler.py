@@ -110,9 +110,8 @@ class Scheduler:
         """Put a running request's next tokens into the plan; returns how many."""
         missing = request.length - request.held
         if missing == 1:
-            wanted = request.width
-            reach = min(request.held + request.loose + wanted, request.longest)
-            if budget < wanted or not self._reach(request, reach):
+            reach = min(request.held + request.loose + request.width, request.longest)
+            if not self._reach(request, reach):
                 return 0
             plan.decodes.append(request)
             return 0  # the budget is the prompts': theirs should not be cut short by a few tokens

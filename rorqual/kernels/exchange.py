@@ -51,7 +51,7 @@ def exchange_kernel(
     kind = x_ptr.dtype.element_ty
     pid = tl.program_id(0)
     epoch = tl.load(epochs_ptr + pid) + 1
-    slot = (pid * 2 + epoch % 2) * SLOT
+    slot = (pid * 2 + (epoch & 1)) * SLOT
     lane = tl.arange(0, BLOCK)
     at = pid * BLOCK + lane
     inside = at < part
@@ -77,7 +77,7 @@ def exchange_kernel(
             seen = tl.atomic_or(flag, 0, sem="acquire", scope="sys")
             spins = 0
             stop = 0
-            while (seen < epoch) & (stop == 0):
+            while (epoch - seen > 0) & (stop == 0):  # the count may have gone round
                 seen = tl.atomic_or(flag, 0, sem="acquire", scope="sys")
                 spins += 1
                 if spins % 4096 == 0:

@@ -214,6 +214,28 @@ def test_out_of_memory_shrinks_the_batch_and_goes_on() -> None:
     idle(engine)
 
 
+@pytest.mark.parametrize(("kind", "speculate"), MEMBERS)
+def test_out_of_memory_in_the_middle_of_a_pass(kind: str, speculate: bool) -> None:
+    """Layers before the one that fails have written already, among them V4's rings."""
+    model, passes = build(kind), 0
+    engine = engine_of(model, 400, step_tokens=40, speculate=speculate)
+    prompts = [[random.randrange(60) for _ in range(length)] for length in (110, 20, 70)]
+    sampling = Sampling(0.0, max_new_tokens=8, ignore_eos=True, logprobs=0)
+    plain = model.generate(prompts, sampling)
+
+    def fail(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes in (2, 6):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with model.layers[-1].register_forward_pre_hook(fail):
+        for ours, alone in zip(engine.generate(prompts, sampling), plain, strict=True):
+            assert ours.ids == alone.ids and ours.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+    assert passes > 6
+    idle(engine)
+
+
 def test_unsound_logits_fail_one_request_alone() -> None:
     model = build("gqa")
     engine = engine_of(model, 200)
