@@ -31,7 +31,8 @@ class Core:
     """Requests in, tokens out; one step at a time, under one lock.
 
     `model.generate`'s answers, token for token, whatever arrives, leaves, is preempted or found in the prefix
-    cache. See `rorqual.Engine` for the options.
+    cache. Where drafts are sampled (`speculate` at a temperature) a seed's answer is one of the same distribution, and
+    preemption makes it another. See `rorqual.Engine` for the options.
     """
 
     def __init__(

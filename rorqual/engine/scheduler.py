@@ -1,4 +1,4 @@
-"""Who runs in the next pass: decodes first, then prompts in chunks, as memory and the token budget allow."""
+"""Who runs in the next pass, by rank: each decode that has memory, and prompts in chunks within a budget of tokens."""
 
 from __future__ import annotations
 
