@@ -68,8 +68,8 @@ class Core:
         """Requests a pass, while the device is short of memory."""
         self.slots = slots
         self._ahead = model.device.type == "cuda"
-        # Buffers too: training moves the router's biases in place.
-        self._numbers = [t for t in (*model.parameters(), *model.buffers()) if not t.is_inference()]
+        self._full_budget = step_tokens
+        self._look_at_weights()
         self._weights = self._weights_stamp()
         self._stopping = self._closed = False
         self._spoken = False
@@ -186,6 +186,7 @@ class Core:
             raise
         self.steps += 1
         self._limit = None if self._limit is None or self._limit > self.slots else self._limit + 1
+        self.scheduler.budget = min(self._full_budget, self.scheduler.budget + self.pages.page_size)
         for request in plan.decodes:
             request.loose += request.width - 1
             request.held += 1
@@ -209,7 +210,8 @@ class Core:
             self._fail(plan.requests, error)
             return
         self._limit = max(1, len(plan.requests) // 2)
-        self.scheduler.budget = max(self.pages.page_size, min(self.scheduler.budget, tokens) // 2)
+        if plan.chunks:
+            self.scheduler.budget = max(self.pages.page_size, min(self.scheduler.budget, tokens) // 2)
 
     def _draw(self, passed: Pass, plan: Plan) -> None:
         try:
@@ -349,8 +351,8 @@ class Core:
 
     def weights_changed(self) -> None:
         """The weights have new values: what was computed with the old ones is dropped, and requests under way
-        are computed anew from their tokens. Changes PyTorch counts (in place, optimizers) are noticed without
-        this call; writes through `.data` are not."""
+        are computed anew from their tokens. Changes PyTorch counts (in place, optimizers) and weights that moved are
+        noticed without this call; writes through `.data`, and modules' parameters that became others, are not."""
         with self._lock:
             if self.team is None:
                 self._renew()
@@ -360,6 +362,10 @@ class Core:
     def _renew(self) -> None:
         with self._lock:
             self._land()
+            if self._look_at_weights() and self.runner.graphs is not None:  # graphs know the old places
+                self.model.adjoin()
+                self._look_at_weights()
+                self.runner.graphs = self.runner.new_graphs()
             self._weights = self._weights_stamp()
             for pack in self.model.packs():
                 pack.check()
@@ -368,8 +374,16 @@ class Core:
                 self.scheduler.preempt(request)
             self.pages.forget_all()
 
+    def _look_at_weights(self) -> bool:
+        """Note the model's tensors, buffers too (training moves the router's biases in place); whether any moved."""
+        before = getattr(self, "_places", None)
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        self._numbers = [t for t in tensors if not t.is_inference()]
+        self._places = [t.data_ptr() for t in tensors]
+        return before != self._places
+
     def _weights_stamp(self) -> int:
-        return sum(t._version for t in self._numbers)
+        return sum(t._version + t.data_ptr() for t in self._numbers)
 
     def _stale(self) -> bool:
         """Whether weights have changed since it was last looked."""
@@ -392,11 +406,11 @@ class Core:
 
     def stop(self) -> None:
         """End that thread; requests under way stay as they are. Who waits for them in asyncio waits until `start`."""
-        thread, self._thread = self._thread, None
+        with self._lock:
+            thread, self._thread = self._thread, None
+            self._stopping = True
+            self._progress.notify_all()
         if thread is not None:
-            with self._lock:
-                self._stopping = True
-                self._progress.notify_all()
             thread.join()
 
     def _serve(self) -> None:

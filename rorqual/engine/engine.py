@@ -13,11 +13,14 @@ from rorqual.engine.core import Core
 from rorqual.engine.loop import Completion, Delta
 from rorqual.engine.prompts import answers_of, is_batch
 from rorqual.engine.request import Handle
-from rorqual.engine.sampling import Sampling
+from rorqual.engine.sampling import Sampling, brief
 from rorqual.nn import InputError, Transformer
 from rorqual.nn.layout import Layout
 from rorqual.nn.paged import page_bytes, ring_bytes
 from rorqual.nn.spread import layout_of, spread
+
+MOST_REQUESTS = 65_536
+"""At once: tables grow with this number. More may wait."""
 
 
 class Engine(Core):
@@ -64,6 +67,10 @@ class Engine(Core):
         layout = _laid_out(model, layout, speculate, invariant)
         cpu = model.device.type == "cpu"
         slots = _whole("max_requests", max_requests, 32 if cpu else 256)
+        if slots > MOST_REQUESTS:
+            raise InputError(
+                f"max_requests is {brief(slots)}; an engine runs at most {MOST_REQUESTS:,} at once"
+            )
         step = _whole("step_tokens", step_tokens, 1024 if cpu else 8192)
         if speculate and not len(model.mtp):
             raise InputError("speculate=True needs an MTP module, and this model has none")
@@ -187,6 +194,10 @@ def _laid_out(model: Transformer, layout: Layout | None, speculate: bool, invari
     layout = layout or found
     if layout is None:
         return None
+    if layout.broken:
+        raise InputError(
+            "a rank of this layout has failed, and the others' counts with it: start all ranks again"
+        )
     if speculate and layout.gathers:
         raise InputError("speculation isn't written for data ranks that share experts: leave it off")
     if invariant and layout.world > 1:
@@ -203,13 +214,13 @@ def _whole(name: str, value: int | None, default: int) -> int:
     if value is None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} must be a positive whole number, got {value!r}")
+        raise InputError(f"{name} must be a positive whole number, got {brief(value)}")
     return value
 
 
 def _check_priority(priority: int) -> None:
-    if not isinstance(priority, int) or isinstance(priority, bool):
-        raise InputError(f"priority must be a whole number, got {priority!r}")
+    if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) >= 2**62:
+        raise InputError(f"priority must be a whole number between -2^62 and 2^62, got {brief(priority)}")
 
 
 def _free_bytes(device: torch.device) -> int:

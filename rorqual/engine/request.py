@@ -162,6 +162,6 @@ class Handle:
         self._ready.append(delta)
 
     def _notify(self) -> None:
-        for loop, event in self._waiters:
+        for loop, event in list(self._waiters):
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
                 loop.call_soon_threadsafe(event.set)

@@ -30,6 +30,13 @@ class SamplingError(ValueError):
     """Sampling values out of range, or logits nothing can be drawn from."""
 
 
+def brief(value: object) -> str:
+    """A value for an error message: Python writes no integers of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    return f"{value!r:.80}"
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to draw tokens.
@@ -73,15 +80,15 @@ class Sampling:
         self._in_range("repetition_penalty", 0.0, 100.0, open_low=True)
         self._in_range("presence_penalty", -100.0, 100.0)
         self._in_range("frequency_penalty", -100.0, 100.0)
-        self._whole("top_k", 0)
+        self._whole("top_k", 0, math.inf)
         object.__setattr__(self, "top_k", min(self.top_k, 2**31 - 1))  # more than any vocabulary
         self._whole("max_new_tokens", 1)
         if not isinstance(self.logprobs, bool):
             self._whole("logprobs", 0)
         if self.seed is not None:
-            self._whole("seed", 0)
+            self._whole("seed", 0, math.inf)
             if self.seed >= 2**62:
-                raise SamplingError(f"seed must be below 2^62, got {self.seed}")
+                raise SamplingError(f"seed must be below 2^62, got {brief(self.seed)}")
         object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
         if self.grammar is not None:
             self._check_grammar()
@@ -107,12 +114,14 @@ class Sampling:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or value != value or value > high or value < low or (open_low and value == low):
             bracket = "(" if open_low else "["
-            raise SamplingError(f"{name} must be a number in {bracket}{low:g}, {high:g}], got {value!r}")
+            raise SamplingError(f"{name} must be a number in {bracket}{low:g}, {high:g}], got {brief(value)}")
 
-    def _whole(self, name: str, low: int) -> None:
+    def _whole(self, name: str, low: int, high: float = 2**62) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise SamplingError(f"{name} must be a whole number of at least {low}, got {value!r}")
+            raise SamplingError(f"{name} must be a whole number of at least {low}, got {brief(value)}")
+        if value > high:
+            raise SamplingError(f"{name} is too large: {brief(value)}")
 
     @property
     def greedy(self) -> bool:

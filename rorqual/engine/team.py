@@ -378,6 +378,7 @@ class Team:
                 if self.leads:  # its process may keep the store: the others are to read this before it goes
                     time.sleep(2 * WATCH)
             self.error = TeamError(f"{text}; the engine has ended on all ranks")
+        self.layout.broken = True
         self._ended.set()
         for request, _ in self._fronts.values():
             request.handle.error = self.error

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.kernels.fixed import linear_fixed
-from rorqual.kernels.mode import by_fixed_kernels
+from rorqual.kernels.mode import by_fixed_kernels, is_invariant
 from rorqual.kernels.skinny import skinny
 
 PACK_LIMIT = 2**33
@@ -103,6 +103,11 @@ class Pack:
         return Pack, ()
 
 
+def _packs() -> bool:
+    """Whether packed copies are used here: their products add up in an order of their own."""
+    return _open_scopes > 0 and not is_invariant()
+
+
 def _sample(weights: Sequence[Tensor]) -> Tensor:
     """A few numbers of each weight, spread over all of it."""
     flat = [weight.detach().reshape(-1) for weight in weights]
@@ -137,7 +142,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, pack: Pack | N
     if not _usable(x, (weight,)):
         return F.linear(x, weight, bias)
     if weight.dtype == torch.bfloat16:
-        blocked = pack.of((weight,)) if pack is not None and _open_scopes else None
+        blocked = pack.of((weight,)) if pack is not None and _packs() else None
         if blocked is None:
             return F.linear(x, weight, bias)
         weight = blocked
@@ -157,7 +162,7 @@ def linears(
         if whole is None:
             return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         return linear(x, whole).split([weight.shape[0] for weight in weights], -1)
-    joined = pack.of(weights) if _open_scopes and _usable(x, weights) else None
+    joined = pack.of(weights) if _packs() and _usable(x, weights) else None
     if joined is None:
         return reference(x, weights, biases)
     y = torch.ops.mkldnn._linear_pointwise(x, joined, None, "none", [], "")

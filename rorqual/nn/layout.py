@@ -123,6 +123,9 @@ class Layout:
     numbers that don't make up the ranks there are.
     """
 
+    broken = False
+    """A rank has failed: what ranks count in step may differ from now on."""
+
     def __init__(
         self,
         data: int | None = None,

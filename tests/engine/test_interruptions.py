@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from rorqual import Sampling
+from rorqual import Engine, Sampling
 from rorqual.engine.sampling import SamplingError
+from rorqual.kernels.linear import packing
 from rorqual.nn import InputError
 from tests.engine.conftest import build
 from tests.engine.test_engine import engine_of, idle
@@ -116,3 +117,55 @@ def test_numbers_past_all_bounds() -> None:
     for value in (10**400, float("inf"), float("nan")):
         with pytest.raises(SamplingError, match="temperature"):
             Sampling(temperature=value)
+    for name in ("max_new_tokens", "logprobs", "seed"):
+        for number in (10**5000, -(10**5000)):
+            with pytest.raises(SamplingError, match=name):
+                Sampling(**{name: number})  # type: ignore[arg-type]
+    engine = engine_of(build("gqa"), 100)
+    with pytest.raises(InputError, match="priority"):
+        engine.submit([3], GREEDY, priority=10**5000)
+    with pytest.raises(InputError, match="at most 65,536"):
+        Engine(build("gqa"), max_requests=10**9)
+
+
+def test_memory_that_is_short_once_is_not_short_for_ever() -> None:
+    model, passes = build("gqa"), 0
+    engine = engine_of(model, 400, step_tokens=64)
+    whole = engine.scheduler.budget
+
+    def fail(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes in (1, 4):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with model.layers[-1].register_forward_pre_hook(fail):
+        engine.generate([list(range(50)), PROMPTS[0]], Sampling(0.0, max_new_tokens=30, ignore_eos=True))
+    assert passes > 20 and engine.scheduler.budget == whole
+
+
+def test_weights_that_moved_meet_no_stale_caches() -> None:
+    model, asked = build("gqa"), list(range(3, 40))
+    engine = engine_of(model, 400)
+    engine.generate(asked, GREEDY)
+    sampling = Sampling(0.0, max_new_tokens=4, ignore_eos=True, logprobs=0)
+    model.embed.weight.data = torch.randn_like(model.embed.weight)
+    assert engine.generate(asked, sampling).logprobs == pytest.approx(
+        model.generate(asked, sampling).logprobs, abs=1e-4
+    )
+    state = {name: torch.randn_like(t) * 0.1 for name, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    engine.weights_changed()
+    assert engine.generate(asked, sampling).logprobs == pytest.approx(
+        model.generate(asked, sampling).logprobs, abs=1e-4
+    )
+
+
+def test_packed_products_elsewhere_change_no_bit_of_the_invariant_mode() -> None:
+    model = build("v3")
+    engine = engine_of(model, 400, invariant=True)
+    sampling = Sampling(0.0, max_new_tokens=4, ignore_eos=True, logprobs=0)
+    alone = engine.generate(PROMPTS, sampling)
+    with packing(model.packs()):  # what another thread's engine does to all of the process
+        among = engine.generate(PROMPTS, sampling)
+    assert [c.logprobs for c in among] == [c.logprobs for c in alone]
