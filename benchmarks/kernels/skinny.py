@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.kernels import fixed, skinny
+from rorqual.kernels.heads import heads_fast
 from rorqual.kernels.quant import dequantize_fp8, quantize_fp8
 
 READ = 4.35e12
@@ -140,12 +141,12 @@ def warm(rows: int, out: int, width: int, how: Any, dtype: Any) -> None:
         y = w.new_zeros(rows, width, 576 if out else 128)[..., : 512 if out else 128]
         part = w[:, :128] if out else w[:, 128:]
         if how is not None:
-            skinny.heads_fast(x, part, bool(out), y, ahead=True, how=how)
+            heads_fast(x, part, bool(out), y, ahead=True, how=how)
             return
         scale = torch.ones(2 * width, 4, device="cuda")
         for ahead in (False, True):
-            skinny.heads_fast(x, part, bool(out), y, ahead=ahead)
-            skinny.heads_fast(x, part.to(torch.float8_e4m3fn), bool(out), y, scale, 0, ahead)
+            heads_fast(x, part, bool(out), y, ahead=ahead)
+            heads_fast(x, part.to(torch.float8_e4m3fn), bool(out), y, scale, 0, ahead)
         return
     w = torch.empty(out, width, device="cuda", dtype=torch.bfloat16)
     x = w.new_zeros(rows, width)
@@ -313,8 +314,8 @@ def check_heads(heads: int, rows: int) -> None:
             q = torch.randn(rows, heads, 192, device="cuda").bfloat16()[..., :128]
             wide = torch.full((rows, heads, 576), float("nan"), device="cuda", dtype=torch.bfloat16)
             poison()
-            up = skinny.heads_fast(q, held[:, :128], True, wide[..., :512], by)
-            down = skinny.heads_fast(up, held[:, 128:], False, None, by, 128)
+            up = heads_fast(q, held[:, :128], True, wide[..., :512], by)
+            down = heads_fast(up, held[:, 128:], False, None, by, 128)
             a = error(up, torch.einsum("nhd,hdc->nhc", q.double(), kv_b[:, :128]))
             b = error(down, torch.einsum("nhc,hvc->nhv", up.double(), kv_b[:, 128:]))
             if max(a, b) > 6e-3:
@@ -362,7 +363,7 @@ def time_heads() -> None:
                     out: Any = out,
                     by: Any = by,
                 ) -> Any:
-                    return lambda: skinny.heads_fast(x, w[:, part], up, out, by, 0 if up else 128, a, how)
+                    return lambda: heads_fast(x, w[:, part], up, out, by, 0 if up else 128, a, how)
 
                 def library(w: Tensor, x: Any = x, part: Any = part, up: Any = up, out: Any = out) -> Any:
                     m = w[:, part] if up else w[:, part].transpose(1, 2)

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from rorqual.kernels.cache_write import FP8_BLOCK, mla_job, mla_write_reference
 from rorqual.kernels.gpu import tl, triton
+from rorqual.kernels.heads import heads_reference
 from rorqual.kernels.mla_decode import SCALED, _attend
 from rorqual.kernels.mla_decode import reference as attend_reference
 from rorqual.kernels.quant import E8M0, FP8
 from rorqual.kernels.single import ask, asking, factor, launch_options
-from rorqual.kernels.skinny import await_inputs, heads_reference, release
+from rorqual.kernels.skinny import await_inputs, release
 
 TILE = 32
 """Keys a program of the attention meets at a time."""

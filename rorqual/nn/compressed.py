@@ -19,10 +19,10 @@ from rorqual.kernels.entries import (
     unpack_keys,
 )
 from rorqual.kernels.gpu import usable
+from rorqual.kernels.heads import heads_down
 from rorqual.kernels.index import index_choose
 from rorqual.kernels.mode import by_fixed_kernels
 from rorqual.kernels.simulate import fake_fp4, fake_fp8, hadamard
-from rorqual.kernels.skinny import heads_down
 from rorqual.kernels.turn import keep_rows, turn_rows
 from rorqual.kernels.union import union_decode, union_prefill
 from rorqual.nn.cache import Tail

@@ -15,12 +15,12 @@ from rorqual.family import parts
 from rorqual.kernels.cache_write import mla_write
 from rorqual.kernels.fuse import rmsnorm
 from rorqual.kernels.gpu import usable
+from rorqual.kernels.heads import heads_down, heads_up
 from rorqual.kernels.linear import Pack
 from rorqual.kernels.mla_decode import mla_decode, pack_latents, packed_bytes, unpack_latents
 from rorqual.kernels.mla_prefill import gather_latents, mla_prefill
 from rorqual.kernels.mla_sparse import mla_sparse
 from rorqual.kernels.mode import is_invariant
-from rorqual.kernels.skinny import heads_down, heads_up
 from rorqual.nn.cache import Slots
 from rorqual.nn.errors import InputError
 from rorqual.nn.gqa import attend

@@ -11,6 +11,7 @@ from torch import Tensor
 import rorqual
 from rorqual.kernels.experts import Weights, experts
 from rorqual.kernels.fp8_linear import fp8_linear
+from rorqual.kernels.heads import heads_down, heads_up
 from rorqual.kernels.index import index_choose
 from rorqual.kernels.linear import linear, linear_in_fp32
 from rorqual.kernels.mix import mix_read, mix_write
@@ -18,7 +19,6 @@ from rorqual.kernels.mla_decode import mla_decode
 from rorqual.kernels.mla_sparse import mla_sparse
 from rorqual.kernels.quant import quantize_fp8
 from rorqual.kernels.route import route
-from rorqual.kernels.skinny import heads_down, heads_up
 from rorqual.nn.norm import unit_rms
 
 pytestmark = pytest.mark.gpu

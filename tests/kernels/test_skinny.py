@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rorqual.kernels import skinny
+from rorqual.kernels.heads import heads_down, heads_fast, heads_reference, heads_up
 from rorqual.kernels.quant import E8M0, dequantize_fp8, quantize_fp8
 from tests.interpreter import repair
 
@@ -123,19 +124,19 @@ def test_heads_on_views(device: torch.device, rows: int, dtype: torch.dtype) -> 
     wide = torch.full((rows, heads, width + 8), 7.0, device=device, dtype=dtype)
     how = {"BN": 16, "BM": 16, "BK": 16, "STAGES": 2, "num_warps": 1}
     rtol = 2e-6 if dtype == torch.float32 else 1e-2
-    up = skinny.heads_fast(q, kv_b[:, :nope], True, wide[..., :width], how=how)
+    up = heads_fast(q, kv_b[:, :nope], True, wide[..., :width], how=how)
     close(up, exact_heads(q, kv_b[:, :nope], True), rtol)
     assert up.data_ptr() == wide.data_ptr() and (wide[..., width:] == 7).all()
-    close(skinny.heads_up(q, kv_b[:, :nope]), exact_heads(q, kv_b[:, :nope], True), rtol)
+    close(heads_up(q, kv_b[:, :nope]), exact_heads(q, kv_b[:, :nope], True), rtol)
     wide.fill_(7)
-    up = skinny.heads_reference(q, kv_b[:, :nope], True, wide[..., :width])
+    up = heads_reference(q, kv_b[:, :nope], True, wide[..., :width])
     close(up, exact_heads(q, kv_b[:, :nope], True), rtol)
     assert up.data_ptr() == wide.data_ptr() and (wide[..., width:] == 7).all()
     u = wide[..., :width]
-    down = skinny.heads_fast(u, kv_b[:, nope:], False, how=how)
+    down = heads_fast(u, kv_b[:, nope:], False, how=how)
     assert down.shape == (rows, heads, v)
     close(down, exact_heads(u, kv_b[:, nope:], False), rtol)
-    close(skinny.heads_down(u, kv_b[:, nope:]), exact_heads(u, kv_b[:, nope:], False), rtol)
+    close(heads_down(u, kv_b[:, nope:]), exact_heads(u, kv_b[:, nope:], False), rtol)
 
 
 @pytest.mark.parametrize("powers", [False, True])
@@ -149,8 +150,8 @@ def test_heads_on_codes(device: torch.device, powers: bool) -> None:
     q, u = torch.randn(rows, heads, nope, device=device), torch.randn(rows, heads, width, device=device)
     how = {"BN": 16, "BM": 32, "BK": 32, "STAGES": 2, "num_warps": 1}
     want = exact_heads(q, kv_b[:, :nope], True)
-    close(skinny.heads_fast(q, by_head[:, :nope], True, None, scale, how=how), want, 2e-6)
-    close(skinny.heads_reference(q, by_head[:, :nope], True, None, scale), want, 2e-6)
+    close(heads_fast(q, by_head[:, :nope], True, None, scale, how=how), want, 2e-6)
+    close(heads_reference(q, by_head[:, :nope], True, None, scale), want, 2e-6)
     want = exact_heads(u, kv_b[:, nope:], False)
-    close(skinny.heads_fast(u, by_head[:, nope:], False, None, scale, nope, how=how), want, 2e-6)
-    close(skinny.heads_reference(u, by_head[:, nope:], False, None, scale, nope), want, 2e-6)
+    close(heads_fast(u, by_head[:, nope:], False, None, scale, nope, how=how), want, 2e-6)
+    close(heads_reference(u, by_head[:, nope:], False, None, scale, nope), want, 2e-6)
