@@ -425,10 +425,14 @@ class Core:
             except TeamError:
                 return  # it has been given to everyone who waits
             except Exception as error:  # outside any request's own work: the thread has to outlive it
-                with self._lock:
-                    self._flight = None
-                    self._fail(self.scheduler.everyone(), error)
-                    self._progress.notify_all()
+                self.fail_all(error)
+
+    def fail_all(self, error: Exception) -> None:
+        """A step failed outside any request's own work: everyone is given the error, and the engine goes on."""
+        with self._lock:
+            self._flight = None
+            self._fail(self.scheduler.everyone(), error)
+            self._progress.notify_all()
 
     def _wait(self, handle: Handle) -> None:
         """Until something new may have come for a handle: drive the engine, or wait for its thread."""

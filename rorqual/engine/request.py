@@ -152,6 +152,10 @@ class Handle:
             pass
         return self.completion
 
+    def come(self) -> list[Delta]:
+        """What has come and was not handed out yet, without waiting."""
+        return [self._ready.popleft() for _ in range(len(self._ready))]
+
     def cancel(self) -> None:
         """Stop; the memory is free at once. What has come so far stays; the finish reason is "cancelled"."""
         self._engine._cancel(self)

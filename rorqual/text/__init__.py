@@ -1,6 +1,6 @@
 """Text: tokenizers, each generation's chat format, reading answers and tool calls, fill-in-the-middle."""
 
-from rorqual.text.encoding import Encoding
+from rorqual.text.encoding import Emitted, Encoding
 from rorqual.text.fim import fim, repository
 from rorqual.text.messages import EncodingError, ToolCall
 from rorqual.text.parser import (
@@ -23,6 +23,7 @@ __all__ = [
     "CallDelta",
     "CallEnd",
     "ContentDelta",
+    "Emitted",
     "Encoding",
     "EncodingError",
     "Event",

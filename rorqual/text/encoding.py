@@ -15,6 +15,7 @@ from rorqual.text.tokenizer import MARK, Tokenizer
 from rorqual.text.tokens import END_THINK, THINK
 
 _TAGS = (THINK, END_THINK)
+_PLACE = re.compile("\ufdd1(\\d+)\ufdd2" + MARK + "?")  # noncharacters: where a model's own tokens go back
 _SPLIT_TAGS = re.compile(f"({THINK}|{END_THINK})")
 
 
@@ -32,6 +33,15 @@ class Request:
     drop_thinking: bool
     default_system: str | None
     mark: Callable[[str], str] = str
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """The tokens in which a model wrote an assistant turn: the answer with its calls, up to but without the end
+    token, and the reasoning before `</think>` (None: to be encoded from the message)."""
+
+    answer: Sequence[int]
+    reasoning: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +114,12 @@ class Encoding:
         )
 
     def encode_ids(
-        self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, **options: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenizer: Tokenizer,
+        *,
+        replay: Mapping[int, Emitted] | None = None,
+        **options: Any,
     ) -> list[int]:
         """The conversation as ids: those of `tokenizer.encode(self.encode(messages, **options))`, except that
         a special token spelled out in what the caller gave (contents, reasoning, calls, tools, schema) stays
@@ -112,6 +127,10 @@ class Encoding:
 
         Think tags in an assistant's content stay markup where the format reads them (R1, V3.1). Raises
         EncodingError also for text that holds the noncharacter U+FDD0.
+
+        replay: by place in `messages`, assistant turns whose tokens are known: those stand in the ids in place
+        of what encoding the turn anew would give, which may differ (another split into tokens, another layout of
+        arguments). Reasoning that the format drops stays dropped. Formats without tools encode anew.
         """
         plain = self.encode(messages, **options)
         if MARK in plain:
@@ -121,7 +140,17 @@ class Encoding:
         marked = self._write(messages, tokenizer.mark, *(given[name] for name in names))
         if marked.replace(MARK, "") != plain:
             raise EncodingError("special tokens in the contents change the form of the conversation")
-        return tokenizer.encode_marked(marked)
+        if not replay or not self.supports_tools or _PLACE.search(plain):
+            return tokenizer.encode_marked(marked)
+        text = self._write(messages, tokenizer.mark, *(given[name] for name in names), replay=replay)
+        ids: list[int] = []
+        for number, part in enumerate(_PLACE.split(text)):
+            if number % 2:
+                emitted = replay[int(part) // 2]
+                ids += emitted.answer if int(part) % 2 == 0 else emitted.reasoning or ()
+            elif part:
+                ids += tokenizer.encode_marked(part)
+        return ids
 
     def _write(
         self,
@@ -133,8 +162,10 @@ class Encoding:
         response_format: Mapping[str, Any] | None,
         add_generation_prompt: bool,
         drop_thinking: bool,
+        *,
+        replay: Mapping[int, Emitted] | None = None,
     ) -> str:
-        """`encode`, with `mark` applied to all the caller's text."""
+        """`encode`, with `mark` applied to all the caller's text, and places for the turns of `replay`."""
         checked = check(messages, loose_parts=self.loose_parts)
         thinks = self._thinks(thinking)
         functions = check_tools(tools) if tools else ()
@@ -163,7 +194,17 @@ class Encoding:
             default_system=self.default_system,
             mark=mark,
         )
-        return self.render([self._marked(message, mark) for message in checked], request)
+        written = [self._marked(message, mark) for message in checked]
+        for place, message in enumerate(written):
+            emitted = (replay or {}).get(message.index)
+            if emitted is not None and message.role == "assistant":
+                own = emitted.reasoning is not None and message.reasoning
+                written[place] = replace(
+                    message,
+                    emitted=f"\ufdd1{2 * message.index}\ufdd2",
+                    reasoning=f"\ufdd1{2 * message.index + 1}\ufdd2" if own else message.reasoning,
+                )
+        return self.render(written, request)
 
     def _marked(self, message: Message, mark: Callable[[str], str]) -> Message:
         def marked(text: str) -> str:

@@ -68,6 +68,8 @@ class Message:
     task: str | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
     response_format: Mapping[str, Any] | None = None
+    emitted: str | None = None
+    """Stands for content and calls, where the model's own tokens are to be put back (`Encoding.encode_ids`)."""
 
     @property
     def text(self) -> str:

@@ -172,6 +172,25 @@ class StreamParser:
         self._stopped = False
         self._result: Parsed | None = None
 
+    @property
+    def inside(self) -> str:
+        """Where reading stands: "opening", "reasoning", "content", "calls" or "end"."""
+        places = {
+            self._turn: "opening",
+            self._opening: "opening",
+            self._gap: "reasoning",
+            self._reasoning: "reasoning",
+            self._after_reasoning: "content",
+            self._content: "content",
+            self._done: "end",
+        }
+        return places.get(self._state, "calls")
+
+    @property
+    def unread(self) -> int:
+        """Characters held back: they may yet turn out to begin a marker."""
+        return len(self.buffer)
+
     def feed(self, text: str) -> list[Event]:
         """Take more text; the events it completes. ValueError for what is not text."""
         if not isinstance(text, str):

@@ -132,6 +132,8 @@ def _assistant(style: _Style, message: Message, request: Request, *, opened: boo
     elif not opened:
         start += style.answer
     end = "" if message.prefix else EOS
+    if message.emitted is not None:
+        return start + message.emitted + end
     return start + text + write_marked(message.calls, request.mark, fenced=style.fenced) + end
 
 

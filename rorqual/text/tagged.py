@@ -128,7 +128,8 @@ def _answer(turn: Message, calls: str, *, thinks: bool) -> str:
     if thinks and turn.prefix and not turn.text:
         return turn.reasoning
     thought = turn.reasoning + END_THINK if thinks else ""
-    return thought + turn.text + calls + (EOS if turn.eos and not turn.prefix else "")
+    said = turn.text + calls if turn.emitted is None else turn.emitted
+    return thought + said + (EOS if turn.eos and not turn.prefix else "")
 
 
 # ---- V3.2

@@ -247,6 +247,10 @@ class Tokenizer:
         the image tokens, but not `<｜User｜>` or `<think>`). Bytes that are not UTF-8 come out as U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes one id stands for; b"" for an id outside the vocabulary."""
+        return _bytes_of(self._backend.id_to_token(token) or "")
+
     def stream(self, *, skip_special: bool = False) -> TokenStream:
         """A decoder fed one id at a time; see `TokenStream`."""
         return TokenStream(self._backend, self._special if skip_special else frozenset())

@@ -1,0 +1,291 @@
+"""The server: thin routes over `Service`."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+
+from rorqual.engine import Engine
+from rorqual.serve import chat
+from rorqual.serve.ask import Ask
+from rorqual.serve.body import read_body
+from rorqual.serve.driver import Running
+from rorqual.serve.errors import Refusal, Style, refusal_of
+from rorqual.serve.metrics import Metrics
+from rorqual.serve.parts import End, Part, Usage
+from rorqual.serve.service import Service
+from rorqual.serve.settings import Settings
+from rorqual.serve.turn import Turn
+from rorqual.serve.wire import Events, Whole, dump, refused
+
+log = logging.getLogger("rorqual.serve")
+Understand = Callable[[bytes, Service], Ask]
+
+
+def create_app(
+    model: Any, settings: Settings | None = None, *, engine: Any = None, **options: Any
+) -> FastAPI:
+    """A server of one model as an ASGI application. `engine`: the engine to use, else one is made with `options`.
+
+    `app.state.service` holds what it works with. The engine runs from the application's start to its end.
+    """
+    service = Service(model, Engine(model, **options) if engine is None else engine, settings)
+    doors = Doors(service)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.driver.start()
+        try:
+            yield
+        finally:
+            service.draining = True
+            await asyncio.to_thread(service.driver.stop)
+
+    app = FastAPI(title="rorqual", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service, app.state.doors = service, doors
+    if service.settings.cors:
+        origins = list(service.settings.cors)
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    for path in ("/chat/completions", "/v1/chat/completions", "/beta/chat/completions"):
+        app.add_api_route(path, doors.answering(chat.ask, "deepseek"), methods=["POST"])
+    for path in ("/models", "/v1/models"):
+        app.add_api_route(path, doors.guarded(doors.models), methods=["GET"])
+        app.add_api_route(path + "/{name}", doors.guarded(doors.model), methods=["GET"])
+    app.add_api_route("/health", doors.health, methods=["GET"])
+    app.add_api_route("/ready", doors.ready, methods=["GET"])
+    app.add_api_route("/metrics", doors.guarded(doors.figures), methods=["GET"])
+    app.add_exception_handler(HTTPException, _no_such_route)
+    app.add_exception_handler(Exception, _failed)
+    return app
+
+
+class Doors:
+    """The routes' handlers."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.metrics = Metrics(service)
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in service.settings.keys]
+
+    # ------------------------------------------------------------------------------------- answers
+
+    def answering(self, understand: Understand, style: Style) -> Callable[[Request], Awaitable[Response]]:
+        """The handler of a route that answers with a model's words."""
+
+        async def handler(request: Request) -> Response:
+            try:
+                self.check_key(request)
+                self.service.admit(0)
+                raw = await read_body(request, self.service.settings.max_body)
+                ask = await asyncio.to_thread(understand, raw, self.service)
+                self.service.admit(len(ask.job.answers))
+            except Exception as error:
+                return self.refuse(request, error, style)
+            return self.sending(request, ask, style)
+
+        return handler
+
+    def sending(self, request: Request, ask: Ask, style: Style) -> Response:
+        """The response that runs a job; it counts the job's answers out at its end."""
+        settings = self.service.settings
+        account = _Account(self, request.url.path, len(ask.job.answers))
+
+        def run() -> Running:
+            account.running = Running(
+                self.service.driver, ask.job, timeout=settings.timeout, first_timeout=settings.first_timeout
+            )
+            return account.running
+
+        async def whole() -> Mapping[str, Any]:
+            turns = [Turn() for _ in ask.job.answers]
+            async for batch in run():
+                for index, part in batch:
+                    turns[index].add(part)
+                    account.note(part)
+            return ask.whole(turns)
+
+        async def events() -> AsyncIterator[bytes]:
+            writer = ask.writer()
+            running = run()
+            parts = aiter(running)
+            try:
+                batch = await anext(parts, None)
+                yield_now = b"".join(writer.start())
+                while batch is not None:
+                    pieces = [
+                        piece for index, part in batch for piece in self._told(writer, index, part, account)
+                    ]
+                    yield yield_now + b"".join(pieces)
+                    yield_now = b""
+                    batch = await anext(parts, None)
+                yield yield_now + b"".join(writer.end())
+            finally:
+                running.cancel()
+
+        options: dict[str, Any] = {"keep_alive": settings.keep_alive, "on_close": account.close}
+        if ask.stream:
+            return Events(events, style, ask.ping, **options)
+        return Whole(whole, style, **options)
+
+    def _told(self, writer: Any, index: int, part: Part, account: _Account) -> list[bytes]:
+        account.note(part)
+        return list(writer.feed(index, part))
+
+    # --------------------------------------------------------------------------------------- others
+
+    def guarded(
+        self, make: Callable[[Request], Awaitable[Response]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """A handler behind the keys, with refusals in OpenAI's form."""
+
+        async def handler(request: Request) -> Response:
+            try:
+                self.check_key(request)
+                return await make(request)
+            except Exception as error:
+                return self.refuse(request, error, style_of(request.url.path))
+
+        return handler
+
+    async def models(self, request: Request) -> Response:
+        """The models there are: one, and its other names."""
+        names = (self.service.settings.name, *self.service.settings.aliases)
+        return _json({"object": "list", "data": [self._card(name) for name in names]})
+
+    async def model(self, request: Request) -> Response:
+        """One model by name."""
+        name = request.path_params["name"]
+        self.service.check_model(name)
+        return _json(self._card(name))
+
+    def _card(self, name: str) -> dict[str, Any]:
+        told = {"id": name, "object": "model", "created": self.service.created, "owned_by": "rorqual"}
+        return told | {"context_window": self.service.context}
+
+    async def health(self) -> Response:
+        """Whether the process works: its engine's thread lives."""
+        good = self.service.driver.alive
+        return _json({"status": "ok" if good else "engine down"}, 200 if good else 503)
+
+    async def ready(self) -> Response:
+        """Whether new requests are welcome."""
+        service = self.service
+        full = service.active >= service.settings.max_queue
+        state = (
+            "draining"
+            if service.draining
+            else "full"
+            if full
+            else "ready"
+            if service.driver.alive
+            else "down"
+        )
+        return _json({"status": state}, 200 if state == "ready" else 503)
+
+    async def figures(self, request: Request) -> Response:
+        """The figures."""
+        return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    # -------------------------------------------------------------------------------------- keys
+
+    def check_key(self, request: Request) -> None:
+        """Refuse a request without one of the keys. Every key is compared, each in constant time."""
+        if not self._keys:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            given = request.headers.get("x-api-key", "")
+        digest = hashlib.sha256(given.strip().encode()).digest()
+        if sum(hmac.compare_digest(digest, key) for key in self._keys) == 0:
+            told = "no valid API key was given: send it as 'Authorization: Bearer KEY'"
+            raise Refusal(401, told, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+    def refuse(self, request: Request, error: Exception, style: Style) -> Response:
+        """An error as a response; ours are logged."""
+        refusal = refusal_of(error)
+        if refusal.status >= 500 and not isinstance(error, Refusal):
+            log.error("%s failed", request.url.path, exc_info=error)
+        response = refused(refusal, style)
+        self.metrics.requests.labels(request.scope["route"].path, response.status_code).inc()
+        _log(route=request.url.path, status=response.status_code, code=refusal.code)
+        return response
+
+
+class _Account:
+    """What is noted of one request from its start to its end."""
+
+    def __init__(self, doors: Doors, route: str, answers: int) -> None:
+        self.doors, self.route, self.answers = doors, route, answers
+        self.begun = time.monotonic()
+        self.running: Running | None = None
+        self.usage = Usage()
+
+    def note(self, part: Part) -> None:
+        """A part went out."""
+        if isinstance(part, End):
+            self.usage = self.usage + part.usage
+            self.doors.metrics.answered(part.usage, part.problem is not None)
+
+    def close(self, problem: Exception | None) -> None:
+        """The response is over, well or not."""
+        service, metrics = self.doors.service, self.doors.metrics
+        service.release(self.answers)
+        now, running = time.monotonic(), self.running
+        metrics.whole.observe(now - self.begun)
+        if running is not None and running.first is not None:
+            metrics.first.observe(running.first - self.begun)
+            if running.tokens > self.answers:
+                metrics.between.observe((now - running.first) / (running.tokens - self.answers))
+        gone = isinstance(problem, OSError)
+        status = 200 if problem is None else 499 if gone else refusal_of(problem).status
+        if problem is not None and status == 500 and not isinstance(problem, Refusal):
+            log.error("%s failed", self.route, exc_info=problem)
+        metrics.cancelled.inc(gone)
+        metrics.requests.labels(self.route, status).inc()
+        usage = self.usage
+        _log(
+            route=self.route,
+            status=status,
+            seconds=round(now - self.begun, 3),
+            prompt=usage.prompt,
+            cached=usage.cached,
+            completion=usage.completion,
+        )
+
+
+def style_of(path: str) -> Style:
+    """Whose form errors have on a path."""
+    if path.startswith("/anthropic"):
+        return "anthropic"
+    return "openai" if path.startswith("/v1/responses") else "deepseek"
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(dump(value), status, media_type="application/json")
+
+
+def _log(**fields: Any) -> None:
+    """One line of JSON about a request; never what was said in it."""
+    if log.isEnabledFor(logging.INFO):
+        log.info(json.dumps({key: value for key, value in fields.items() if value is not None}))
+
+
+async def _no_such_route(request: Request, error: Any) -> Response:
+    told = {404: f"there is no {request.url.path}", 405: f"{request.method} is not possible here"}
+    refusal = Refusal(error.status_code, told.get(error.status_code, str(error.detail)), code="no_such_route")
+    return refused(refusal, style_of(request.url.path))
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return refused(refusal_of(error), style_of(request.url.path))

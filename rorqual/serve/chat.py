@@ -1,0 +1,311 @@
+"""`/v1/chat/completions`: DeepSeek's form of OpenAI's (facts 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rorqual.serve.ask import Ask
+from rorqual.serve.body import Body, between, bias_of, parse, stops_of
+from rorqual.serve.driver import Job
+from rorqual.serve.errors import Refusal
+from rorqual.serve.meta import Meta
+from rorqual.serve.parts import (
+    CallArguments,
+    CallStart,
+    Content,
+    End,
+    Part,
+    Reasoning,
+    TokenInfo,
+    Usage,
+)
+from rorqual.serve.service import Service, Talk
+from rorqual.serve.tools import read_choice, read_format, read_tools
+from rorqual.serve.turn import Turn, usage_of
+from rorqual.serve.wire import event
+from rorqual.text import Tokenizer
+
+MESSAGE_FIELDS = (
+    "role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id", "prefix", "tools",
+    "response_format", "content_blocks", "task", "wo_eos", "refusal", "audio", "annotations", "function_call",
+)  # fmt: skip
+"""Fields of a message that mean something here; others are left out, or refused in strict mode."""
+
+
+class ChatRequest(Body):
+    """The fields of a request. What stands last is taken and has no effect."""
+
+    messages: list[Any]
+    model: str | None = None
+    thinking: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    user: Any = None
+    user_id: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    verbosity: Any = None
+
+
+def job_of(request: ChatRequest, service: Service) -> Job:
+    """The job that a request asks for. Raises Refusal."""
+    service.check_model(request.model)
+    between("temperature", request.temperature, 0, 2)
+    between("top_p", request.top_p, 0, 1)
+    between("frequency_penalty", request.frequency_penalty, -2, 2)
+    between("presence_penalty", request.presence_penalty, -2, 2)
+    between("top_logprobs", request.top_logprobs, 0, 20)
+    between("n", request.n, 1, service.settings.max_choices)
+    if request.top_logprobs and not request.logprobs:
+        raise Refusal(400, "top_logprobs needs logprobs: true", "top_logprobs", "invalid_value")
+    tools = read_tools(request.tools)
+    content, schema = read_format(request.response_format)
+    talk = Talk(
+        messages=messages_of(request.messages, service.settings.strict),
+        tools=tools,
+        choice=read_choice(request.tool_choice, tools, request.parallel_tool_calls),
+        thinking=thinking_of(request.thinking),
+        effort=request.reasoning_effort,
+        content=content,
+        schema=schema,
+    )
+    limit = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
+    return service.talk(
+        talk,
+        limit=limit,
+        n=request.n or 1,
+        stops=stops_of(request.stop),
+        temperature=request.temperature,
+        top_p=None if request.top_p is None else max(request.top_p, 1e-9),
+        top_k=request.top_k,
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        frequency_penalty=request.frequency_penalty,
+        presence_penalty=request.presence_penalty,
+        logit_bias=bias_of(request.logit_bias),
+        seed=request.seed,
+        logprobs=(request.top_logprobs or True) if request.logprobs else None,
+    )
+
+
+def thinking_of(raw: Mapping[str, Any] | None) -> bool | None:
+    """`thinking: {"type": "enabled" | "disabled"}`."""
+    kind = (raw or {}).get("type")
+    if raw is None or kind == "adaptive":
+        return None
+    if kind not in ("enabled", "disabled"):
+        raise Refusal(
+            400, f"thinking.type is {kind!r:.80}; use enabled or disabled", "thinking.type", "invalid_value"
+        )
+    return bool(kind == "enabled")
+
+
+def messages_of(raw: Sequence[Any], strict: bool) -> list[Any]:
+    """Messages as `rorqual.text` takes them: a developer's are the system's, unknown fields go."""
+    messages: list[Any] = []
+    for number, message in enumerate(raw):
+        if isinstance(message, Mapping):
+            unknown = next((field for field in message if field not in MESSAGE_FIELDS), None)
+            if unknown is not None and strict:
+                place = f"messages.{number}.{unknown}"[:200]
+                raise Refusal(400, f"unknown field: {place}", place, "unknown_field")
+            message = {k: v for k, v in message.items() if k in MESSAGE_FIELDS}
+            if message.get("role") == "developer":
+                message["role"] = "system"
+        messages.append(message)
+    return messages
+
+
+# ---- what is sent back
+
+
+def body(meta: Meta, turns: Sequence[Turn], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The whole answer."""
+    choices = []
+    for index, turn in enumerate(turns):
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": turn.content or (None if turn.calls else ""),
+        }
+        if turn.reasoning or turn.reasoning_tokens:
+            message["reasoning_content"] = turn.reasoning
+        if turn.calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in turn.calls
+            ]
+        choice = {"index": index, "message": message, "logprobs": None, "finish_reason": turn.finish}
+        if meta.logprobs:
+            choice["logprobs"] = _logprobs(turn.content_tokens, turn.reasoning_tokens, tokenizer)
+        choices.append(choice | _problem(turn.end))
+    return _head(meta, "chat.completion") | {"choices": choices, "usage": usage(usage_of(turns))}
+
+
+class Chunks:
+    """The parts of an answer as chunks of a stream, in order."""
+
+    def __init__(self, meta: Meta, tokenizer: Tokenizer, *, n: int = 1, include_usage: bool = False) -> None:
+        self.meta, self.tokenizer, self.include_usage = meta, tokenizer, include_usage
+        self._head = _head(meta, "chat.completion.chunk") | ({"usage": None} if include_usage else {})
+        self._opened = [False] * n
+        self._usage = Usage()
+
+    def feed(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
+        """The chunks of one part."""
+        if not self._opened[index]:
+            self._opened[index] = True
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+        match part:
+            case Reasoning(text, tokens):
+                yield self._chunk(index, {"reasoning_content": text}, logprobs=([], tokens))
+            case Content(text, tokens):
+                yield self._chunk(index, {"content": text}, logprobs=(tokens, []))
+            case CallStart(number, call_id, name):
+                function = {"name": name, "arguments": ""}
+                call = {"index": number, "id": call_id, "type": "function", "function": function}
+                yield self._chunk(index, {"tool_calls": [call]})
+            case CallArguments(number, text):
+                call = {"index": number, "function": {"arguments": text}}
+                yield self._chunk(index, {"tool_calls": [call]})
+            case End():
+                self._usage = self._usage + part.usage
+                yield self._chunk(index, {}, part.finish, **_problem(part))
+
+    def end(self) -> Iterator[dict[str, Any]]:
+        """After all parts: the usage, if asked for."""
+        if self.include_usage:
+            yield self._head | {"choices": [], "usage": usage(self._usage)}
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        finish: str | None = None,
+        logprobs: tuple[Sequence[TokenInfo], Sequence[TokenInfo]] | None = None,
+        **extra: Any,
+    ) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+        if logprobs is not None and self.meta.logprobs:
+            choice["logprobs"] = _logprobs(*logprobs, self.tokenizer)
+        return self._head | {"choices": [choice | extra]}
+
+
+def usage(total: Usage) -> dict[str, Any]:
+    """`usage` with DeepSeek's and OpenAI's names."""
+    return {
+        "prompt_tokens": total.prompt,
+        "completion_tokens": total.completion,
+        "total_tokens": total.prompt + total.completion,
+        "prompt_cache_hit_tokens": total.cached,
+        "prompt_cache_miss_tokens": total.prompt - total.cached,
+        "prompt_tokens_details": {"cached_tokens": total.cached},
+        "completion_tokens_details": {"reasoning_tokens": total.reasoning},
+    }
+
+
+def _head(meta: Meta, kind: str) -> dict[str, Any]:
+    return {
+        "id": meta.id,
+        "object": kind,
+        "created": meta.created,
+        "model": meta.model,
+        "system_fingerprint": meta.fingerprint,
+    }
+
+
+def _problem(end: End | None) -> dict[str, Any]:
+    """What broke the output format, in a field of our own: never as content, and never lost."""
+    if end is None or end.problem is None:
+        return {}
+    return {"format_problem": {"message": end.problem, "text": end.unparsed}}
+
+
+def _logprobs(
+    content: Sequence[TokenInfo], reasoning: Sequence[TokenInfo], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    told: dict[str, Any] = {"content": [_token(info, tokenizer) for info in content], "refusal": None}
+    if reasoning:
+        told["reasoning_content"] = [_token(info, tokenizer) for info in reasoning]
+    return told
+
+
+def _token(info: TokenInfo, tokenizer: Tokenizer) -> dict[str, Any]:
+    top = [_spelled(token, logprob, tokenizer) for token, logprob in info.top]
+    return _spelled(info.id, info.logprob, tokenizer) | {"top_logprobs": top}
+
+
+def _spelled(token: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
+    raw = tokenizer.bytes_of(token)
+    return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
+
+
+class Writer:
+    """A stream of chunks, and `[DONE]` at its end."""
+
+    def __init__(self, chunks: Any) -> None:
+        self.chunks = chunks
+
+    def start(self) -> Iterator[bytes]:
+        """Nothing stands before the first chunk."""
+        return iter(())
+
+    def feed(self, index: int, part: Part) -> Iterator[bytes]:
+        """A part's chunks."""
+        return map(event, self.chunks.feed(index, part))
+
+    def end(self) -> Iterator[bytes]:
+        """The usage, and the end."""
+        yield from map(event, self.chunks.end())
+        yield b"data: [DONE]\n\n"
+
+
+def ask(raw: bytes, service: Service) -> Ask:
+    """Understand a request. Raises Refusal."""
+    request = parse(ChatRequest, raw, strict=service.settings.strict)
+    job = job_of(request, service)
+    meta = Meta(service.settings.name, logprobs=bool(request.logprobs))
+    tokenizer, n = service.tokenizer, len(job.answers)
+    include = wants_usage(request.stream_options)
+    return Ask(
+        job,
+        bool(request.stream),
+        lambda turns: body(meta, turns, tokenizer),
+        lambda: Writer(Chunks(meta, tokenizer, n=n, include_usage=include)),
+    )
+
+
+def wants_usage(options: Mapping[str, Any] | None) -> bool:
+    """`stream_options.include_usage`."""
+    value = (options or {}).get("include_usage")
+    if value is not None and not isinstance(value, bool):
+        where = "stream_options.include_usage"
+        raise Refusal(422, f"{where}: Input should be a valid boolean", where, "invalid_type")
+    return bool(value)

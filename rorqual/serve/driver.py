@@ -1,0 +1,309 @@
+"""The thread that runs the engine, and answers on their way from it to asyncio.
+
+Submitting and cancelling take the engine's lock, which is held for whole passes; the event loop must not wait for it.
+So one thread alone touches the engine: between passes it carries out what was ordered, and after each it hands all that
+is new to the event loop in one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rorqual.engine import Completion, Delta, Handle, TeamError
+from rorqual.engine.loop import Answer
+from rorqual.serve.errors import Refusal, refusal_of
+from rorqual.serve.parts import Content, End, Part, Reader, Reasoning, TokenInfo
+
+
+class Engine(Protocol):
+    """What is needed of an engine; `rorqual.Engine` has it."""
+
+    @property
+    def busy(self) -> bool: ...
+
+    def submit_answer(self, answer: Answer, priority: int = 0) -> Handle: ...
+
+    def step(self) -> bool: ...
+
+    def fail_all(self, error: Exception) -> None: ...
+
+
+@dataclass
+class News:
+    """What came of one answer: tokens, with log-probabilities if asked for, and whether it is over."""
+
+    deltas: list[Delta] = field(default_factory=list)
+    infos: list[TokenInfo | None] = field(default_factory=list)
+    done: Completion | None = None
+    cached: int = 0
+    error: Exception | None = None
+
+
+class Ticket:
+    """One answer under way, as the driver's thread sees it. `told` is called on the event loop."""
+
+    def __init__(self, answer: Answer, told: Callable[[News], None], priority: int = 0) -> None:
+        self.answer, self.told, self.priority = answer, told, priority
+        self.loop = asyncio.get_running_loop()
+        self.handle: Handle | None = None
+        self.cancelled = False
+        self.seen = 0
+
+    def news(self) -> News | None:
+        """What is new; None for nothing."""
+        handle = self.handle
+        assert handle is not None
+        over = handle.done
+        deltas = handle.come()
+        if not deltas and not over:
+            return None
+        done = handle.completion
+        infos: list[TokenInfo | None] = [None] * len(deltas)
+        if done.logprobs is not None:
+            places = range(self.seen, self.seen + len(deltas))
+            tops = done.top_logprobs
+            infos = [TokenInfo(done.ids[i], done.logprobs[i], tuple(tops[i]) if tops else ()) for i in places]
+        self.seen += len(deltas)
+        cached = handle.request.cached if handle.request is not None else 0
+        return News(deltas, infos, done if over else None, cached, handle.error)
+
+
+class Driver:
+    """Runs an engine in a thread of its own, from `start` to `stop`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.broken: Exception | None = None
+        """Why the engine takes no more requests, if it doesn't."""
+        self.steps = 0
+        self.last = time.monotonic()
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._live: dict[Ticket, None] = {}
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin; again after `stop` is allowed."""
+        if self._thread is None:
+            self._stopping = False
+            self._thread = threading.Thread(target=self._run, name="rorqual-driver", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; answers under way are cancelled."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._orders.put(self._finish)
+            thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests can be taken."""
+        return self._thread is not None and self._thread.is_alive() and self.broken is None
+
+    def submit(self, ticket: Ticket) -> None:
+        """Have an answer made."""
+        self._orders.put(lambda: self._admit(ticket))
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Stop an answer, before the next pass. Nothing more is told of it."""
+        ticket.cancelled = True
+        self._orders.put(lambda: self._drop(ticket))
+
+    # ------------------------------------------------------------------------------ in the thread
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                order = self._orders.get(block=not self.engine.busy)
+                while True:
+                    order()
+                    order = self._orders.get_nowait()
+            except queue.Empty:
+                pass
+            if self._stopping:
+                return
+            if self.engine.busy:
+                try:
+                    self.engine.step()
+                except TeamError as error:
+                    self.broken = error
+                    self._give_up(error)
+                    return
+                except Exception as error:
+                    self.engine.fail_all(error)
+                self.steps += 1
+            self.last = time.monotonic()
+            self._tell()
+
+    def _admit(self, ticket: Ticket) -> None:
+        if ticket.cancelled:
+            return
+        try:
+            ticket.handle = self.engine.submit_answer(ticket.answer, ticket.priority)
+        except Exception as error:
+            self._send([(ticket, News(error=error, done=ticket.answer.done))])
+            return
+        self._live[ticket] = None
+
+    def _drop(self, ticket: Ticket) -> None:
+        if ticket in self._live and ticket.handle is not None:
+            del self._live[ticket]
+            ticket.handle.cancel()
+
+    def _finish(self) -> None:
+        self._stopping = True
+        self._give_up(RuntimeError("the server is shutting down"))
+
+    def _give_up(self, error: Exception) -> None:
+        lost = [(ticket, News(error=error, done=ticket.answer.done)) for ticket in self._live]
+        for ticket in list(self._live):
+            self._drop(ticket)
+        self._send(lost)
+
+    def _tell(self) -> None:
+        """Hand out what the pass has brought."""
+        told = []
+        for ticket in list(self._live):
+            news = ticket.news()
+            if news is not None:
+                told.append((ticket, news))
+                if news.done is not None:
+                    del self._live[ticket]
+        self._send(told)
+
+    def _send(self, told: list[tuple[Ticket, News]]) -> None:
+        for loop in {ticket.loop for ticket, _ in told}:
+            mine = [(ticket, news) for ticket, news in told if ticket.loop is loop]
+            try:
+                loop.call_soon_threadsafe(_deliver, mine)
+            except RuntimeError:  # the loop is closed: nobody waits there any more
+                for ticket, _ in mine:
+                    self._drop(ticket)
+
+
+def _deliver(told: list[tuple[Ticket, News]]) -> None:
+    for ticket, news in told:
+        if not ticket.cancelled:
+            ticket.told(news)
+
+
+@dataclass
+class Job:
+    """Answers to be made of one prompt, one a choice, and how each is read."""
+
+    answers: list[Answer]
+    readers: list[Reader]
+    priority: int = 0
+    on_end: Callable[[Reader, End], None] | None = None
+
+
+class Running:
+    """A job under way. Iterate for batches of (choice, part); leave the loop, or call `cancel`, to stop it.
+
+    timeout: seconds for all of it; first_timeout: until its first token. Raises Refusal for what goes wrong.
+    """
+
+    def __init__(
+        self, driver: Driver, job: Job, *, timeout: float | None = None, first_timeout: float | None = None
+    ) -> None:
+        self.driver, self.job = driver, job
+        self.started = time.monotonic()
+        self.first: float | None = None
+        """When the first token came."""
+        self.tokens = 0
+        self._timeout, self._first_timeout = timeout, first_timeout
+        self._news: deque[tuple[int, News]] = deque()
+        self._event = asyncio.Event()
+        self._open: dict[int, Ticket] = {}
+        for number, answer in enumerate(job.answers):
+            ticket = Ticket(answer, lambda news, number=number: self._told(number, news), job.priority)  # type: ignore[misc]
+            self._open[number] = ticket
+            driver.submit(ticket)
+
+    def _told(self, number: int, news: News) -> None:
+        self._news.append((number, news))
+        self._event.set()
+
+    def cancel(self) -> None:
+        """Stop what still runs."""
+        for ticket in self._open.values():
+            self.driver.cancel(ticket)
+        self._open.clear()
+        self._event.set()
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Part]]]:
+        try:
+            while self._open:
+                if not self._news:
+                    await self._wait()
+                parts: list[tuple[int, Part]] = []
+                while self._news:
+                    number, news = self._news.popleft()
+                    if number in self._open:
+                        parts += [(number, part) for part in self._read(number, news)]
+                if parts:
+                    yield merged(parts)
+        finally:
+            self.cancel()
+
+    async def _wait(self) -> None:
+        if not self.driver.alive:
+            raise Refusal(503, "the engine does not run", code="unavailable")
+        limits = [self._timeout, self._first_timeout if self.first is None else None]
+        ends = [self.started + limit - time.monotonic() for limit in limits if limit is not None]
+        self._event.clear()
+        try:
+            await asyncio.wait_for(self._event.wait(), max(min(ends), 0) if ends else None)
+        except TimeoutError:
+            raise Refusal(504, "the answer took longer than this server allows", code="timeout") from None
+
+    def _read(self, number: int, news: News) -> list[Part]:
+        reader = self.job.readers[number]
+        parts: list[Part] = []
+        for delta, info in zip(news.deltas, news.infos, strict=True):
+            self.first = self.first or time.monotonic()
+            self.tokens += 1
+            parts += reader.feed(delta, info)
+            if reader.stopped:
+                break
+        if news.error is not None:
+            raise self._refusal(news.error)
+        if reader.stopped or news.done is not None:
+            ticket = self._open.pop(number)
+            if news.done is None:
+                self.driver.cancel(ticket)
+            ended = reader.end(news.done or ticket.answer.done, news.cached)
+            parts += ended
+            if self.job.on_end is not None and isinstance(ended[-1], End):
+                self.job.on_end(reader, ended[-1])
+        return parts
+
+    def _refusal(self, error: Exception) -> Refusal:
+        """What went wrong before the first token may be the request's fault; after it is ours."""
+        found = refusal_of(error)
+        if found.status in (429, 503) or (self.first is None and type(error).__name__ == "InputError"):
+            return found
+        if found.status == 400:
+            return Refusal(500, found.message, code="generation_failed")
+        return found
+
+
+def merged(parts: list[tuple[int, Part]]) -> list[tuple[int, Part]]:
+    """The same parts, texts of a kind that follow each other in one choice as one."""
+    out: list[tuple[int, Part]] = []
+    for number, part in parts:
+        if out and isinstance(part, Content | Reasoning) and out[-1][0] == number:
+            last = out[-1][1]
+            if type(last) is type(part) and isinstance(last, Content | Reasoning):
+                out[-1] = number, type(part)(last.text + part.text, last.tokens + part.tokens)
+                continue
+        out.append((number, part))
+    return out

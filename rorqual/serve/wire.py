@@ -1,0 +1,181 @@
+"""Answers on the wire: JSON and server-sent events that stay alive while they wait and stop when nobody reads.
+
+A response owns the job it sends. When the client goes away, the job is cancelled; when the job fails, the client is
+told in the form of its API: by the status if nothing has been sent yet, else by an error event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from rorqual.serve.errors import Refusal, Style, refusal_of, render
+
+
+def dump(value: object) -> bytes:
+    """Compact JSON, as UTF-8."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode(
+        "utf-8", "replace"
+    )
+
+
+def event(value: Mapping[str, Any], name: str | None = None) -> bytes:
+    """One server-sent event."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + dump(value) + b"\n\n"
+
+
+def refused(refusal: Refusal, style: Style) -> Response:
+    """A refusal as a response."""
+    status, body = render(refusal, style)
+    return Response(dump(body), status, dict(refusal.headers), "application/json")
+
+
+class _Sender(Response):
+    """A response whose work stops when the client goes away."""
+
+    def __init__(self, style: Style, keep_alive: float, on_close: Callable[[Exception | None], None]) -> None:
+        self.style, self.keep_alive, self.on_close = style, keep_alive, on_close
+        self.background = None
+        self.begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.create_task(self._guarded(send))
+        gone = asyncio.create_task(_until_gone(receive))
+        problem: Exception | None = None
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                problem = ConnectionError("the client went away")
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                problem = await work or problem
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await gone
+            self.on_close(problem)
+
+    async def _guarded(self, send: Send) -> Exception | None:
+        """Send it all; what went wrong, if anything did."""
+        try:
+            await self.send(send)
+        except OSError as error:  # the connection is gone
+            return error
+        except Exception as error:
+            refusal = refusal_of(error)
+            with contextlib.suppress(OSError):
+                await self.fail(send, refusal)
+            return error
+        return None
+
+    async def start(
+        self, send: Send, status: int, kind: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Status and headers."""
+        self.begun = True
+        told = {"content-type": kind, "cache-control": "no-store", **(headers or {})}
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in told.items()]
+        await send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def send(self, send: Send) -> None:
+        raise NotImplementedError
+
+    async def fail(self, send: Send, refusal: Refusal) -> None:
+        """Tell the client of an error."""
+        status, body = render(refusal, self.style)
+        if not self.begun:
+            await self.start(send, status, "application/json", refusal.headers)
+        await send({"type": "http.response.body", "body": dump(body), "more_body": False})
+
+
+class Whole(_Sender):
+    """One JSON body. After `keep_alive` seconds blank lines are sent until it is there."""
+
+    def __init__(
+        self, make: Callable[[], Awaitable[Mapping[str, Any]]], style: Style, **options: Any
+    ) -> None:
+        super().__init__(style, **options)
+        self.make = make
+
+    async def send(self, send: Send) -> None:
+        task = asyncio.ensure_future(self.make())
+        try:
+            while not (await asyncio.wait((task,), timeout=self.keep_alive))[0]:
+                if not self.begun:
+                    await self.start(send, 200, "application/json")
+                await send({"type": "http.response.body", "body": b"\n", "more_body": True})
+            body = dump(task.result())
+        finally:
+            task.cancel()
+        if not self.begun:
+            await self.start(send, 200, "application/json", {"content-length": str(len(body))})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class Events(_Sender):
+    """Server-sent events. `ping` is sent after `keep_alive` seconds of silence."""
+
+    def __init__(
+        self,
+        make: Callable[[], AsyncIterator[bytes]],
+        style: Style,
+        ping: bytes = b": keep-alive\n\n",
+        **options: Any,
+    ) -> None:
+        super().__init__(style, **options)
+        self.make, self.ping = make, ping
+
+    async def send(self, send: Send) -> None:
+        pieces = self.make()
+        following: asyncio.Future[bytes] | None = None
+        try:
+            while True:
+                if following is None:
+                    following = asyncio.ensure_future(_next(pieces))
+                if not (await asyncio.wait((following,), timeout=self.keep_alive))[0]:
+                    piece = self.ping
+                else:
+                    task, following = following, None
+                    piece = task.result()
+                    if not piece:
+                        break
+                if not self.begun:
+                    await self.start(
+                        send, 200, "text/event-stream; charset=utf-8", {"x-accel-buffering": "no"}
+                    )
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        finally:
+            if following is not None:
+                following.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await following
+            await pieces.aclose()  # type: ignore[attr-defined]
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def fail(self, send: Send, refusal: Refusal) -> None:
+        if not self.begun:
+            await super().fail(send, refusal)
+            return
+        _, body = render(refusal, self.style)
+        told = event(body, "error" if self.style == "anthropic" else None)
+        await send({"type": "http.response.body", "body": told, "more_body": False})
+
+
+async def _next(pieces: AsyncIterator[bytes]) -> bytes:
+    """The next piece; b"" at the end."""
+    try:
+        return await anext(pieces)
+    except StopAsyncIteration:
+        return b""
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

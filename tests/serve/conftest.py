@@ -1,0 +1,69 @@
+"""A server in a thread, over a puppet or a small real model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("llguidance")
+uvicorn = pytest.importorskip("uvicorn")
+
+from rorqual.serve import Settings, create_app
+from tests.serve.puppet import Puppet, PuppetModel
+
+
+class Served:
+    """A running server: its address, its service, and the puppet if there is one."""
+
+    def __init__(self, app: Any, port: int) -> None:
+        self.app, self.url = app, f"http://127.0.0.1:{port}"
+        self.service = app.state.service
+        self.engine = self.service.engine
+
+    def openai(self, path: str = "/v1", **options: Any) -> Any:
+        openai = pytest.importorskip("openai")
+        return openai.OpenAI(base_url=self.url + path, **{"api_key": "none", "max_retries": 0, **options})
+
+    def anthropic(self, **options: Any) -> Any:
+        anthropic = pytest.importorskip("anthropic")
+        given = {"api_key": "none", "max_retries": 0, **options}
+        return anthropic.Anthropic(base_url=self.url + "/anthropic", **given)
+
+
+@contextmanager
+def serving(app: Any) -> Iterator[Served]:
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    try:
+        yield Served(app, server.servers[0].sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def puppet() -> Iterator[Callable[..., Served]]:
+    """`puppet("text", …, encoding="v4", **settings)`: a server whose model writes these texts."""
+    with ExitStack() as stack:
+
+        def start(*script: str, encoding: str | None = "v4", step_tokens: int = 1, **settings: Any) -> Served:
+            engine = Puppet(*script, step_tokens=step_tokens)
+            app = create_app(PuppetModel(encoding), Settings(**settings), engine=engine)
+            return stack.enter_context(serving(app))
+
+        yield start
