@@ -17,7 +17,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from rorqual.engine import Engine
-from rorqual.serve import chat
+from rorqual.serve import chat, completions, messages, responses, tokens
 from rorqual.serve.ask import Ask
 from rorqual.serve.body import read_body
 from rorqual.serve.driver import Running
@@ -59,6 +59,16 @@ def create_app(
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     for path in ("/chat/completions", "/v1/chat/completions", "/beta/chat/completions"):
         app.add_api_route(path, doors.answering(chat.ask, "deepseek"), methods=["POST"])
+    for path in ("/completions", "/v1/completions", "/beta/completions"):
+        app.add_api_route(path, doors.answering(completions.ask, "deepseek"), methods=["POST"])
+    app.add_api_route("/v1/responses", doors.answering(responses.ask, "openai"), methods=["POST"])
+    for path in ("/anthropic/v1/messages", "/v1/messages"):
+        app.add_api_route(path, doors.answering(messages.ask, "anthropic"), methods=["POST"])
+        app.add_api_route(
+            path + "/count_tokens", doors.reading(messages.count, "anthropic"), methods=["POST"]
+        )
+    for name, read in (("tokenize", tokens.tokenize), ("detokenize", tokens.detokenize)):
+        app.add_api_route(f"/{name}", doors.reading(read, "deepseek"), methods=["POST"])
     for path in ("/models", "/v1/models"):
         app.add_api_route(path, doors.guarded(doors.models), methods=["GET"])
         app.add_api_route(path + "/{name}", doors.guarded(doors.model), methods=["GET"])
@@ -155,6 +165,21 @@ class Doors:
                 return await make(request)
             except Exception as error:
                 return self.refuse(request, error, style_of(request.url.path))
+
+        return handler
+
+    def reading(
+        self, read: Callable[[bytes, Service], Mapping[str, Any]], style: Style
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """The handler of a route that needs no engine: a body in, a body out."""
+
+        async def handler(request: Request) -> Response:
+            try:
+                self.check_key(request)
+                raw = await read_body(request, self.service.settings.max_body)
+                return _json(await asyncio.to_thread(read, raw, self.service))
+            except Exception as error:
+                return self.refuse(request, error, style)
 
         return handler
 
@@ -266,7 +291,7 @@ class _Account:
 
 def style_of(path: str) -> Style:
     """Whose form errors have on a path."""
-    if path.startswith("/anthropic"):
+    if path.startswith(("/anthropic", "/v1/messages")):
         return "anthropic"
     return "openai" if path.startswith("/v1/responses") else "deepseek"
 

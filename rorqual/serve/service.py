@@ -178,13 +178,21 @@ class Service:
         job = self.job(prompt, readers, limit, **options)
         return replace(job, on_end=self._remember)
 
-    def job(self, prompt: list[int], readers: list[Reader], limit: int | None, **options: Any) -> Job:
-        """The job of continuing ids, once a reader."""
+    def job(
+        self,
+        prompt: list[int],
+        readers: list[Reader],
+        limit: int | None,
+        *,
+        param: str | None = None,
+        **options: Any,
+    ) -> Job:
+        """The job of continuing ids, once a reader. `param`: the field that holds the prompt."""
         try:
             sampling = self.sampling(limit, len(prompt), **options)
             return Job(answers_of(self.model, [prompt] * len(readers), sampling), readers)
         except ValueError as error:
-            raise refusal_of(error) from error
+            raise refusal_of(error, param=param) from error
 
     def _remember(self, reader: Reader, end: End) -> None:
         """Keep the tokens of an answer that can go back into a context as it is."""

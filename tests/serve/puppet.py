@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from rorqual.engine import Delta, EngineFull, Handle, Sampling
+from rorqual.engine import Delta, EngineFull, Handle
 from rorqual.engine.grammar import GrammarCompiler
 from rorqual.engine.loop import Answer
 from rorqual.text import Tokenizer, get_encoding
@@ -137,7 +137,6 @@ class Puppet:
             self._end(handle, None)
 
 
-
 def dsml(*calls: tuple[str, dict[str, str]], block: str = "tool_calls") -> str:
     """A V4 block of calls whose parameters are given as text after `string=`: "true>x" or "false>1"."""
     told = "".join(
@@ -150,5 +149,3 @@ def dsml(*calls: tuple[str, dict[str, str]], block: str = "tool_calls") -> str:
         for name, parameters in calls
     )
     return f"\n\n<{t.DSML}{block}>\n{told}</{t.DSML}{block}>"
-
-

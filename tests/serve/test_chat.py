@@ -61,7 +61,9 @@ def ask(server: Served, stream: bool = False, **options: Any) -> Any:
 
 
 class Answer:
-    def __init__(self, reasoning: str, content: str, calls: Any, finish: Any, usage: Any, choice: Any) -> None:
+    def __init__(
+        self, reasoning: str, content: str, calls: Any, finish: Any, usage: Any, choice: Any
+    ) -> None:
         self.reasoning, self.content, self.calls = reasoning, content, calls
         self.finish, self.usage, self.choice = finish, usage, choice
 
@@ -84,7 +86,9 @@ def test_thinking(puppet: Start, stream: bool) -> None:
 
 
 @both
-@pytest.mark.parametrize("how", [{"extra_body": {"thinking": {"type": "disabled"}}}, {"reasoning_effort": "none"}])
+@pytest.mark.parametrize(
+    "how", [{"extra_body": {"thinking": {"type": "disabled"}}}, {"reasoning_effort": "none"}]
+)
 def test_not_thinking(puppet: Start, stream: bool, how: Any) -> None:
     server = puppet("Hello world")
     answer = ask(server, stream, **how)
@@ -115,7 +119,9 @@ def test_tools(puppet: Start, stream: bool, tool: Any) -> None:
 @both
 def test_several_calls_or_one(puppet: Start, stream: bool) -> None:
     long = f"true>B{'b' * 300}"
-    two = dsml(("weather", {"city": "true>A", "days": "false>1"}), ("weather", {"city": long, "days": "false>2"}))
+    two = dsml(
+        ("weather", {"city": "true>A", "days": "false>1"}), ("weather", {"city": long, "days": "false>2"})
+    )
     server = puppet("x</think>" + two)
     answer = ask(server, stream, tools=[WEATHER])
     assert [json.loads(call[2])["city"] for call in answer.calls] == ["A", long[5:]]
@@ -185,7 +191,10 @@ def test_tool_calls_go_back_as_they_were_written(puppet: Start, stream: bool) ->
     before = [*seen[0].prompt, *seen[0].done.ids]
     assert seen[1].prompt[: len(before)] == before
     assert TOKENIZER.decode(seen[1].prompt[len(before) :]).count("sun") == 1
-    other = {**said, "tool_calls": [{**call, "function": {"name": name, "arguments": '{"city": "Rome", "days": 3}'}}]}
+    other = {
+        **said,
+        "tool_calls": [{**call, "function": {"name": name, "arguments": '{"city": "Rome", "days": 3}'}}],
+    }
     ask(server, stream, tools=[WEATHER], messages=[*ASK, other, result])
     told = TOKENIZER.decode(seen[2].prompt)
     assert "Rome" in told and "Paulo" not in told and "Think " not in told
@@ -193,7 +202,12 @@ def test_tool_calls_go_back_as_they_were_written(puppet: Start, stream: bool) ->
 
 @both
 def test_json_mode_and_schemas(puppet: Start, stream: bool) -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
     named = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
     server = puppet('any {text} first</think>{"a": 1}')
     for wanted in ({"type": "json_object"}, named):
@@ -205,7 +219,9 @@ def test_json_mode_and_schemas(puppet: Start, stream: bool) -> None:
 
 
 @both
-@pytest.mark.parametrize("wanted", [{"type": "regex", "regex": "a+b"}, {"type": "choice", "choice": ["aab", "x"]}])
+@pytest.mark.parametrize(
+    "wanted", [{"type": "regex", "regex": "a+b"}, {"type": "choice", "choice": ["aab", "x"]}]
+)
 def test_other_formats(puppet: Start, stream: bool, wanted: Any) -> None:
     server = puppet("</think>aab")
     assert ask(server, stream, response_format=wanted).content == "aab"
@@ -225,7 +241,11 @@ def test_a_schema_beside_tools(puppet: Start, stream: bool) -> None:
 def test_stop_strings_end_the_content_only(puppet: Start, stream: bool) -> None:
     server = puppet("END in thought</think>Hello worEN world END tail" + " and more" * 200)
     answer = ask(server, stream, stop=["END", "zzz"])
-    assert (answer.reasoning, answer.content, answer.finish) == ("END in thought", "Hello worEN world ", "stop")
+    assert (answer.reasoning, answer.content, answer.finish) == (
+        "END in thought",
+        "Hello worEN world ",
+        "stop",
+    )
     until(lambda: server.engine.cancelled == 1)
     server.engine.script[0] = "x</think>almost EN"
     assert ask(server, stream, stop="END").content == "almost EN"
@@ -305,7 +325,16 @@ def test_sampling_fields_reach_the_engine(puppet: Start) -> None:
         extra_body={"top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1},
     )  # fmt: skip
     s = server.engine.seen[0].sampling
-    found = (s.temperature, s.top_p, s.frequency_penalty, s.presence_penalty, s.seed, s.top_k, s.min_p, s.bias)
+    found = (
+        s.temperature,
+        s.top_p,
+        s.frequency_penalty,
+        s.presence_penalty,
+        s.seed,
+        s.top_k,
+        s.min_p,
+        s.bias,
+    )
     assert found == (0.5, 0.9, 1, -1.5, 3, 7, 0.1, ((5, 2.0),)) and s.repetition_penalty == 1.1
     ask(server)
     assert server.engine.seen[1].sampling.temperature == 1.0
@@ -318,7 +347,9 @@ def test_the_form_of_a_stream(puppet: Start) -> None:
     answer = httpx.post(server.url + "/chat/completions", json=body)
     assert answer.headers["content-type"].startswith("text/event-stream")
     events = answer.text.split("\n\n")
-    assert events[-1] == "" and events[-2] == "data: [DONE]" and all(e.startswith("data: ") for e in events[:-1])
+    assert (
+        events[-1] == "" and events[-2] == "data: [DONE]" and all(e.startswith("data: ") for e in events[:-1])
+    )
     chunks = [json.loads(event[6:]) for event in events[:-2]]
     assert len({chunk["id"] for chunk in chunks}) == 1
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
