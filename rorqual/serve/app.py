@@ -259,6 +259,8 @@ class _Account:
     def note(self, part: Part) -> None:
         """A part went out."""
         if isinstance(part, End):
+            self.answers -= 1  # before the client has read it: its next request may follow at once
+            self.doors.service.release(1)
             self.usage = self.usage + part.usage
             self.doors.metrics.answered(part.usage, part.problem is not None)
 
@@ -267,11 +269,14 @@ class _Account:
         service, metrics = self.doors.service, self.doors.metrics
         service.release(self.answers)
         now, running = time.monotonic(), self.running
+        if running is not None:
+            running.cancel()
         metrics.whole.observe(now - self.begun)
         if running is not None and running.first is not None:
             metrics.first.observe(running.first - self.begun)
-            if running.tokens > self.answers:
-                metrics.between.observe((now - running.first) / (running.tokens - self.answers))
+            more = running.tokens - len(running.job.answers)
+            if more > 0:
+                metrics.between.observe((now - running.first) * len(running.job.answers) / more)
         gone = isinstance(problem, OSError)
         status = 200 if problem is None else 499 if gone else refusal_of(problem).status
         if problem is not None and status == 500 and not isinstance(problem, Refusal):

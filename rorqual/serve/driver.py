@@ -261,7 +261,8 @@ class Running:
         ends = [self.started + limit - time.monotonic() for limit in limits if limit is not None]
         self._event.clear()
         try:
-            await asyncio.wait_for(self._event.wait(), max(min(ends), 0) if ends else None)
+            async with asyncio.timeout(max(min(ends), 0) if ends else None):
+                await self._event.wait()
         except TimeoutError:
             raise Refusal(504, "the answer took longer than this server allows", code="timeout") from None
 

@@ -87,8 +87,8 @@ class Memory:
             known[index] = turn.emitted if same else Emitted(turn.emitted.answer)
         return told, known
 
-    def _find(self, message: Mapping[str, Any]) -> Turn | None:
-        if message.get("role") != "assistant" or message.get("prefix"):
+    def _find(self, message: object) -> Turn | None:
+        if not isinstance(message, Mapping) or message.get("role") != "assistant" or message.get("prefix"):
             return None
         content, raw = message.get("content") or "", message.get("tool_calls") or ()
         if not isinstance(content, str) or not isinstance(raw, Sequence):

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from tests.serve.puppet import Puppet, PuppetModel
+
 pytest.importorskip("fastapi")
 pytest.importorskip("llguidance")
 uvicorn = pytest.importorskip("uvicorn")
 
-from rorqual.serve import Settings, create_app
-from tests.serve.puppet import Puppet, PuppetModel
 
 
 class Served:
@@ -62,6 +62,8 @@ def puppet() -> Iterator[Callable[..., Served]]:
     with ExitStack() as stack:
 
         def start(*script: str, encoding: str | None = "v4", step_tokens: int = 1, **settings: Any) -> Served:
+            from rorqual.serve import Settings, create_app
+
             engine = Puppet(*script, step_tokens=step_tokens)
             app = create_app(PuppetModel(encoding), Settings(**settings), engine=engine)
             return stack.enter_context(serving(app))

@@ -17,7 +17,9 @@ Start = Callable[..., Served]
 both = pytest.mark.parametrize("stream", [False, True])
 
 
-def complete(server: Served, stream: bool, path: str = "/v1", **options: Any) -> tuple[list[str], list[Any], Any]:
+def complete(
+    server: Served, stream: bool, path: str = "/v1", **options: Any
+) -> tuple[list[str], list[Any], Any]:
     """Texts, finish reasons and usage of the choices, whole or put together from a stream."""
     client = server.openai(path)
     given = {"model": "rorqual", **options}

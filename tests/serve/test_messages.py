@@ -39,7 +39,12 @@ def test_text(puppet: Start, stream: bool) -> None:
     server = puppet("Hello world é")
     done = ask(server, stream, system=[{"type": "text", "text": "Be brief."}], extra_body=MORE)
     assert [block.text for block in done.content] == ["Hello world é"]
-    assert (done.stop_reason, done.stop_sequence, done.role, done.type) == ("end_turn", None, "assistant", "message")
+    assert (done.stop_reason, done.stop_sequence, done.role, done.type) == (
+        "end_turn",
+        None,
+        "assistant",
+        "message",
+    )
     answer = server.engine.seen[0]
     told = TOKENIZER.decode(answer.prompt)
     assert "Be brief." in told and told.endswith("</think>")
@@ -129,7 +134,11 @@ def test_refusals_have_anthropics_form(puppet: Start) -> None:
     for wrong, error, found in (
         ({"model": "other"}, anthropic.NotFoundError, "not_found_error"),
         ({"max_tokens": 0}, anthropic.BadRequestError, "max_tokens"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, anthropic.BadRequestError, "image"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            anthropic.BadRequestError,
+            "image",
+        ),
         ({"messages": [{"role": "tool", "content": "x"}]}, anthropic.BadRequestError, "messages.0.role"),
         ({"messages": "x"}, anthropic.BadRequestError, "messages"),
         ({"tool_choice": {"type": "any"}}, anthropic.BadRequestError, "tool_choice"),

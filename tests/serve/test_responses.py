@@ -38,7 +38,11 @@ def ask(server: Served, stream: bool, **options: Any) -> Any:
     assert [e.sequence_number for e in events] == list(range(len(events)))
     assert [e.type for e in events[:2]] == ["response.created", "response.in_progress"]
     final = events[-1].response
-    for kind, field in (("output_text", "text"), ("reasoning_text", "text"), ("function_call_arguments", "arguments")):
+    for kind, field in (
+        ("output_text", "text"),
+        ("reasoning_text", "text"),
+        ("function_call_arguments", "arguments"),
+    ):
         deltas = "".join(e.delta for e in events if e.type == f"response.{kind}.delta")
         assert deltas == "".join(getattr(e, field) for e in events if e.type == f"response.{kind}.done")
     done = [e.item for e in events if e.type == "response.output_item.done"]
