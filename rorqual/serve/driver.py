@@ -261,6 +261,7 @@ class Running:
         ends = [self.started + limit - time.monotonic() for limit in limits if limit is not None]
         self._event.clear()
         try:
+            # (wait_for can lose a cancellation in Python 3.11)
             async with asyncio.timeout(max(min(ends), 0) if ends else None):
                 await self._event.wait()
         except TimeoutError:

@@ -117,7 +117,7 @@ class Writer:
                 yield from self._inside("message", lambda: _message(self.item_id("msg"), "", "in_progress"))
                 self._text += text
                 yield self._piece("response.output_text.delta", delta=text, logprobs=[])
-            case CallStart(number, call_id, name):
+            case CallStart(_, call_id, name):
                 yield from self._close()
                 item = _call(self.item_id("fc"), call_id, name, "", "in_progress")
                 yield from self._inside("function_call", lambda: item)

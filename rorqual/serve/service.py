@@ -159,6 +159,7 @@ class Service:
             told = "an answer that continues a prefix can't be held to a format"
             raise Refusal(400, told, "response_format", "invalid_value")
         reasons = starts == "reasoning" or (starts == "opening" and _may_think(encoding, thinking))
+        one_call = not talk.choice.parallel and grammar is talk.content  # else the grammar sees to it
         if grammar is not None and reasons:
             grammar = grammar.after(END_THINK)
         bias = dict(options.pop("logit_bias", None) or {})
@@ -171,7 +172,7 @@ class Service:
                 stops=stops,
                 new_id=lambda index: call_id.format(secrets.token_hex(12)),
                 logprobs=options.get("logprobs") not in (None, False),
-                one_call=not talk.choice.parallel,
+                one_call=one_call,
             )
             for parser in parsers
         ]

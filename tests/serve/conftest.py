@@ -17,7 +17,6 @@ pytest.importorskip("llguidance")
 uvicorn = pytest.importorskip("uvicorn")
 
 
-
 class Served:
     """A running server: its address, its service, and the puppet if there is one."""
 
