@@ -109,7 +109,9 @@ def test_every_way_gives_the_same_answer(servers: tuple[Served, Served], kind: s
     found: list[Any] = []
     hits: list[int] = []
     words = "Tell me " * 12  # more than a page
-    for (number, server), stream, again in itertools.product(enumerate(servers), (False, True), (False, True)):
+    for (number, server), stream, again in itertools.product(
+        enumerate(servers), (False, True), (False, True)
+    ):
         if again and stream == (number == 0):
             continue  # a hit of each server is enough
         messages = [
