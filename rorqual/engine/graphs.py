@@ -84,6 +84,11 @@ class Graphs:
         """Whether there is a graph for so many sequences."""
         return count <= SIZES[-1]
 
+    @property
+    def newest(self) -> Recorded | None:
+        """The pass recorded last, for those who measure."""
+        return next(reversed(self._made.values()), None)
+
     def run(self, requests: Sequence[Request], width: int, least: tuple[int, int] = (1, 1)) -> Recorded:
         """The pass of these requests, each bringing its last token (and, if `width` is 2, its draft or a token in
         its place). `least`: sequences and page-table columns that the graph has room for at least (the same on all
