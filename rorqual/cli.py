@@ -208,6 +208,85 @@ def chat(
     Chat(loaded, console, settings, system=system, thinking=think, speculate=speculate).loop()
 
 
+@app.command
+def serve(
+    model: str = "smollm2",
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    alias: tuple[str, ...] = (),
+    api_key_file: Path | None = None,
+    max_requests: int | None = None,
+    max_queue: int = 1024,
+    max_tokens: int | None = None,
+    timeout: float | None = None,
+    cors: tuple[str, ...] = (),
+    strict: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    speculate: bool = False,
+) -> None:
+    """Serve a model over HTTP: the APIs of DeepSeek, OpenAI and Anthropic. Ctrl-C finishes what runs and ends.
+
+    Example: rorqual serve smollm2 --port 8000
+
+    Keys come from --api-key-file or the environment variable RORQUAL_API_KEYS (separated by commas); without any the
+    server is open to whoever reaches it.
+
+    Parameters
+    ----------
+    model
+        A checkpoint directory, a .gguf file, a hub id, a name of `rorqual models`, or "smollm2".
+    host
+        The address to listen on; only this machine's own by default.
+    port
+        The port.
+    name
+        The model's name in requests; by default the last part of MODEL.
+    alias
+        Other names for it; may be given several times.
+    api_key_file
+        A file of API keys, one a line.
+    max_requests
+        Answers that the engine works on at once.
+    max_queue
+        Answers under way and waiting; more are turned away.
+    max_tokens
+        Of answers that name no limit; by default what the context leaves.
+    timeout
+        Seconds for a whole answer; no limit by default.
+    cors
+        An origin that browsers may call from; may be given several times.
+    strict
+        Refuse requests with unknown fields.
+    dtype
+        float32, bfloat16 or float16; by default what the checkpoint holds.
+    device
+        "cpu", "cuda", "cuda:1"; by default the GPU if there is one.
+    speculate
+        Draft with the checkpoint's MTP module.
+    """
+    try:
+        from rorqual.serve import Settings, create_app, read_keys
+        from rorqual.serve.run import run
+    except ImportError as problem:
+        raise ValueError(f"the server needs {problem.name}: pip install 'rorqual[serve]'") from None
+    keys = tuple(key for key in os.environ.get("RORQUAL_API_KEYS", "").split(",") if key)
+    settings = Settings(
+        name=name or Path(model).name,
+        aliases=alias,
+        keys=keys + (read_keys(api_key_file) if api_key_file is not None else ()),
+        max_queue=max_queue,
+        max_tokens=max_tokens,
+        timeout=timeout,
+        cors=cors,
+        strict=strict,
+    )
+    loaded = _load(model, dtype, device)
+    run(create_app(loaded, settings, max_requests=max_requests, speculate=speculate), host=host, port=port)
+
+
 def _load(model: str, dtype: str | None, device: str | None) -> rorqual.Model:
     import torch
 

@@ -38,9 +38,11 @@ def create_app(
 ) -> FastAPI:
     """A server of one model as an ASGI application. `engine`: the engine to use, else one is made with `options`.
 
-    `app.state.service` holds what it works with. The engine runs from the application's start to its end.
+    `app.state.service` holds what it works with. The engine runs from the application's start to its end; one made
+    here is closed then.
     """
-    service = Service(model, Engine(model, **options) if engine is None else engine, settings)
+    own = engine is None
+    service = Service(model, Engine(model, **options) if own else engine, settings)
     doors = Doors(service)
 
     @asynccontextmanager
@@ -51,6 +53,8 @@ def create_app(
         finally:
             service.draining = True
             await asyncio.to_thread(service.driver.stop)
+            if own:
+                service.engine.close()
 
     app = FastAPI(title="rorqual", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service, app.state.doors = service, doors
