@@ -8,8 +8,8 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -117,44 +117,41 @@ class Doors:
 
         def run() -> Running:
             account.running = Running(
-                self.service.driver, ask.job, timeout=settings.timeout, first_timeout=settings.first_timeout
+                self.service.driver,
+                ask.job,
+                keep_alive=settings.keep_alive,
+                timeout=settings.timeout,
+                first_timeout=settings.first_timeout,
             )
             return account.running
 
-        async def whole() -> Mapping[str, Any]:
+        async def whole() -> AsyncGenerator[Mapping[str, Any] | None]:
             turns = [Turn() for _ in ask.job.answers]
-            async for batch in run():
-                for index, part in batch:
-                    turns[index].add(part)
-                    account.note(part)
-            return ask.whole(turns)
+            async with aclosing(aiter(run())) as batches:
+                async for batch in batches:
+                    if not batch:
+                        yield None
+                    for index, part in batch:
+                        turns[index].add(part)
+                        account.note(part)
+            yield ask.whole(turns)
 
-        async def events() -> AsyncIterator[bytes]:
+        async def events() -> AsyncGenerator[bytes]:
             writer = ask.writer()
-            running = run()
-            parts = aiter(running)
-            try:
-                batch = await anext(parts, None)
-                yield_now = b"".join(writer.start())
-                while batch is not None:
-                    pieces = [
-                        piece for index, part in batch for piece in self._told(writer, index, part, account)
-                    ]
-                    yield yield_now + b"".join(pieces)
-                    yield_now = b""
-                    batch = await anext(parts, None)
-                yield yield_now + b"".join(writer.end())
-            finally:
-                running.cancel()
+            head = b"".join(writer.start())
+            async with aclosing(aiter(run())) as batches:
+                async for batch in batches:
+                    pieces = [head] if batch else [ask.ping]
+                    for index, part in batch:
+                        account.note(part)
+                        pieces += writer.feed(index, part)
+                    head = b"" if batch else head
+                    yield b"".join(pieces)
+            yield b"".join(writer.end())
 
-        options: dict[str, Any] = {"keep_alive": settings.keep_alive, "on_close": account.close}
         if ask.stream:
-            return Events(events, style, ask.ping, **options)
-        return Whole(whole, style, **options)
-
-    def _told(self, writer: Any, index: int, part: Part, account: _Account) -> list[bytes]:
-        account.note(part)
-        return list(writer.feed(index, part))
+            return Events(events, style, account.close)
+        return Whole(whole, style, account.close)
 
     # --------------------------------------------------------------------------------------- others
 

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -208,11 +208,18 @@ class Job:
 class Running:
     """A job under way. Iterate for batches of (choice, part); leave the loop, or call `cancel`, to stop it.
 
-    timeout: seconds for all of it; first_timeout: until its first token. Raises Refusal for what goes wrong.
+    keep_alive: after so many seconds without anything new an empty batch comes. timeout: seconds for all of it;
+    first_timeout: until its first token. Raises Refusal for what goes wrong.
     """
 
     def __init__(
-        self, driver: Driver, job: Job, *, timeout: float | None = None, first_timeout: float | None = None
+        self,
+        driver: Driver,
+        job: Job,
+        *,
+        keep_alive: float = 10.0,
+        timeout: float | None = None,
+        first_timeout: float | None = None,
     ) -> None:
         self.driver, self.job = driver, job
         self.started = time.monotonic()
@@ -222,6 +229,11 @@ class Running:
         self._timeout, self._first_timeout = timeout, first_timeout
         self._news: deque[tuple[int, News]] = deque()
         self._event = asyncio.Event()
+        # One timer that goes on by itself: nothing is set or taken back for a token.
+        self._period = min(limit for limit in (keep_alive, timeout, first_timeout) if limit is not None)
+        self._due = False
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(self._period, self._tick)
         self._open: dict[int, Ticket] = {}
         for number, answer in enumerate(job.answers):
             ticket = Ticket(answer, lambda news, number=number: self._told(number, news), job.priority)  # type: ignore[misc]
@@ -232,18 +244,29 @@ class Running:
         self._news.append((number, news))
         self._event.set()
 
+    def _tick(self) -> None:
+        self._due = True
+        self._event.set()
+        self._timer = self._loop.call_later(self._period, self._tick)
+
     def cancel(self) -> None:
         """Stop what still runs."""
+        self._timer.cancel()
         for ticket in self._open.values():
             self.driver.cancel(ticket)
         self._open.clear()
         self._event.set()
 
-    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Part]]]:
+    async def __aiter__(self) -> AsyncGenerator[list[tuple[int, Part]]]:
         try:
             while self._open:
                 if not self._news:
-                    await self._wait()
+                    self._event.clear()
+                    await self._event.wait()
+                if self._due:
+                    self._check()
+                    if not self._news:
+                        yield []
                 parts: list[tuple[int, Part]] = []
                 while self._news:
                     number, news = self._news.popleft()
@@ -254,18 +277,15 @@ class Running:
         finally:
             self.cancel()
 
-    async def _wait(self) -> None:
+    def _check(self) -> None:
+        """Every now and then: is it still worth waiting?"""
+        self._due = False
         if not self.driver.alive:
             raise Refusal(503, "the engine does not run", code="unavailable")
         limits = [self._timeout, self._first_timeout if self.first is None else None]
-        ends = [self.started + limit - time.monotonic() for limit in limits if limit is not None]
-        self._event.clear()
-        try:
-            # (wait_for can lose a cancellation in Python 3.11)
-            async with asyncio.timeout(max(min(ends), 0) if ends else None):
-                await self._event.wait()
-        except TimeoutError:
-            raise Refusal(504, "the answer took longer than this server allows", code="timeout") from None
+        waited = time.monotonic() - self.started
+        if any(limit is not None and waited >= limit for limit in limits):
+            raise Refusal(504, "the answer took longer than this server allows", code="timeout")
 
     def _read(self, number: int, news: News) -> list[Part]:
         reader = self.job.readers[number]

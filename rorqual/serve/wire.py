@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -38,10 +38,10 @@ def refused(refusal: Refusal, style: Style) -> Response:
 
 
 class _Sender(Response):
-    """A response whose work stops when the client goes away."""
+    """A response whose work stops when the client goes away. `on_close` is told what went wrong, if anything did."""
 
-    def __init__(self, style: Style, keep_alive: float, on_close: Callable[[Exception | None], None]) -> None:
-        self.style, self.keep_alive, self.on_close = style, keep_alive, on_close
+    def __init__(self, style: Style, on_close: Callable[[Exception | None], None]) -> None:
+        self.style, self.on_close = style, on_close
         self.background = None
         self.begun = False
 
@@ -69,9 +69,8 @@ class _Sender(Response):
         except OSError as error:  # the connection is gone
             return error
         except Exception as error:
-            refusal = refusal_of(error)
             with contextlib.suppress(OSError):
-                await self.fail(send, refusal)
+                await self.fail(send, refusal_of(error))
             return error
         return None
 
@@ -96,67 +95,37 @@ class _Sender(Response):
 
 
 class Whole(_Sender):
-    """One JSON body. After `keep_alive` seconds blank lines are sent until it is there."""
+    """One JSON body. `make` gives None while there is nothing to send, for which a blank line is sent."""
 
-    def __init__(
-        self, make: Callable[[], Awaitable[Mapping[str, Any]]], style: Style, **options: Any
-    ) -> None:
-        super().__init__(style, **options)
+    def __init__(self, make: Callable[[], AsyncGenerator[Mapping[str, Any] | None]], *args: Any) -> None:
+        super().__init__(*args)
         self.make = make
 
     async def send(self, send: Send) -> None:
-        task = asyncio.ensure_future(self.make())
-        try:
-            while not (await asyncio.wait((task,), timeout=self.keep_alive))[0]:
+        async with contextlib.aclosing(self.make()) as made:
+            async for value in made:
+                body = b"\n" if value is None else dump(value)
                 if not self.begun:
-                    await self.start(send, 200, "application/json")
-                await send({"type": "http.response.body", "body": b"\n", "more_body": True})
-            body = dump(task.result())
-        finally:
-            task.cancel()
-        if not self.begun:
-            await self.start(send, 200, "application/json", {"content-length": str(len(body))})
-        await send({"type": "http.response.body", "body": body, "more_body": False})
+                    sized = {} if value is None else {"content-length": str(len(body))}
+                    await self.start(send, 200, "application/json", sized)
+                await send({"type": "http.response.body", "body": body, "more_body": value is None})
 
 
 class Events(_Sender):
-    """Server-sent events. `ping` is sent after `keep_alive` seconds of silence."""
+    """Server-sent events, as `make` gives them."""
 
-    def __init__(
-        self,
-        make: Callable[[], AsyncIterator[bytes]],
-        style: Style,
-        ping: bytes = b": keep-alive\n\n",
-        **options: Any,
-    ) -> None:
-        super().__init__(style, **options)
-        self.make, self.ping = make, ping
+    def __init__(self, make: Callable[[], AsyncGenerator[bytes]], *args: Any) -> None:
+        super().__init__(*args)
+        self.make = make
 
     async def send(self, send: Send) -> None:
-        pieces = self.make()
-        following: asyncio.Future[bytes] | None = None
-        try:
-            while True:
-                if following is None:
-                    following = asyncio.ensure_future(_next(pieces))
-                if not (await asyncio.wait((following,), timeout=self.keep_alive))[0]:
-                    piece = self.ping
-                else:
-                    task, following = following, None
-                    piece = task.result()
-                    if not piece:
-                        break
+        async with contextlib.aclosing(self.make()) as made:
+            async for piece in made:
                 if not self.begun:
                     await self.start(
                         send, 200, "text/event-stream; charset=utf-8", {"x-accel-buffering": "no"}
                     )
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
-        finally:
-            if following is not None:
-                following.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await following
-            await pieces.aclose()  # type: ignore[attr-defined]
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def fail(self, send: Send, refusal: Refusal) -> None:
@@ -166,14 +135,6 @@ class Events(_Sender):
         _, body = render(refusal, self.style)
         told = event(body, "error" if self.style == "anthropic" else None)
         await send({"type": "http.response.body", "body": told, "more_body": False})
-
-
-async def _next(pieces: AsyncIterator[bytes]) -> bytes:
-    """The next piece; b"" at the end."""
-    try:
-        return await anext(pieces)
-    except StopAsyncIteration:
-        return b""
 
 
 async def _until_gone(receive: Receive) -> None:

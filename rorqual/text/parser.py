@@ -161,6 +161,15 @@ class StreamParser:
         self._thinking, self._opened = thinking, opened
         self._reader = grammar.reader(self) if tools and grammar.reader else None
         self._state = {"turn": self._turn, "reasoning": self._reasoning, "content": self._content}[start]
+        self._places = {
+            self._turn: "opening",
+            self._opening: "opening",
+            self._gap: "reasoning",
+            self._reasoning: "reasoning",
+            self._after_reasoning: "content",
+            self._content: "content",
+            self._done: "end",
+        }
         self._events: list[Event] = []
         self._reasoning_text: list[str] = []
         self._content_text: list[str] = []
@@ -175,16 +184,7 @@ class StreamParser:
     @property
     def inside(self) -> str:
         """Where reading stands: "opening", "reasoning", "content", "calls" or "end"."""
-        places = {
-            self._turn: "opening",
-            self._opening: "opening",
-            self._gap: "reasoning",
-            self._reasoning: "reasoning",
-            self._after_reasoning: "content",
-            self._content: "content",
-            self._done: "end",
-        }
-        return places.get(self._state, "calls")
+        return self._places.get(self._state, "calls")
 
     @property
     def unread(self) -> int:

@@ -44,6 +44,9 @@ def serving(app: Any) -> Iterator[Served]:
     try:
         yield Served(app, server.servers[0].sockets[0].getsockname()[1])
     finally:
+        gate = getattr(app.state.service.engine, "gate", None)
+        if gate is not None:
+            gate.set()
         server.should_exit = True
         thread.join(timeout=20)
 
