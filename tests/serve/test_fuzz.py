@@ -21,7 +21,7 @@ from tests.serve.puppet import Puppet, PuppetModel
 pytest.importorskip("fastapi")
 pytest.importorskip("llguidance")
 
-EXAMPLES = int(os.environ.get("RORQUAL_FUZZ", "1200"))
+EXAMPLES = int(os.environ.get("RORQUAL_FUZZ", "700"))
 Ask = Callable[[str, bytes], tuple[int, bytes]]
 
 SCHEMA = {
