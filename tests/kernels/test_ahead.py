@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rorqual.kernels.ahead import compiled_ahead
+from rorqual.kernels.ahead import compiled_ahead, prepare
 from rorqual.kernels.gpu import tl, triton
 
 jit = pytest.importorskip("triton.runtime.jit")
@@ -52,6 +52,15 @@ def test_new_memory_is_zero_inside() -> None:
             torch.empty_strided((10, 100), (100, 1), dtype=torch.int32),
         ]
         assert not any(t.any() for t in made)
+
+
+def test_preparations_are_made_once() -> None:
+    threads = prepare()
+    assert prepare() is threads
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert pytest.importorskip("triton.runtime.cache").triton_key.cache_info().currsize == 1
 
 
 def test_nothing_heavy_is_imported() -> None:
