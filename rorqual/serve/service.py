@@ -133,7 +133,9 @@ class Service:
     ) -> Job:
         """The job of answering a conversation; `options` as of `Sampling`. Raises Refusal."""
         encoding, tokenizer = self.encoding, self.tokenizer
-        if len(talk.messages) > self.context:  # each takes a token at least: said before they are all written out
+        if (
+            len(talk.messages) > self.context
+        ):  # each takes a token at least: said before they are all written out
             told = f"{len(talk.messages)} messages are more than the context of {self.context} tokens holds"
             raise Refusal(400, told, "messages", "context_length_exceeded")
         thinking, effort = thinks(talk, encoding)

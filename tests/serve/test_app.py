@@ -18,7 +18,7 @@ from rorqual.serve import Settings, read_keys
 from tests.serve.conftest import Served, until
 from tests.serve.puppet import Puppet
 
-httpx = pytest.importorskip("httpx")
+httpx = pytest.importorskip("httpx2")
 Start = Callable[..., Served]
 ASK = {"messages": [{"role": "user", "content": "secret words"}]}
 LONG = "x</think>" + "word " * 3000

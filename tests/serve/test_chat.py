@@ -341,7 +341,7 @@ def test_sampling_fields_reach_the_engine(puppet: Start) -> None:
 
 
 def test_the_form_of_a_stream(puppet: Start) -> None:
-    httpx = pytest.importorskip("httpx")
+    httpx = pytest.importorskip("httpx2")
     server = puppet("x</think>Hello world")
     body = {"messages": ASK, "stream": True}
     answer = httpx.post(server.url + "/chat/completions", json=body)

@@ -16,7 +16,7 @@ import rorqual
 from tests.serve.conftest import until
 from tests.serve.test_real import speaking
 
-httpx = pytest.importorskip("httpx")
+httpx = pytest.importorskip("httpx2")
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -26,7 +26,17 @@ def test_the_command(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (tmp_path / "keys").write_text("k1\n")
-    command = [sys.executable, "-m", "rorqual", "serve", str(tmp_path / "tiny"), "--port", str(port), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "rorqual",
+        "serve",
+        str(tmp_path / "tiny"),
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
     more = ["--api-key-file", str(tmp_path / "keys"), "--alias", "other", "--max-tokens", "5"]
     root = str(Path(rorqual.__file__).parents[1])
     environment = {**os.environ, "RORQUAL_API_KEYS": "k2", "PYTHONPATH": root}

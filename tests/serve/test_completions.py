@@ -12,7 +12,7 @@ from tests.serve.conftest import Served
 from tests.serve.puppet import TOKENIZER
 
 openai = pytest.importorskip("openai")
-httpx = pytest.importorskip("httpx")
+httpx = pytest.importorskip("httpx2")
 Start = Callable[..., Served]
 both = pytest.mark.parametrize("stream", [False, True])
 

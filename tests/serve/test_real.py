@@ -17,7 +17,7 @@ from tests.engine.conftest import build
 from tests.serve.conftest import Served, serving, until
 from tests.serve.puppet import TOKENIZER
 
-httpx = pytest.importorskip("httpx")
+httpx = pytest.importorskip("httpx2")
 
 SCHEMA = {
     "type": "object",
