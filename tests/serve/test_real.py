@@ -108,14 +108,15 @@ def test_every_way_gives_the_same_answer(servers: tuple[Served, Served], kind: s
         return
     found: list[Any] = []
     hits: list[int] = []
-    words = "Tell me " * 12  # more than a page
+    # More than a page, and not what another case begins with: a long prompt leaves no ring at its first pages.
+    words = f"{kind}{thinking} Tell me " * 12
     for (number, server), stream, again in itertools.product(
         enumerate(servers), (False, True), (False, True)
     ):
         if again and stream == (number == 0):
             continue  # a hit of each server is enough
         messages = [
-            {"role": "system", "content": f"{words}{stream}"[:96]},
+            {"role": "system", "content": words[:96]},
             {"role": "user", "content": "What?"},
         ]
         *answer, hit = ask(server, stream, messages=messages, **body)
@@ -218,3 +219,21 @@ def test_an_engine_of_ones_own() -> None:
             json={"messages": [{"role": "user", "content": "x"}], "thinking": {"type": "enabled"}},
         )
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "thinking"
+
+
+def test_a_step_that_fails_outside_any_request(servers: tuple[Served, Served]) -> None:
+    """Those under way are told; the engine goes on, with all its memory."""
+    server, _ = servers
+    plan, engine = server.engine.scheduler.plan, server.engine
+
+    def failing(*args: Any) -> Any:
+        engine.scheduler.plan = plan
+        raise RuntimeError("a plan failed")
+
+    engine.scheduler.plan = failing
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
+    assert httpx.post(server.url + "/v1/chat/completions", json=body, timeout=60).status_code == 500
+    assert httpx.post(server.url + "/v1/chat/completions", json=body, timeout=60).status_code == 200
+    until(lambda: not engine.busy)
+    engine.pages.check()
+    assert engine.pages.available == engine.pages.total
