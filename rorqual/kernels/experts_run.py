@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rorqual.kernels import experts_few, experts_gluon, experts_gluon16, experts_gluon_down, experts_triton
+from rorqual.kernels import (
+    experts_few,
+    experts_gluon,
+    experts_gluon16,
+    experts_gluon_down,
+    experts_gluon_thin,
+    experts_triton,
+)
 from rorqual.kernels.gpu import triton
 from rorqual.kernels.held import held_scale
 from rorqual.kernels.quant import FP8
@@ -126,8 +133,10 @@ def run_sorted(b: Batch, how: Plan) -> Tensor:
     codes = b.x.new_empty(b.x.shape, dtype=FP8) if groups else b.x
     scales = b.x.new_empty(groups, dtype=torch.float32)
     places = taken = order
+    thin = how.gluon and how.up.thin
     if b.pairs > ONE_CHUNK or how.gluon:
         taken = b.ids.new_empty(2, dtype=torch.int32)
+    if b.pairs > ONE_CHUNK or (how.gluon and not thin):
         places = place(b, rows, order, table, codes, scales, taken)
     else:
         chunk = max(16, triton.next_power_of_2(b.pairs))
@@ -137,9 +146,12 @@ def run_sorted(b: Batch, how: Plan) -> Tensor:
         )  # fmt: skip
     inner = b.x.new_empty(len(order), b.width, dtype=FP8 if how.codes else b.x.dtype)
     inner_scales = b.x.new_empty((len(order), b.width // 128) if how.codes else (1,), dtype=torch.float32)
-    extra = min(b.extra, 1) if how.gluon else b.extra  # there the products add the shared experts up
+    # Gluon's products of large batches add the shared experts up.
+    extra = min(b.extra, 1) if how.gluon and not thin else b.extra
     parts = b.x.new_empty(b.pairs + extra * b.tokens, b.hidden)
-    if how.gluon:
+    if thin:
+        _thin_products(b, how, order, table, taken, inner, inner_scales, parts)
+    elif how.gluon:
         _gluon_products(b, how, order, places, table, taken, inner, inner_scales, parts)
     else:
         _products(b, how, order, table, codes, scales, inner, inner_scales, parts)
@@ -156,8 +168,8 @@ def run_sorted(b: Batch, how: Plan) -> Tensor:
 def place(
     b: Batch, rows: int, order: Tensor, table: Tensor, codes: Tensor, scales: Tensor, taken: Tensor
 ) -> Tensor:
-    """Write order and table, zero `taken`, and write codes and scales if there is room for them; the place of every
-    pair."""
+    """Write order and table, zero two of `taken`, and write codes and scales if there is room for them; the place of
+    every pair."""
     bins = triton.next_power_of_2(b.count + 1)
     chunks, groups = triton.cdiv(b.pairs, PLACED), scales.numel()
     counts = b.ids.new_empty(chunks + 1, bins, dtype=torch.int32)
@@ -234,11 +246,10 @@ def _gluon_products(
     if b.fp8:
         experts_gluon.gate_up(
             x, scales, b.weights, order, table, (routed[0], routed[1]), (shared[0], shared[1]), inner, inner_scales,
-            taken, b.limit, b.tokens, groups, first,
+            taken, b.limit, b.tokens, first,
         )  # fmt: skip
         experts_gluon_down.down(
-            inner, inner_scales, order, table, routed[2], shared[2], parts, taken[1:], b.tokens, b.extra, groups,
-            second,
+            inner, inner_scales, order, table, routed[2], shared[2], parts, taken[1:], b.tokens, b.extra, second
         )  # fmt: skip
     else:
         experts_gluon16.gate_up(
@@ -248,3 +259,44 @@ def _gluon_products(
         experts_gluon16.down(
             inner, order, table, routed[2], shared[2], parts, taken[1:], b.tokens, b.extra, groups, second
         )
+
+
+def _thin_products(
+    b: Batch,
+    how: Plan,
+    order: Tensor,
+    table: Tensor,
+    taken: Tensor,
+    inner: Tensor,
+    inner_scales: Tensor,
+    parts: Tensor,
+) -> None:
+    """The same for FP8 experts with some tens of pairs each."""
+    read = b.pairs + b.tokens
+    x = b.x.new_empty(read, b.hidden, dtype=inner.dtype)
+    scales = b.x.new_empty(read, b.hidden // 128, dtype=torch.float32)
+    experts_gluon_thin.gather_kernel[(read, triton.cdiv(b.hidden, 2048))](
+        b.x,
+        order,
+        x,
+        scales,
+        taken,
+        b.pairs,
+        b.tokens,
+        b.hidden,
+        K=b.chosen,
+        GROUPS=16,
+        num_warps=4,
+        **b.launch,
+    )
+    routed = [(w.codes, _scale(w)) for w in b.routed]
+    shared = [(w.codes.flatten(0, -2), _scale(w)) for w in b.shared]
+    rows = how.up.rows
+    experts_gluon_thin.gate_up(
+        x, scales, b.weights, order, table, (routed[0], routed[1]), (shared[0], shared[1]), inner, inner_scales,
+        taken, b.limit, b.tokens, rows, how.up.stages,
+    )  # fmt: skip
+    experts_gluon_thin.down(
+        inner, inner_scales, order, table, routed[2], shared[2], parts, taken[1:], b.tokens, b.extra, rows,
+        how.down.stages,
+    )  # fmt: skip

@@ -42,12 +42,15 @@ __all__ = [
     "AVAILABLE",
     "COUNTS",
     "Held",
+    "banded",
+    "described",
     "descriptor",
     "expect",
     "gl",
     "gluon",
     "hand_out",
     "let_by",
+    "locate",
     "make_room",
     "mbarrier",
     "processors",
@@ -62,6 +65,32 @@ __all__ = [
 
 COUNTS = ("tiles", "items", "across", "pairs", "tokens", "experts", "shared")
 """Arguments whose values make no variant of a kernel: batches of every size run the same code."""
+
+
+BAND = 8
+"""Tiles of pairs that go through a matrix's columns together: as many programs as run at a time then share rows and
+columns about equally."""
+
+
+def banded(tiles: int, across: int) -> int:
+    """Items of so many tiles and columns, in whole bands."""
+    return -(-tiles // BAND) * BAND * across
+
+
+@gluon.jit
+def locate(item, across, BAND: gl.constexpr):
+    """The tile and the column of an item."""
+    rest = item % (BAND * across)
+    return item // (BAND * across) * BAND + rest % BAND, rest // BAND
+
+
+@gluon.jit
+def described(tiles_ptr, tiles, tile):
+    """A tile's expert, below 0 for none, and where its pairs begin and end."""
+    there = tile < tiles
+    expert = gl.load(tiles_ptr + tile, there, other=-1)
+    begin = gl.load(tiles_ptr + tiles + tile, there, other=0)
+    return expert, begin, gl.load(tiles_ptr + 2 * tiles + tile, there, other=0)
 
 
 @gluon.jit
@@ -129,7 +158,8 @@ def make_room(x_desc, w_desc, MATRICES: gl.constexpr, GROUPS: gl.constexpr, STAG
     when it is free again."""
     OUT: gl.constexpr = w_desc.block_type.shape[0]
     DEPTH: gl.constexpr = w_desc.block_type.shape[1]
-    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [GROUPS * STAGES, 64, DEPTH], x_desc.layout)
+    ROWS: gl.constexpr = x_desc.block_type.shape[0]
+    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [GROUPS * STAGES, ROWS, DEPTH], x_desc.layout)
     w_tiles = gl.allocate_shared_memory(w_desc.dtype, [MATRICES * STAGES, OUT, DEPTH], w_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
