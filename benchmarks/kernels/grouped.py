@@ -1,4 +1,4 @@
-"""The FP8 grouped product of the experts beside DeepGEMM's, in turns in one run: `python -m benchmarks.kernels.grouped`.
+"""The FP8 grouped product of the experts, in turns with DeepGEMM's: `python -m benchmarks.kernels.grouped`.
 
 Twice for each shape, by replay of CUDA graphs: the product alone, from codes that lie by expert and scales as the
 kernel reads them to bf16 rows; and with its plan, which is the table of tiles on our side and x's scales in
