@@ -84,7 +84,7 @@ def graph_of(call: Callable[[int], Any], before: Callable[[], Any]) -> torch.cud
     return graph
 
 
-def in_turns(graphs: list[torch.cuda.CUDAGraph], budget: float = 0.4) -> list[float]:
+def in_turns(graphs: list[torch.cuda.CUDAGraph], budget: float = 0.25) -> list[float]:
     """Median seconds a call of each graph, replayed one after the other."""
     taken: list[list[float]] = [[] for _ in graphs]
     begun = time.perf_counter()

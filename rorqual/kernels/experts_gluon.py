@@ -31,7 +31,7 @@ from rorqual.kernels.gluon_rings import (
     take,
     tma,
 )
-from rorqual.kernels.gluon_scaled import multiply
+from rorqual.kernels.gluon_scaled import first_scales, multiply
 
 
 @gluon.jit
@@ -84,13 +84,36 @@ def _fetch_up(
 
 
 @gluon.jit
+def _aim(pointers, shared_pointers, sizes, column, expert, begin, end):
+    """An item's pairs, where its scales lie, and the first of them."""
+    x_scale_ptr, gate_scale_ptr, up_scale_ptr, _, order_ptr, _, _ = pointers
+    shared_gate_scale_ptr, shared_up_scale_ptr = shared_pointers
+    _, _, tokens, experts, width, steps = sizes
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    place = begin + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    row = gl.minimum(place, end - 1)
+    if expert < experts:
+        to = (expert * (width // 128) + column) * steps
+        gate_scale = gate_scale_ptr + to
+        up_scale = up_scale_ptr + to
+    else:
+        # All shared experts read the same rows.
+        row -= (expert - experts) * tokens
+        to = ((expert - experts) * (width // 128) + column) * steps
+        gate_scale = shared_gate_scale_ptr + to
+        up_scale = shared_up_scale_ptr + to
+    pair = gl.load(order_ptr + place, place < end, other=0)
+    at = x_scale_ptr + row * steps, gate_scale, up_scale
+    return pair, at, first_scales(at[0], at[1], at[2], begin < end)
+
+
+@gluon.jit
 def _multiply_up(
     room, turns, pointers, shared_pointers, sizes,
     LIMIT: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps: 64 pairs of every item."""
-    x_scale_ptr, gate_scale_ptr, up_scale_ptr, weights_ptr, order_ptr, inner_ptr, inner_scale_ptr = pointers
-    shared_gate_scale_ptr, shared_up_scale_ptr = shared_pointers
+    _, _, _, weights_ptr, _, inner_ptr, inner_scale_ptr = pointers
     limit, pairs, tokens, experts, width, steps = sizes
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     # Four threads that have a row exchange what they hold, so that each stores 16 bytes.
@@ -99,54 +122,38 @@ def _multiply_up(
         [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 128],
     )  # fmt: skip
     count = 0
-    turn = 0
-    column, expert, begin, end = take(turns, turn)
+    turn = 1
+    column, expert, begin, end = take(turns, 0)
+    begin += GROUP * 64
+    pair, at, scales = _aim(pointers, shared_pointers, sizes, column, expert, begin, end)
     while expert >= 0:
-        turn += 1
-        begin += GROUP * 64
+        place = begin + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+        there = place < end
+        scale_to = inner_scale_ptr + place * (width // 128) + column
+        at_place = begin + gl.arange(0, 64, gl.SliceLayout(1, STORE))
+        stored = at_place < end
+        channel = column * 128 + gl.arange(0, 128, gl.SliceLayout(0, STORE))
+        to = inner_ptr + (at_place.to(gl.int64) * width)[:, None] + channel[None, :]
+        weight = gl.load(weights_ptr + pair, there & (pair < pairs), other=1.0)
+        gate = gl.zeros([64, 128], gl.float32, LAYOUT)
+        up = gl.zeros([64, 128], gl.float32, LAYOUT)
         if begin < end:
-            place = begin + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
-            there = place < end
-            row = gl.minimum(place, end - 1)
-            if expert < experts:
-                at = (expert * (width // 128) + column) * steps
-                gate_scale = gate_scale_ptr + at
-                up_scale = up_scale_ptr + at
-            else:
-                row -= (expert - experts) * tokens
-                at = ((expert - experts) * (width // 128) + column) * steps
-                gate_scale = shared_gate_scale_ptr + at
-                up_scale = shared_up_scale_ptr + at
-            pair = gl.load(order_ptr + place, there, other=0)
-            weight = gl.load(weights_ptr + pair, there & (pair < pairs), other=1.0)
-            gate, up = multiply(
-                room,
-                count,
-                steps,
-                x_scale_ptr + row * steps,
-                gate_scale,
-                up_scale,
-                steps,
-                0,
-                GROUP,
-                GROUPS,
-                STAGES,
-            )
-            if LIMIT:
-                gate = gl.minimum(gate, limit)
-                up = gl.minimum(gl.maximum(up, -limit), limit)
-            inner = gate * reciprocal(1.0 + gl.exp(-gate)) * up * weight[:, None]
-            scale = gl.maximum(gl.max(gl.abs(inner), 1), 1e-4) / 448.0
-            gl.store(inner_scale_ptr + place * (width // 128) + column, scale, there)
-            codes = (inner * (1.0 / scale)[:, None]).to(inner_ptr.dtype.element_ty)
-            at_place = begin + gl.arange(0, 64, gl.SliceLayout(1, STORE))
-            channel = column * 128 + gl.arange(0, 128, gl.SliceLayout(0, STORE))
-            to = inner_ptr + (at_place.to(gl.int64) * width)[:, None] + channel[None, :]
-            gl.store(to, gl.convert_layout(codes, STORE), (at_place < end)[:, None])
+            gate, up = multiply(room, count, steps, at, scales, steps, 0, GROUP, GROUPS, STAGES)
         else:
             let_by(room[2], room[3], count, steps, STAGES)
         count += steps
         column, expert, begin, end = take(turns, turn)
+        turn += 1
+        begin += GROUP * 64
+        pair, at, scales = _aim(pointers, shared_pointers, sizes, column, expert, begin, end)
+        if LIMIT:
+            gate = gl.minimum(gate, limit)
+            up = gl.minimum(gl.maximum(up, -limit), limit)
+        inner = gate * reciprocal(1.0 + gl.exp(-gate)) * up * weight[:, None]
+        scale = gl.maximum(gl.max(gl.abs(inner), 1), 1e-4) / 448.0
+        gl.store(scale_to, scale, there)
+        codes = (inner * (1.0 / scale)[:, None]).to(inner_ptr.dtype.element_ty)
+        gl.store(to, gl.convert_layout(codes, STORE), stored[:, None])
 
 
 @gluon.jit(do_not_specialize=COUNTS)

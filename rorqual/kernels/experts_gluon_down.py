@@ -29,7 +29,7 @@ from rorqual.kernels.gluon_rings import (
     take,
     tma,
 )
-from rorqual.kernels.gluon_scaled import multiply
+from rorqual.kernels.gluon_scaled import first_scales, multiply
 
 
 @gluon.jit
@@ -84,11 +84,27 @@ def _fetch_down(
 
 
 @gluon.jit
+def _aim(pointers, sizes, steps, column, expert, begin, end):
+    """Where an item's scales lie, and the first of them."""
+    x_scale_ptr, w_scale_ptr, shared_scale_ptr, _, _ = pointers
+    tokens, experts, shared, width, hidden = sizes
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    place = begin + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    one_scale = w_scale_ptr + (expert * (hidden // 128) + 2 * column) * steps
+    across = steps
+    if expert >= experts:
+        across = steps * shared
+        one_scale = shared_scale_ptr + 2 * column * across
+    at = x_scale_ptr + gl.minimum(place, end - 1) * steps, one_scale, one_scale + across
+    return at, first_scales(at[0], at[1], at[2], begin < end)
+
+
+@gluon.jit
 def _multiply_down(
     room, turns, pointers, sizes, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr
 ):
     """A group of four warps: 64 pairs of every item."""
-    x_scale_ptr, w_scale_ptr, shared_scale_ptr, order_ptr, y_ptr = pointers
+    _, _, _, order_ptr, y_ptr = pointers
     tokens, experts, shared, width, hidden = sizes
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     # Four threads that have a row exchange what they hold, so that each stores 16 bytes.
@@ -97,37 +113,34 @@ def _multiply_down(
         [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 128],
     )  # fmt: skip
     kind: gl.constexpr = y_ptr.dtype.element_ty
-    steps = width // room[0].shape[2]
-    scales = width // 128
+    steps = width // 128
     count = 0
-    turn = 0
-    column, expert, begin, end = take(turns, turn)
+    turn = 1
+    column, expert, begin, end = take(turns, 0)
+    begin += GROUP * 64
+    at, scales = _aim(pointers, sizes, steps, column, expert, begin, end)
     while expert >= 0:
-        turn += 1
-        begin += GROUP * 64
         many = gl.where(expert < experts, steps, steps * shared)
+        first = gl.zeros([64, 128], gl.float32, LAYOUT)
+        second = gl.zeros([64, 128], gl.float32, LAYOUT)
+        place = begin + gl.arange(0, 64, gl.SliceLayout(1, STORE))
+        there = place < end
+        pair = gl.load(order_ptr + place, there, other=0).to(gl.int64)
         if begin < end:
-            place = begin + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
-            at = begin + gl.arange(0, 64, gl.SliceLayout(1, STORE))
-            pair = gl.load(order_ptr + at, at < end, other=0).to(gl.int64)
-            w_scale_at = w_scale_ptr + (expert * (hidden // 128) + 2 * column) * scales
-            across = scales
-            if expert >= experts:
-                across = scales * shared
-                w_scale_at = shared_scale_ptr + 2 * column * across
             first, second = multiply(
-                room, count, many, x_scale_ptr + gl.minimum(place, end - 1) * scales, w_scale_at, w_scale_at + across,
-                steps, tokens * scales - steps, GROUP, GROUPS, STAGES,
-            )  # fmt: skip
-            channel = column * 256 + gl.arange(0, 128, gl.SliceLayout(0, STORE))
-            to = y_ptr + (pair * hidden)[:, None] + channel[None, :]
-            there = (at < end)[:, None]
-            gl.store(to, gl.convert_layout(first.to(kind), STORE), there)
-            gl.store(to + 128, gl.convert_layout(second.to(kind), STORE), there)
+                room, count, many, at, scales, steps, (tokens - 1) * steps, GROUP, GROUPS, STAGES
+            )
         else:
             let_by(room[2], room[3], count, many, STAGES)
         count += many
+        channel = column * 256 + gl.arange(0, 128, gl.SliceLayout(0, STORE))
         column, expert, begin, end = take(turns, turn)
+        turn += 1
+        begin += GROUP * 64
+        at, scales = _aim(pointers, sizes, steps, column, expert, begin, end)
+        to = y_ptr + (pair * hidden)[:, None] + channel[None, :]
+        gl.store(to, gl.convert_layout(first.to(kind), STORE), there[:, None])
+        gl.store(to + 128, gl.convert_layout(second.to(kind), STORE), there[:, None])
 
 
 @gluon.jit(do_not_specialize=COUNTS)

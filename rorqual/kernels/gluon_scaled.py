@@ -14,21 +14,33 @@ from rorqual.kernels.gluon_rings import gl, gluon, mbarrier, warpgroup_mma, warp
 
 
 @gluon.jit
+def first_scales(x_scale_ptrs, one_scale_ptr, two_scale_ptr, there):
+    """The scales of an item's first step, if `there`: asked for before the results of the item before are written."""
+    return gl.load(x_scale_ptrs, there), gl.load(one_scale_ptr, there), gl.load(two_scale_ptr, there)
+
+
+@gluon.jit
 def multiply(
-    room, count, many, x_scale_ptrs, one_scale_ptr, two_scale_ptr, steps, jump,
-    GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+    room,
+    count,
+    many,
+    pointers,
+    scales,
+    steps,
+    jump,
+    GROUP: gl.constexpr,
+    GROUPS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """The products of a group's 64 rows with both halves of `many` tiles from tile number `count` on: fp32 `[64, 128]`
-    twice. After every `steps` tiles x's scales go on `jump` further."""
+    twice. `pointers` and `scales`: those of `first_scales`; after every `steps` tiles x's go on `jump` further."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     x_tiles, w_tiles, full, free = room
+    x_scale_ptrs, one_scale_ptr, two_scale_ptr = pointers
+    x_scale, one, two = scales
     first = gl.zeros([64, 128], gl.float32, LAYOUT)
     second = gl.zeros([64, 128], gl.float32, LAYOUT)
     part = gl.zeros([64, 128], gl.float32, LAYOUT)
-    # The scales of the next step arrive while this one's products are under way.
-    x_scale = gl.load(x_scale_ptrs)
-    one = gl.load(one_scale_ptr)
-    two = gl.load(two_scale_ptr)
     at = 1
     left = steps - 1
     for step in range(many):
@@ -41,7 +53,7 @@ def multiply(
         if left == 0:
             at += jump
             left = steps
-        more = step + 1 < many
+        more = step + 1 < many  # the next step's arrive while this one's products are under way
         x_scale = gl.load(x_scale_ptrs + at, more)
         one = gl.load(one_scale_ptr + step + 1, more)
         two = gl.load(two_scale_ptr + step + 1, more)
