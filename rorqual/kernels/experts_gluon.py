@@ -114,7 +114,7 @@ def _multiply_up(
 ):  # fmt: skip
     """A group of four warps: 64 pairs of every item."""
     _, _, _, weights_ptr, _, inner_ptr, inner_scale_ptr = pointers
-    limit, pairs, tokens, experts, width, steps = sizes
+    limit, pairs, _, _, width, steps = sizes
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     # Four threads that have a row exchange what they hold, so that each stores 16 bytes.
     STORE: gl.constexpr = gl.DistributedLinearLayout(

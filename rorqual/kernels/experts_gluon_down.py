@@ -87,7 +87,7 @@ def _fetch_down(
 def _aim(pointers, sizes, steps, column, expert, begin, end):
     """Where an item's scales lie, and the first of them."""
     x_scale_ptr, w_scale_ptr, shared_scale_ptr, _, _ = pointers
-    tokens, experts, shared, width, hidden = sizes
+    _, experts, shared, _, hidden = sizes
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     place = begin + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     one_scale = w_scale_ptr + (expert * (hidden // 128) + 2 * column) * steps
