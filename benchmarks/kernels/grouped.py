@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.experts import guarded, matrices
-from rorqual.kernels import experts_gluon_down, experts_triton
+from rorqual.kernels import experts_gluon_down
 from rorqual.kernels.experts import Tiles, plan
+from rorqual.kernels.experts_run import Batch, place
 from rorqual.kernels.quant import FP8
 
 SHAPES = ((8, 4096, 4096, 7168), (64, 1024, 2816, 2048), (64, 1024, 2048, 1408))
@@ -43,11 +44,10 @@ class Case:
         self.table = torch.empty(3, self.places // self.tile.rows + count, device="cuda", dtype=torch.int32)
 
     def sort(self) -> None:
-        tiles = self.table.shape[1]
-        experts_triton.sort_kernel[(self.count,)](
-            self.ids, self.order, self.table, self.codes, self.codes, self.scales, self.places, self.places,
-            self.count, 0, tiles, 0, ROWS=self.tile.rows, CHUNK=4096, GROUPS=64, PDL=False, num_warps=8,
-        )  # fmt: skip
+        w = self.matrices
+        stacks = w, w, w
+        batch = Batch(self.codes, self.ids[:, None], self.scales, stacks, stacks, 0, None, None)
+        place(batch, self.tile.rows, self.order, self.table, self.codes, self.scales[:0], self.taken)
 
     def ours(self, y: Tensor, call: int) -> None:
         scale = self.matrices.scale
@@ -106,10 +106,9 @@ def compare(count: int, rows: int, out: int, depth: int) -> None:
     case.sort()
     graphs = [graph_of(lambda call: case.ours(y, call), case.taken.zero_)]
 
-    def planned(call: int) -> None:
-        case.taken[call].zero_()
+    def planned(_: int) -> None:
         case.sort()
-        case.ours(y, call)
+        case.ours(y, 0)
 
     off = case.apart(y)
     graphs.append(graph_of(planned, lambda: None))

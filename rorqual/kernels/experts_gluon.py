@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rorqual.kernels import gluon_rings
 from rorqual.kernels.gluon_rings import (
     COUNTS,
     Held,
-    banded,
     described,
     descriptor,
     expect,
@@ -22,7 +20,6 @@ from rorqual.kernels.gluon_rings import (
     gluon,
     hand_out,
     let_by,
-    locate,
     make_room,
     mbarrier,
     processors,
@@ -35,9 +32,7 @@ from rorqual.kernels.gluon_scaled import first_scales, multiply
 
 
 @gluon.jit
-def _fetch_up(
-    descriptors, room, turns, table, sizes, GROUPS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr
-):
+def _fetch_up(descriptors, room, turns, table, sizes, GROUPS: gl.constexpr, STAGES: gl.constexpr):
     """The fetching warp: 64 rows of x for each group that has pairs and 128 each of gate and up a step."""
     x_desc, gate_desc, up_desc, shared_gate_desc, shared_up_desc = descriptors
     x_tiles, w_tiles, full, free = room
@@ -48,8 +43,8 @@ def _fetch_up(
     turn = 0
     item = gl.program_id(0)
     while item < items:
-        tile, column = locate(item, across, BAND)
-        expert, begin, end = described(tiles_ptr, tiles, tile)
+        column = item % across
+        expert, begin, end = described(tiles_ptr, tiles, item // across)
         following = gl.atomic_add(counter, 1, sem="relaxed") + gl.num_programs(0)
         if expert >= 0:
             hand_out(turns, turn, column, expert, begin, end)
@@ -161,7 +156,6 @@ def gate_up_kernel(
     x_desc, gate_desc, up_desc, shared_gate_desc, shared_up_desc, x_scale_ptr, gate_scale_ptr, up_scale_ptr,
     shared_gate_scale_ptr, shared_up_scale_ptr, weights_ptr, order_ptr, tiles_ptr, inner_ptr, inner_scale_ptr, counter,
     limit, tiles, items, across, pairs, tokens, experts, width, hidden, LIMIT: gl.constexpr, STAGES: gl.constexpr,
-    BAND: gl.constexpr,
 ):  # fmt: skip
     """inner `[P, W]` (codes with scales `[P, W / 128]`): weight * swiglu of rows of x that lie by place already."""
     GROUPS: gl.constexpr = 2
@@ -177,7 +171,7 @@ def gate_up_kernel(
         [
             (_multiply_up, (room, turns, pointers, common, sizes, LIMIT, 0, GROUPS, STAGES)),
             (_multiply_up, (room, turns, pointers, common, sizes, LIMIT, 1, GROUPS, STAGES)),
-            (_fetch_up, (descriptors, room, turns, table, shape, GROUPS, STAGES, BAND)),
+            (_fetch_up, (descriptors, room, turns, table, shape, GROUPS, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -209,6 +203,6 @@ def gate_up(
         descriptor(x, 64), descriptor(gate.flatten(0, 1), 128), descriptor(up.flatten(0, 1), 128),
         descriptor(shared_gate, 128), descriptor(shared_up, 128), scales, gate_scale, up_scale,
         shared_gate_scale, shared_up_scale, weights, order, table, inner, inner_scales, taken, limit or 0.0,
-        tiles, banded(tiles, across), across, weights.numel(), tokens, count, width, hidden, LIMIT=limit is not None,
-        STAGES=stages, BAND=gluon_rings.BAND, num_warps=4,
+        tiles, tiles * across, across, weights.numel(), tokens, count, width, hidden, LIMIT=limit is not None,
+        STAGES=stages, num_warps=4,
     )  # fmt: skip

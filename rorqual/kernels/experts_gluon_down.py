@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rorqual.kernels import gluon_rings
 from rorqual.kernels.gluon_rings import (
     COUNTS,
     Held,
-    banded,
     described,
     descriptor,
     expect,
@@ -21,7 +19,6 @@ from rorqual.kernels.gluon_rings import (
     gluon,
     hand_out,
     let_by,
-    locate,
     make_room,
     mbarrier,
     processors,
@@ -33,52 +30,46 @@ from rorqual.kernels.gluon_scaled import first_scales, multiply
 
 
 @gluon.jit
-def _fetch_down(
-    descriptors, room, turns, table, sizes, GROUPS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr
-):
+def _fetch_down(descriptors, room, turns, table, sizes, GROUPS: gl.constexpr, STAGES: gl.constexpr):
     """The fetching warp: 64 rows of inner for each group that has pairs and 256 rows of the expert's matrix."""
     x_desc, w_desc, shared_desc = descriptors
     x_tiles, w_tiles, full, free = room
     tiles_ptr, counter, tiles, items, across = table
     tokens, experts, shared, width, hidden = sizes
     DEPTH: gl.constexpr = x_desc.block_type.shape[1]
-    steps = width // DEPTH
     count = 0
     turn = 0
     item = gl.program_id(0)
     while item < items:
-        tile, column = locate(item, across, BAND)
-        expert, begin, end = described(tiles_ptr, tiles, tile)
+        column = item % across
+        expert, begin, end = described(tiles_ptr, tiles, item // across)
         following = gl.atomic_add(counter, 1, sem="relaxed") + gl.num_programs(0)
         if (expert >= 0) & (expert <= experts):
             hand_out(turns, turn, column, expert, begin, end)
             turn += 1
             busy = (end - begin + 63) // 64
-            out = column * 256
-            many = steps
-            if expert < experts:
-                out += expert * hidden
-            else:
-                # All shared ones at once: their matrices lie side by side, their rows of inner behind one another.
-                many = steps * shared
-            for step in range(many):
-                stage = count % STAGES
-                mbarrier.wait(free.index(stage), ((count // STAGES) & 1) ^ 1)
-                bar = full.index(stage)
-                expect(bar, busy, x_desc.block_type.nbytes, 2 * w_desc.block_type.nbytes, GROUPS)
-                row = begin + step // steps * tokens
-                start = step % steps * DEPTH
-                for g in gl.static_range(GROUPS):
-                    rows = x_tiles.index(GROUPS * stage + g)
-                    tma.async_copy_global_to_shared(x_desc, [row + 64 * g, start], bar, rows, pred=busy > g)
-                for half in gl.static_range(2):
-                    w = w_tiles.index(2 * stage + half)
-                    at = out + 128 * half
-                    if expert < experts:
-                        tma.async_copy_global_to_shared(w_desc, [at, step * DEPTH], bar, w)
-                    else:
-                        tma.async_copy_global_to_shared(shared_desc, [at, step * DEPTH], bar, w)
-                count += 1
+            out = column * 256 + gl.where(expert < experts, expert, 0) * hidden
+            # All shared ones at once: their matrices lie side by side, their rows of inner behind one another.
+            for one in range(gl.where(expert < experts, 1, shared)):
+                for start in range(0, width, DEPTH):
+                    stage = count % STAGES
+                    mbarrier.wait(free.index(stage), ((count // STAGES) & 1) ^ 1)
+                    bar = full.index(stage)
+                    expect(bar, busy, x_desc.block_type.nbytes, 2 * w_desc.block_type.nbytes, GROUPS)
+                    row = begin + one * tokens
+                    for g in gl.static_range(GROUPS):
+                        rows = x_tiles.index(GROUPS * stage + g)
+                        tma.async_copy_global_to_shared(
+                            x_desc, [row + 64 * g, start], bar, rows, pred=busy > g
+                        )
+                    for half in gl.static_range(2):
+                        w = w_tiles.index(2 * stage + half)
+                        at = out + 128 * half
+                        if expert < experts:
+                            tma.async_copy_global_to_shared(w_desc, [at, start], bar, w)
+                        else:
+                            tma.async_copy_global_to_shared(shared_desc, [at, one * width + start], bar, w)
+                    count += 1
         item = following
     hand_out(turns, turn, 0, -1, 0, 0)
 
@@ -146,7 +137,7 @@ def _multiply_down(
 @gluon.jit(do_not_specialize=COUNTS)
 def down_kernel(
     x_desc, w_desc, shared_desc, x_scale_ptr, w_scale_ptr, shared_scale_ptr, order_ptr, tiles_ptr, y_ptr, counter,
-    tiles, items, across, tokens, experts, shared, width, hidden, STAGES: gl.constexpr, BAND: gl.constexpr,
+    tiles, items, across, tokens, experts, shared, width, hidden, STAGES: gl.constexpr,
 ):  # fmt: skip
     """y `[.., D]`, by pair number: inner `[P, W]` times the expert's down matrix. The shared experts' sum is the first
     one's."""
@@ -162,7 +153,7 @@ def down_kernel(
         [
             (_multiply_down, (room, turns, pointers, sizes, 0, GROUPS, STAGES)),
             (_multiply_down, (room, turns, pointers, sizes, 1, GROUPS, STAGES)),
-            (_fetch_down, (descriptors, room, turns, table, shape, GROUPS, STAGES, BAND)),
+            (_fetch_down, (descriptors, room, turns, table, shape, GROUPS, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -189,6 +180,6 @@ def down(
     tiles, across = table.shape[1], hidden // 256
     down_kernel[(min(processors(inner), tiles * across),)](
         descriptor(inner, 64), descriptor(weight.flatten(0, 1), 128), descriptor(shared_weight, 128),
-        inner_scales, scale, shared_scale, order, table, parts, taken, tiles, banded(tiles, across), across, tokens,
-        count, extra, width, hidden, STAGES=stages, BAND=gluon_rings.BAND, num_warps=4,
+        inner_scales, scale, shared_scale, order, table, parts, taken, tiles, tiles * across, across, tokens,
+        count, extra, width, hidden, STAGES=stages, num_warps=4,
     )  # fmt: skip

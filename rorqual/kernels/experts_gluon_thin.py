@@ -12,18 +12,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rorqual.kernels import gluon_rings
 from rorqual.kernels.experts_triton import follow, to_fp8
 from rorqual.kernels.gluon_rings import (
     COUNTS,
     Held,
-    banded,
     described,
     descriptor,
     gl,
     gluon,
     hand_out,
-    locate,
     make_room,
     mbarrier,
     processors,
@@ -102,9 +99,7 @@ def _multiply(
 
 
 @gluon.jit
-def _fetch(
-    descriptors, room, turns, table, sizes, UP: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr
-):
+def _fetch(descriptors, room, turns, table, sizes, UP: gl.constexpr, STAGES: gl.constexpr):
     """The fetching warp: the rows of a tile, and 128 rows each of gate and up, or 256 of down."""
     x_desc, one_desc, two_desc, shared_one_desc, shared_two_desc = descriptors
     x_tiles, w_tiles, full, free = room
@@ -117,8 +112,8 @@ def _fetch(
     turn = 0
     item = gl.program_id(0)
     while item < items:
-        tile, column = locate(item, across, BAND)
-        expert, begin, end = described(tiles_ptr, tiles, tile)
+        column = item % across
+        expert, begin, end = described(tiles_ptr, tiles, item // across)
         following = gl.atomic_add(counter, 1, sem="relaxed") + gl.num_programs(0)
         if expert >= 0:
             hand_out(turns, turn, column, expert, begin, end)
@@ -246,7 +241,6 @@ def gate_up_kernel(
     x_desc, gate_desc, up_desc, shared_gate_desc, shared_up_desc, x_scale_ptr, gate_scale_ptr, up_scale_ptr,
     shared_gate_scale_ptr, shared_up_scale_ptr, weights_ptr, order_ptr, tiles_ptr, inner_ptr, inner_scale_ptr, counter,
     limit, tiles, items, across, pairs, tokens, experts, width, hidden, LIMIT: gl.constexpr, STAGES: gl.constexpr,
-    BAND: gl.constexpr,
 ):  # fmt: skip
     """inner `[P, W]` (codes with scales `[P, W / 128]`): weight * swiglu of rows of x that lie by place already."""
     ROWS: gl.constexpr = x_desc.block_type.shape[0]
@@ -261,7 +255,7 @@ def gate_up_kernel(
     gl.warp_specialize(
         [
             (_up_group, (room, turns, pointers, common, sizes, LIMIT, ROWS, STAGES)),
-            (_fetch, (descriptors, room, turns, table, shape, True, STAGES, BAND)),
+            (_fetch, (descriptors, room, turns, table, shape, True, STAGES)),
         ],
         [1],
         [40],
@@ -271,7 +265,7 @@ def gate_up_kernel(
 @gluon.jit(do_not_specialize=COUNTS)
 def down_kernel(
     x_desc, w_desc, shared_desc, x_scale_ptr, w_scale_ptr, shared_scale_ptr, order_ptr, tiles_ptr, y_ptr, counter,
-    tiles, items, across, tokens, experts, shared, width, hidden, STAGES: gl.constexpr, BAND: gl.constexpr,
+    tiles, items, across, tokens, experts, shared, width, hidden, STAGES: gl.constexpr,
 ):  # fmt: skip
     """y `[.., D]`, by pair number: inner `[P, W]` times the expert's down matrix."""
     ROWS: gl.constexpr = x_desc.block_type.shape[0]
@@ -285,11 +279,17 @@ def down_kernel(
     gl.warp_specialize(
         [
             (_down_group, (room, turns, pointers, sizes, ROWS, STAGES)),
-            (_fetch, (descriptors, room, turns, table, shape, False, STAGES, BAND)),
+            (_fetch, (descriptors, room, turns, table, shape, False, STAGES)),
         ],
         [1],
         [40],
     )
+
+
+def _programs(x: Tensor, stages: int) -> tuple[int, dict[str, int]]:
+    """How many programs run at a time, and their option: two a multiprocessor where half its memory holds `stages`;
+    they start with half its registers, and the fetching warps leave theirs to the others."""
+    return (2 * processors(x), {"maxnreg": 128}) if stages <= 3 else (processors(x), {})
 
 
 def gate_up(
@@ -313,12 +313,13 @@ def gate_up(
     (shared_gate, shared_gate_scale), (shared_up, shared_up_scale) = shared
     count, width, hidden = gate.shape
     tiles, across = table.shape[1], width // 128
-    gate_up_kernel[(min(processors(x), tiles * across),)](
+    programs, options = _programs(x, stages)
+    gate_up_kernel[(min(programs, tiles * across),)](
         descriptor(x, rows), descriptor(gate.flatten(0, 1), 128), descriptor(up.flatten(0, 1), 128),
         descriptor(shared_gate, 128), descriptor(shared_up, 128), scales, gate_scale, up_scale,
         shared_gate_scale, shared_up_scale, weights, order, table, inner, inner_scales, taken, limit or 0.0,
-        tiles, banded(tiles, across), across, weights.numel(), tokens, count, width, hidden, LIMIT=limit is not None,
-        STAGES=stages, BAND=gluon_rings.BAND, num_warps=4,
+        tiles, tiles * across, across, weights.numel(), tokens, count, width, hidden, LIMIT=limit is not None,
+        STAGES=stages, num_warps=4, **options,
     )  # fmt: skip
 
 
@@ -341,8 +342,9 @@ def down(
     (weight, scale), (shared_weight, shared_scale) = routed, shared
     count, hidden, width = weight.shape
     tiles, across = table.shape[1], hidden // 256
-    down_kernel[(min(processors(inner), tiles * across),)](
+    programs, options = _programs(inner, stages)
+    down_kernel[(min(programs, tiles * across),)](
         descriptor(inner, rows), descriptor(weight.flatten(0, 1), 128), descriptor(shared_weight, 128),
-        inner_scales, scale, shared_scale, order, table, parts, taken, tiles, banded(tiles, across), across, tokens,
-        count, extra, width, hidden, STAGES=stages, BAND=gluon_rings.BAND, num_warps=4,
+        inner_scales, scale, shared_scale, order, table, parts, taken, tiles, tiles * across, across, tokens,
+        count, extra, width, hidden, STAGES=stages, num_warps=4, **options,
     )  # fmt: skip

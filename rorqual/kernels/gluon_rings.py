@@ -42,7 +42,6 @@ __all__ = [
     "AVAILABLE",
     "COUNTS",
     "Held",
-    "banded",
     "described",
     "descriptor",
     "expect",
@@ -50,7 +49,6 @@ __all__ = [
     "gluon",
     "hand_out",
     "let_by",
-    "locate",
     "make_room",
     "mbarrier",
     "processors",
@@ -67,30 +65,10 @@ COUNTS = ("tiles", "items", "across", "pairs", "tokens", "experts", "shared")
 """Arguments whose values make no variant of a kernel: batches of every size run the same code."""
 
 
-BAND = 8
-"""Tiles of pairs that go through a matrix's columns together: as many programs as run at a time then share rows and
-columns about equally."""
-
-
-def banded(tiles: int, across: int) -> int:
-    """Items of so many tiles and columns, in whole bands."""
-    return -(-tiles // BAND) * BAND * across
-
-
-@gluon.jit
-def locate(item, across, BAND: gl.constexpr):
-    """The tile and the column of an item."""
-    rest = item % (BAND * across)
-    return item // (BAND * across) * BAND + rest % BAND, rest // BAND
-
-
 @gluon.jit
 def described(tiles_ptr, tiles, tile):
     """A tile's expert, below 0 for none, and where its pairs begin and end."""
-    there = tile < tiles
-    expert = gl.load(tiles_ptr + tile, there, other=-1)
-    begin = gl.load(tiles_ptr + tiles + tile, there, other=0)
-    return expert, begin, gl.load(tiles_ptr + 2 * tiles + tile, there, other=0)
+    return gl.load(tiles_ptr + tile), gl.load(tiles_ptr + tiles + tile), gl.load(tiles_ptr + 2 * tiles + tile)
 
 
 @gluon.jit
