@@ -239,8 +239,8 @@ def plan(tokens: int, chosen: int, count: int, fp8: bool, fixed: bool, gluon: bo
     full = mean + 1.5 * mean**0.5  # few experts have more pairs than that
     if fp8 and tokens * chosen < count:
         return Plan(Tiles(16, 64, 128, 8, 3, True), Tiles(16, 64, 128, 4, 4, True), codes=True)
-    if fp8 and gluon and not fixed and 16 < full <= 64:
-        tile = Tiles(32, 256, 128, 4, 6, True) if full <= 32 else Tiles(64, 256, 128, 4, 5, True)
+    if fp8 and gluon and not fixed and full > 16:
+        tile = Tiles(32, 256, 128, 4, 6, True) if full <= 32 else Tiles(128, 256, 128, 4, 4, False)
         return Plan(tile, tile, codes=True, gluon=True)
     if fp8 and full <= 16:
         return Plan(Tiles(16, 64, 128, 4, 4, True), Tiles(16, 128, 128, 8, 4, True), codes=True)
@@ -257,9 +257,6 @@ def plan(tokens: int, chosen: int, count: int, fp8: bool, fixed: bool, gluon: bo
     if fp8 and fixed:
         return Plan(Tiles(64, 64, 128, 4, 3, True), Tiles(64, 128, 128, 4, 3, True), codes=True)
     if gluon and not fixed:  # these add shared experts up before they round
-        if fp8:
-            tile = Tiles(128, 256, 128, 4, 4, False)
-            return Plan(tile, tile, codes=True, gluon=True)
         # Tiles of 192 pairs ask the cache for less, but more of an expert's last one is empty.
         rows, stages = (192, 3) if mean >= LARGE else (128, 4)
         tile = Tiles(rows, 256, 64, 4, stages, False)
