@@ -1,8 +1,9 @@
 """The FP8 grouped product of the experts, in turns with DeepGEMM's: `python -m benchmarks.kernels.grouped`.
 
-Twice for each shape, by replay of CUDA graphs: the product alone, from codes that lie by expert and scales as the
-kernel reads them to bf16 rows; and with its plan, which is the table of tiles on our side and x's scales in
-columns on theirs.
+Three times for each shape: the product alone, from codes that lie by expert and scales as the kernel reads them to
+bf16 rows, in a row (CUDA graphs; the GPU then draws all the power it may and clocks lower) and one by one (the L2
+flushed before each); and in a row with its plan, which is the table of tiles on our side and x's scales in columns
+on theirs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.testing import do_bench
 
 from benchmarks.kernels.experts import guarded, matrices
 from rorqual.kernels import experts_gluon_down
@@ -110,9 +112,13 @@ def compare(count: int, rows: int, out: int, depth: int) -> None:
         case.sort()
         case.ours(y, 0)
 
+    def single() -> None:
+        case.taken.zero_()
+        case.ours(y, 0)
+
+    one_by_one: list[Callable[[], None]] = [single]
     off = case.apart(y)
     graphs.append(graph_of(planned, lambda: None))
-    names = ["alone", "with its plan"]
     other = float("nan")
     try:
         import deep_gemm
@@ -130,13 +136,15 @@ def compare(count: int, rows: int, out: int, depth: int) -> None:
             )
 
         graphs += [graph_of(theirs(s), lambda: None) for s in (columns, case.scales)]
+        one_by_one.append(lambda: theirs(columns)(0))
         other = case.apart(y2)
     rates = [case.work / s / 1e12 for s in in_turns(graphs)]
+    singles = [case.work / do_bench(run, warmup=5, rep=40, return_mode="median") / 1e9 for run in one_by_one]
     text = f"grouped FP8 {count} x {rows} x {out} x {depth} ({off:.1e}, {other:.1e} from fp32)"
-    for i, name in enumerate(names):
-        text += f"; {name}: {rates[i]:.0f} TFLOP/s"
-        if len(rates) > 2:
-            text += f", DeepGEMM {rates[i + 2]:.0f}, {rates[i] / rates[i + 2]:.0%}"
+    for name, found in (("in a row", rates[0::2]), ("with its plan", rates[1::2]), ("one by one", singles)):
+        text += f"; {name}: {found[0]:.0f} TFLOP/s"
+        if len(found) > 1:
+            text += f", DeepGEMM {found[1]:.0f}, {found[0] / found[1]:.0%}"
     print(text, flush=True)
 
 
