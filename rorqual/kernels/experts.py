@@ -239,7 +239,7 @@ def plan(tokens: int, chosen: int, count: int, fp8: bool, fixed: bool, gluon: bo
     full = mean + 1.5 * mean**0.5  # few experts have more pairs than that
     if fp8 and tokens * chosen < count:
         return Plan(Tiles(16, 64, 128, 8, 3, True), Tiles(16, 64, 128, 4, 4, True), codes=True)
-    if fp8 and gluon and not fixed and full > 16:
+    if fp8 and gluon and not fixed and full > 20:
         tile = Tiles(32, 256, 128, 4, 6, True) if full <= 32 else Tiles(128, 256, 128, 4, 4, False)
         return Plan(tile, tile, codes=True, gluon=True)
     if fp8 and full <= 16:

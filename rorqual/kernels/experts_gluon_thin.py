@@ -27,7 +27,6 @@ from rorqual.kernels.gluon_rings import (
     reciprocal,
     table_room,
     take,
-    tile_at,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -104,7 +103,7 @@ def _fetch(descriptors, room, turns, table, sizes, UP: gl.constexpr, STAGES: gl.
     """The fetching warp: the rows of a tile, and 128 rows each of gate and up, or 256 of down."""
     x_desc, one_desc, two_desc, shared_one_desc, shared_two_desc = descriptors
     x_tiles, w_tiles, full, free = room
-    tiles_ptr, counter, tiles, late, items, across = table
+    tiles_ptr, counter, tiles, items, across = table
     tokens, experts, width, hidden = sizes
     DEPTH: gl.constexpr = x_desc.block_type.shape[1]
     BYTES: gl.constexpr = x_desc.block_type.nbytes + 2 * one_desc.block_type.nbytes
@@ -114,7 +113,7 @@ def _fetch(descriptors, room, turns, table, sizes, UP: gl.constexpr, STAGES: gl.
     item = gl.program_id(0)
     while item < items:
         column = item % across
-        expert, begin, end = described(tiles_ptr, tiles, tile_at(item // across, tiles, late))
+        expert, begin, end = described(tiles_ptr, tiles, item // across)
         following = gl.atomic_add(counter, 1, sem="relaxed") + gl.num_programs(0)
         if expert >= 0:
             hand_out(turns, turn, column, expert, begin, end)
@@ -241,7 +240,7 @@ def _down_group(room, turns, pointers, sizes, ROWS: gl.constexpr, STAGES: gl.con
 def gate_up_kernel(
     x_desc, gate_desc, up_desc, shared_gate_desc, shared_up_desc, x_scale_ptr, gate_scale_ptr, up_scale_ptr,
     shared_gate_scale_ptr, shared_up_scale_ptr, weights_ptr, order_ptr, tiles_ptr, inner_ptr, inner_scale_ptr, counter,
-    limit, tiles, late, items, across, pairs, tokens, experts, width, hidden, LIMIT: gl.constexpr, STAGES: gl.constexpr,
+    limit, tiles, items, across, pairs, tokens, experts, width, hidden, LIMIT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """inner `[P, W]` (codes with scales `[P, W / 128]`): weight * swiglu of rows of x that lie by place already."""
     ROWS: gl.constexpr = x_desc.block_type.shape[0]
@@ -250,7 +249,7 @@ def gate_up_kernel(
     pointers = (x_scale_ptr, gate_scale_ptr, up_scale_ptr, weights_ptr, order_ptr, inner_ptr, inner_scale_ptr)
     common = (shared_gate_scale_ptr, shared_up_scale_ptr)
     sizes = (limit, pairs, tokens, experts, width, hidden // x_desc.block_type.shape[1])
-    table = (tiles_ptr, counter, tiles, late, items, across)
+    table = (tiles_ptr, counter, tiles, items, across)
     descriptors = (x_desc, gate_desc, up_desc, shared_gate_desc, shared_up_desc)
     shape = (tokens, experts, width, hidden)
     gl.warp_specialize(
@@ -266,7 +265,7 @@ def gate_up_kernel(
 @gluon.jit(do_not_specialize=COUNTS)
 def down_kernel(
     x_desc, w_desc, shared_desc, x_scale_ptr, w_scale_ptr, shared_scale_ptr, order_ptr, tiles_ptr, y_ptr, counter,
-    tiles, late, items, across, tokens, experts, shared, width, hidden, STAGES: gl.constexpr,
+    tiles, items, across, tokens, experts, shared, width, hidden, STAGES: gl.constexpr,
 ):  # fmt: skip
     """y `[.., D]`, by pair number: inner `[P, W]` times the expert's down matrix."""
     ROWS: gl.constexpr = x_desc.block_type.shape[0]
@@ -274,7 +273,7 @@ def down_kernel(
     turns = table_room(1)
     pointers = (x_scale_ptr, w_scale_ptr, shared_scale_ptr, order_ptr, y_ptr)
     sizes = (experts, shared, hidden, width // x_desc.block_type.shape[1])
-    table = (tiles_ptr, counter, tiles, late, items, across)
+    table = (tiles_ptr, counter, tiles, items, across)
     descriptors = (x_desc, w_desc, w_desc, shared_desc, shared_desc)
     shape = (tokens, experts, width, hidden)
     gl.warp_specialize(
@@ -285,17 +284,6 @@ def down_kernel(
         [1],
         [40],
     )
-
-
-def _programs(x: Tensor, stages: int) -> tuple[int, dict[str, int]]:
-    """How many programs run at a time, and their option: two a multiprocessor where half its memory holds `stages`;
-    they start with half its registers, and the fetching warps leave theirs to the others."""
-    return (2 * processors(x), {"maxnreg": 128}) if stages <= 3 else (processors(x), {})
-
-
-def _late(tokens: int, extra: int, rows: int) -> int:
-    """Tiles of the shared experts."""
-    return extra * -(-tokens // rows)
 
 
 def gate_up(
@@ -311,7 +299,6 @@ def gate_up(
     taken: Tensor,
     limit: float | None,
     tokens: int,
-    extra: int,
     rows: int,
     stages: int,
 ) -> None:
@@ -320,14 +307,12 @@ def gate_up(
     (shared_gate, shared_gate_scale), (shared_up, shared_up_scale) = shared
     count, width, hidden = gate.shape
     tiles, across = table.shape[1], width // 128
-    programs, options = _programs(x, stages)
-    gate_up_kernel[(min(programs, tiles * across),)](
+    gate_up_kernel[(min(processors(x), tiles * across),)](
         descriptor(x, rows), descriptor(gate.flatten(0, 1), 128), descriptor(up.flatten(0, 1), 128),
         descriptor(shared_gate, 128), descriptor(shared_up, 128), scales, gate_scale, up_scale,
         shared_gate_scale, shared_up_scale, weights, order, table, inner, inner_scales, taken, limit or 0.0,
-        tiles, _late(tokens, extra, rows), tiles * across, across, weights.numel(), tokens, count, width, hidden,
-        LIMIT=limit is not None,
-        STAGES=stages, num_warps=4, **options,
+        tiles, tiles * across, across, weights.numel(), tokens, count, width, hidden, LIMIT=limit is not None,
+        STAGES=stages, num_warps=4,
     )  # fmt: skip
 
 
@@ -350,10 +335,8 @@ def down(
     (weight, scale), (shared_weight, shared_scale) = routed, shared
     count, hidden, width = weight.shape
     tiles, across = table.shape[1], hidden // 256
-    programs, options = _programs(inner, stages)
-    down_kernel[(min(programs, tiles * across),)](
+    down_kernel[(min(processors(inner), tiles * across),)](
         descriptor(inner, rows), descriptor(weight.flatten(0, 1), 128), descriptor(shared_weight, 128),
-        inner_scales, scale, shared_scale, order, table, parts, taken, tiles, _late(tokens, extra, rows),
-        tiles * across, across, tokens,
-        count, extra, width, hidden, STAGES=stages, num_warps=4, **options,
+        inner_scales, scale, shared_scale, order, table, parts, taken, tiles, tiles * across, across, tokens,
+        count, extra, width, hidden, STAGES=stages, num_warps=4,
     )  # fmt: skip

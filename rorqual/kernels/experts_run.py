@@ -265,7 +265,7 @@ def _gluon_products(
     if how.up.thin:
         experts_gluon_thin.gate_up(
             x, scales, b.weights, order, table, (routed[0], routed[1]), (shared[0], shared[1]), inner, inner_scales,
-            taken, b.limit, b.tokens, b.extra, rows, first,
+            taken, b.limit, b.tokens, rows, first,
         )  # fmt: skip
         experts_gluon_thin.down(
             inner, inner_scales, order, table, routed[2], shared[2], parts, taken[1:], b.tokens, b.extra, rows,

@@ -56,22 +56,13 @@ __all__ = [
     "supported",
     "table_room",
     "take",
-    "tile_at",
     "tma",
     "warpgroup_mma",
     "warpgroup_mma_wait",
 ]
 
-COUNTS = ("tiles", "late", "items", "across", "pairs", "tokens", "experts", "shared")
+COUNTS = ("tiles", "items", "across", "pairs", "tokens", "experts", "shared")
 """Arguments whose values make no variant of a kernel: batches of every size run the same code."""
-
-
-@gluon.jit
-def tile_at(turn, tiles, late):
-    """The tile whose turn it is. The last `late` of all `tiles` are the shared experts', whose matrices the cache holds
-    after the first: one of them after every few of the others, so that memory is never left waiting."""
-    before = turn * late // tiles
-    return gl.where((turn + 1) * late // tiles > before, tiles - late + before, turn - before)
 
 
 @gluon.jit
