@@ -209,7 +209,7 @@ class Tiles:
 class Plan:
     """How `fast` runs: tiles of the products (same `rows`); `few`: by `experts_few`, whose `split` is `rows`;
     `codes`: the first product writes FP8 codes, else the second quantises what it reads; `gluon`: both by
-    `experts_gluon` (`thin`: `experts_gluon_thin`), or without FP8 `experts_gluon16`."""
+    `experts_gluon`, or without FP8 `experts_gluon16`."""
 
     up: Tiles
     down: Tiles
@@ -239,8 +239,8 @@ def plan(tokens: int, chosen: int, count: int, fp8: bool, fixed: bool, gluon: bo
     full = mean + 1.5 * mean**0.5  # few experts have more pairs than that
     if fp8 and tokens * chosen < count:
         return Plan(Tiles(16, 64, 128, 8, 3, True), Tiles(16, 64, 128, 4, 4, True), codes=True)
-    if fp8 and gluon and not fixed and full > 20:
-        tile = Tiles(32, 256, 128, 4, 6, True) if full <= 32 else Tiles(128, 256, 128, 4, 4, False)
+    if fp8 and gluon and not fixed and full > 32:  # as below, Gluon's add shared experts up before they round
+        tile = Tiles(128, 256, 128, 4, 4, False)
         return Plan(tile, tile, codes=True, gluon=True)
     if fp8 and full <= 16:
         return Plan(Tiles(16, 64, 128, 4, 4, True), Tiles(16, 128, 128, 8, 4, True), codes=True)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from rorqual.kernels import (
     experts_few,
+    experts_gather,
     experts_gluon,
     experts_gluon16,
     experts_gluon_down,
-    experts_gluon_thin,
     experts_triton,
 )
 from rorqual.kernels.gpu import triton
@@ -144,8 +144,8 @@ def run_sorted(b: Batch, how: Plan) -> Tensor:
         )  # fmt: skip
     inner = b.x.new_empty(len(order), b.width, dtype=FP8 if how.codes else b.x.dtype)
     inner_scales = b.x.new_empty((len(order), b.width // 128) if how.codes else (1,), dtype=torch.float32)
-    # Gluon's products of large batches add the shared experts up.
-    extra = min(b.extra, 1) if how.gluon and not how.up.thin else b.extra
+    # Gluon's products add the shared experts up.
+    extra = min(b.extra, 1) if how.gluon else b.extra
     parts = b.x.new_empty(b.pairs + extra * b.tokens, b.hidden)
     if how.gluon:
         x, scales = _by_place(b, order, places, taken)
@@ -226,7 +226,7 @@ def _by_place(b: Batch, order: Tensor, places: Tensor | None, taken: Tensor) -> 
     scales = b.x.new_empty((read, b.hidden // 128) if b.fp8 else (1,), dtype=torch.float32)
     across = triton.cdiv(b.hidden, 2048)
     if places is None:
-        experts_gluon_thin.gather_kernel[(read, across)](
+        experts_gather.gather_kernel[(read, across)](
             b.x, order, x, scales, taken, b.pairs, b.tokens, b.hidden, K=b.chosen, GROUPS=16, num_warps=4, **b.launch
         )  # fmt: skip
     else:
@@ -262,16 +262,7 @@ def _gluon_products(
     routed = [(w.codes, _scale(w)) for w in b.routed]
     shared = [(w.codes.flatten(0, -2), _scale(w)) for w in b.shared]
     rows, first, second = how.up.rows, how.up.stages, how.down.stages
-    if how.up.thin:
-        experts_gluon_thin.gate_up(
-            x, scales, b.weights, order, table, (routed[0], routed[1]), (shared[0], shared[1]), inner, inner_scales,
-            taken, b.limit, b.tokens, rows, first,
-        )  # fmt: skip
-        experts_gluon_thin.down(
-            inner, inner_scales, order, table, routed[2], shared[2], parts, taken[1:], b.tokens, b.extra, rows,
-            second,
-        )  # fmt: skip
-    elif b.fp8:
+    if b.fp8:
         experts_gluon.gate_up(
             x, scales, b.weights, order, table, (routed[0], routed[1]), (shared[0], shared[1]), inner, inner_scales,
             taken, b.limit, b.tokens, first,

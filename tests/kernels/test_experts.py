@@ -11,7 +11,7 @@ from torch import Tensor
 from rorqual.kernels import experts as op
 from rorqual.kernels import experts_run, gluon_rings
 from rorqual.kernels.experts import Plan, Shared, Tiles, Weights, fast, reference
-from rorqual.kernels.experts_gluon_thin import gather_kernel
+from rorqual.kernels.experts_gather import gather_kernel
 from rorqual.kernels.experts_triton import count_kernel, place_kernel, scan_kernel, sort_kernel, spread_kernel
 from rorqual.kernels.quant import dequantize_fp8, quantize_fp8
 from tests.interpreter import repair
@@ -200,9 +200,15 @@ def test_fp8(device: torch.device, form: str) -> None:
 @pytest.mark.parametrize("limit, shared", [(None, 2), (0.5, 0)])
 @pytest.mark.parametrize("codes, rows, stages", [(False, 128, 4), (False, 192, 3), (True, 128, 4)])
 def test_gluon(
-    device: torch.device, codes: bool, rows: int, stages: int, limit: float | None, shared: int
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    codes: bool,
+    rows: int,
+    stages: int,
+    limit: float | None,
+    shared: int,
 ) -> None:
-    """Several tiles of an expert, one of few pairs, one of none."""
+    """Several tiles of an expert, one of few pairs, one of none; pairs sorted in one launch and in several."""
     *args, common = case(device, 300, 2, 4, 512, 256, shared, dtype=torch.bfloat16, codes=codes)
     x, ids = args[:2]
     if not gluon_rings.supported(x, 256, 512):
@@ -211,34 +217,9 @@ def test_gluon(
     ids[5] = -1
     ids[7, 0] = 2
     tile = Tiles(rows, 128, 128, 4, stages, False)
-    y = fast(*args, limit=limit, shared=common, how=Plan(tile, tile, codes=codes, gluon=True))
-    expected = exact(*args, common, limit, quantized=codes)
-    close(y, expected, 2e-2)
-
-
-@pytest.mark.parametrize("limit, shared", [(None, 2), (0.5, 0)])
-@pytest.mark.parametrize("tokens, rows, stages", [(60, 16, 6), (100, 32, 6), (100, 64, 5)])
-def test_gluon_thin(
-    device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
-    tokens: int,
-    rows: int,
-    stages: int,
-    limit: float | None,
-    shared: int,
-) -> None:
-    """As above; pairs sorted in one launch and in several."""
-    *args, common = case(device, tokens, 2, 4, 512, 256, shared, dtype=torch.bfloat16, codes=True)
-    x, ids = args[:2]
-    if not gluon_rings.supported(x, 256, 512):
-        pytest.skip("made for Hopper")
-    ids[ids == 2] = 1
-    ids[5] = -1
-    ids[7, 0] = 2
-    tile = Tiles(rows, 256, 128, 4, stages, True)
-    how = Plan(tile, tile, codes=True, gluon=True)
-    expected = exact(*args, common, limit, quantized=True)
+    how = Plan(tile, tile, codes=codes, gluon=True)
     y = fast(*args, limit=limit, shared=common, how=how)
+    expected = exact(*args, common, limit, quantized=codes)
     close(y, expected, 2e-2)
     monkeypatch.setattr(experts_run, "ONE_CHUNK", 4)
     assert torch.equal(fast(*args, limit=limit, shared=common, how=how), y)
