@@ -24,9 +24,9 @@ from rorqual.kernels.mode import is_invariant
 
 # FlashMLA's time over ours by heads, queries, sequences and keys of each, on an H200, its plan made before: a pass
 # makes it once, in 11 to 40 us, for all its layers. 128 rows a sequence or more:
-#   128 x 1: 128 x 4096 0.90 to 0.95, 8 x 32768 0.92, 64 x 1024 0.83; 32 x 1024 1.09, 16 x 2048 1.02, 8 x 4096 1.05,
+#   128 x 1: 128 x 4096 0.90 to 0.95, 8 x 32768 0.93, 64 x 1024 0.83; 32 x 1024 1.09, 16 x 2048 1.02, 8 x 4096 1.05,
 #            1 x 65536 1.08, 1 x 4096 1.16
-#   128 x 2: 32 x 4096 0.88.   64 x 2: 32 x 4096 0.94, 8 x 32768 0.94, 64 x 512 0.81
+#   128 x 2: 32 x 4096 0.86.   64 x 2: 32 x 4096 0.94, 8 x 32768 0.93, 64 x 512 0.81
 # 64 rows:   256 x 512 0.84, 128 x 1024 0.88; 128 x 4096 1.05, 64 x 1024 1.04, 16 x 2048 0.96, 1 x 4096 1.69
 # 16 heads:  0.99 to 1.41.
 KEYS = 2**17
