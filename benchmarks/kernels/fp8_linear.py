@@ -8,6 +8,7 @@ the weight that together exceed the L2 cache several times.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import Any
 
@@ -151,6 +152,133 @@ def small_ways(rows: int, out: int, width: int) -> list[dict[str, Any]]:
     return best
 
 
+def ring_ways(rows: int, out: int, width: int) -> list[dict[str, Any]]:
+    """Cuts of the Gluon form worth timing: what fits in shared memory and in one wave."""
+    pieces = ((2, 4), (1, 4), (4, 4), (2, 2), (2, 8))
+    kinds: dict[tuple[bool, int, int, int], Any] = {
+        (False, 64, 64, 4): pieces, (False, 64, 64, 8): ((2, 4), (2, 2)), (True, 64, 64, 4): ((2, 4), (2, 2)),
+        (False, 64, 128, 8): ((1, 4),), (True, 32, 64, 4): ((4, 4), (2, 2)), (True, 16, 64, 4): ((4, 4), (2, 2)),
+        (False, 128, 64, 8): ((1, 4), (2, 4), (1, 2)), (True, 128, 64, 4): ((1, 4),),
+    }  # fmt: skip
+    found = []
+    for (tall, bn, bo, warps), wide in kinds.items():
+        if not (bn // 2 < rows <= bn or (bn == 64 and rows == 32) or (bn == 16 and rows < 16)):
+            continue
+        for split in (1, 2, 4, 8):
+            steps = width // 128 // split
+            if width // 128 % split or steps > 16 or steps < 4 or -(-out // bo) * split > 132:
+                continue
+            for x_wide, w_wide in wide:
+                room = 231000 - bo * 128 * steps - 64 * bn
+                stages = min(room // (bn * 128 * x_wide), -(-steps // x_wide))
+                if stages < 2 or steps % x_wide or steps % w_wide:
+                    continue
+                found.append({
+                    "BN": bn, "BO": bo, "STEPS": steps, "X_WIDE": x_wide, "W_WIDE": w_wide, "STAGES": stages,
+                    "TALL": tall, "num_warps": warps,
+                })  # fmt: skip
+            break
+    return found if (rows, out, width) in RING[:4] else found[:2]
+
+
+RING = (
+    (64, 7168, 2048), (64, 2112, 7168), (128, 7168, 2048), (32, 7168, 2048), (16, 7168, 2048), (48, 7168, 2048),
+    (64, 576, 2048), (64, 1536, 7168), (64, 8192, 1536),
+)  # fmt: skip
+
+
+def check_ring(rows: int, out: int, width: int, how: dict[str, Any]) -> None:
+    """Against fp64, by given codes, in a chain and ahead; the same bits by all."""
+    codes, scale = weight(out, width)
+    codes, x = codes * 1.0, torch.randn(rows, width, device="cuda").bfloat16()
+    codes = codes.to(torch.float8_e4m3fn)
+    held = op.quantize_fast(x)
+    z = dequantize_fp8(held[0], held[1], (1, 128), torch.float64)
+    w = dequantize_fp8(codes, scale, (128, 128), torch.float64)
+    want, size = z @ w.T, z.abs() @ w.abs().T
+    poison()
+    ys = [
+        op.fast(x, codes, scale, how=how, quantized=held),
+        op.fast(x, codes, scale, how=how),
+        op.fast(x, codes, scale, how=how, ahead=True),
+    ]
+    off = float(((ys[0] - want).abs() / size).max()) if ys[0].isfinite().all() else float("inf")
+    same = all(torch.equal(y, ys[0]) for y in ys)
+    if off > 2**-8 or not same:
+        print(f"WRONG ring {rows}x{out}x{width} {short(how)}: {off:.1e}, same bits {same}", flush=True)
+
+
+def time_ring() -> None:
+    """Few rows, by DeepGEMM where it is, Triton and Gluon: us of the product alone (behind what is before, or its
+    weight asked for ahead), and with quantising."""
+    try:
+        import deep_gemm  # type: ignore[import-not-found]
+    except ImportError:
+        deep_gemm = None
+    print("ring: us alone; alone, ahead; with quantising; with quantising, ahead")
+    for rows, out, width in RING:
+        held = [weight(out, width) for _ in range(max(2, min(12, int(4e8) // (out * width))))]
+        x = torch.randn(rows, width, device="cuda").bfloat16()
+        given = op.quantize_fast(x)
+        y = torch.empty(rows, out, device="cuda", dtype=torch.bfloat16)
+
+        def peer(w: Any, codes: Any = None, x: Any = x, y: Any = y) -> Any:
+            deep_gemm.fp8_gemm_nt(codes or op.quantize_rows(x), w, y, disable_ue8m0_cast=True)
+            return y
+
+        def call(w: Any, how: Any, ahead: bool, codes: Any = None, quantize: Any = None, x: Any = x) -> Any:
+            if quantize:
+                codes, ahead = op.quantize_fast(x, False, ahead, quantize, followed=True), True
+            return op.fast(x, *w, ahead=ahead, how=how, quantized=codes)
+
+        def time(forms: Any, held: Any = held) -> str:
+            try:
+                return "; ".join(f"{graph_us([lambda w=w, f=f: f(w) for w in held], 3):.2f}" for f in forms)
+            except Exception:
+                failed(str(forms))
+                return "-"
+
+        line = f"{rows}x{out}x{width}: "
+        if deep_gemm:
+            line += f"DeepGEMM {time([lambda w: peer(w, given), peer])}, "  # noqa: B023
+        plain = op.plan(rows, out, width, gluon=False)
+        ways = [("Triton", plain, None)] + [(short(how), how, None) for how in ring_ways(rows, out, width)]
+        if rows == 64:
+            ways += [
+                (f"quantize {q}", ways[1][1], q)
+                for q in ({"BN": 4, "num_warps": 1}, {"BN": 8, "num_warps": 2}, {"BN": 4, "num_warps": 4})
+            ]
+        print(line, flush=True)
+        for name, how, q in ways:
+            forms = [
+                lambda w, a=a, g=g, how=how, q=q: call(w, how, a, g, None if g else q)
+                for g in (given, None)
+                for a in (False, True)
+            ]
+            print(f"    {time(forms)}  {name}", flush=True)
+        if deep_gemm:
+            print(f"    DeepGEMM again {time([lambda w: peer(w, given), peer])}", flush=True)  # noqa: B023
+
+
+def ring() -> None:
+    """`python -m benchmarks.kernels.fp8_linear ring [check]`"""
+    jobs = [
+        ("check_ring", (rows, out, width, how))
+        for rows, out, width in RING
+        for how in ring_ways(rows, out, width)
+    ]
+    jobs += [("check_ring", (13, 200, 2048, ring_ways(64, 7168, 2048)[0]))]
+    jobs += [
+        ("check_ring", (rows, out, width, op.plan(rows, out, width, gluon=False)))
+        for rows, out, width in RING
+    ]
+    if "check" in sys.argv:
+        beside("benchmarks.kernels.fp8_linear", jobs, 60.0, 4)
+        return
+    with torch.inference_mode():
+        time_ring()
+
+
 def warm(rows: int, out: int, width: int, how: Any) -> None:
     """Compile one cut."""
     codes, scale = weight(out, width)
@@ -257,6 +385,9 @@ def jobs() -> list[tuple[str, Any]]:
 def main() -> None:
     torch.manual_seed(int(time.time()))
     start = time.time()
+    if "ring" in sys.argv:
+        ring()
+        return
     beside("benchmarks.kernels.fp8_linear", jobs())
     with torch.inference_mode():
         for step in (time_small, time_large, time_quantize):

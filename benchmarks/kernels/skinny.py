@@ -85,10 +85,10 @@ def _work(module: str, name: str, job: Any) -> None:
             failed(f"{name} {job}")
 
 
-def beside(module: str, jobs: Sequence[tuple[str, Any]], seconds: float = 40.0) -> None:
+def beside(module: str, jobs: Sequence[tuple[str, Any]], seconds: float = 40.0, many: int = 15) -> None:
     """Run functions of a module in processes of their own: checks, and compiling into the disk cache."""
     start = time.time()
-    pool = ProcessPoolExecutor(15, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(many, mp_context=multiprocessing.get_context("spawn"))
     done, _ = wait([pool.submit(_work, module, name, job) for name, job in jobs], timeout=seconds)
     if len(done) < len(jobs):
         for process in list((pool._processes or {}).values()):

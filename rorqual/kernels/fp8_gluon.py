@@ -1,0 +1,229 @@
+"""Products of FP8 codes for few rows on Hopper, in Gluon: as much of a weight as fits is asked for at once.
+
+A program has 64 or 128 outputs and takes tiles of 128 channels by the bulk copy engine (TMA) into shared memory, which
+holds up to all channels of 2,048: nothing waits for room. It is launched to run ahead of what is before it, always:
+it waits for that before it reads anything, or, where the caller allows it, asks for its weight first.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rorqual.kernels.gluon_rings import (
+    AVAILABLE,
+    descriptor,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from rorqual.kernels.gpu import tl
+
+SHARED = 224 * 1024
+"""Bytes of shared memory that tiles may take."""
+
+
+@gluon.jit
+def _exponents(by, POWERS: gl.constexpr):
+    """Scales of a weight as fp32; bytes of float8_e8m0fnu are exponents."""
+    if POWERS:
+        bits = gl.where(by == 0, 0x00400000, by.to(gl.int32) << 23)
+        by = gl.where(by == 255, float("nan"), bits.to(gl.float32, bitcast=True))
+    return by
+
+
+@gluon.jit
+def _multiply(x, w, acc, TALL: gl.constexpr):
+    """The product of one tile each, under way; the weight is the tall side if TALL."""
+    if TALL:
+        part = warpgroup_mma(w, x.permute((1, 0)), acc, use_acc=False, is_async=True)
+    else:
+        part = warpgroup_mma(x, w.permute((1, 0)), acc, use_acc=False, is_async=True)
+    return part
+
+
+@gluon.jit
+def _add(acc, part, by, TALL: gl.constexpr):
+    return gl.fma(part, gl.zeros_like(part) + gl.expand_dims(by, 0 if TALL else 1), acc)
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def product_kernel(
+    x_desc, w_desc, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, rows, out_width,
+    s_row, s_group, b_row, y_row, y_split,
+    STEPS: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr, POWERS: gl.constexpr,
+    BIAS: gl.constexpr, EARLY: gl.constexpr, AHEAD: gl.constexpr,
+):  # fmt: skip
+    """y = x w^T for a tile of rows and outputs and, split `program_id(1)`, STEPS runs of 128 channels; the split writes
+    to y + split * y_split. The weight is asked for at once, x in STAGES pieces that go round. EARLY: the weight may be
+    read before what the kernels before wrote."""
+    if AHEAD:
+        tl.extra.cuda.gdc_launch_dependents()
+    BN: gl.constexpr = x_desc.block_type.shape[0]
+    BO: gl.constexpr = w_desc.block_type.shape[0]
+    X_WIDE: gl.constexpr = x_desc.block_type.shape[1] // 128
+    W_WIDE: gl.constexpr = w_desc.block_type.shape[1] // 128
+    X_MANY: gl.constexpr = (STEPS + X_WIDE - 1) // X_WIDE
+    W_MANY: gl.constexpr = (STEPS + W_WIDE - 1) // W_WIDE
+    FIRST: gl.constexpr = min(X_MANY, STAGES)
+    WARPS: gl.constexpr = gl.num_warps()
+    left = gl.program_id(0) * BO
+    group = gl.program_id(1) * STEPS
+    top = gl.program_id(2) * BN
+    x_pieces = gl.allocate_shared_memory(x_desc.dtype, [FIRST, BN, 128 * X_WIDE], x_desc.layout)
+    w_pieces = gl.allocate_shared_memory(w_desc.dtype, [W_MANY, BO, 128 * W_WIDE], w_desc.layout)
+    x_full = gl.allocate_shared_memory(gl.int64, [FIRST, 1], mbarrier.MBarrierLayout())
+    w_full = gl.allocate_shared_memory(gl.int64, [W_MANY, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(W_MANY):
+        mbarrier.init(w_full.index(i), count=1)
+    for i in gl.static_range(FIRST):
+        mbarrier.init(x_full.index(i), count=1)
+    fence_async_shared()
+    if AHEAD and not EARLY:
+        tl.extra.cuda.gdc_wait()
+    for i in gl.static_range(W_MANY):
+        mbarrier.expect(w_full.index(i), w_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            w_desc, [left, (group + i * W_WIDE) * 128], w_full.index(i), w_pieces.index(i)
+        )
+        if not EARLY:
+            for j in gl.static_range(i * FIRST // W_MANY, (i + 1) * FIRST // W_MANY):
+                mbarrier.expect(x_full.index(j), x_desc.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    x_desc, [top, (group + j * X_WIDE) * 128], x_full.index(j), x_pieces.index(j)
+                )
+    # Both scales' products, by run and row.
+    ROOM: gl.constexpr = 16 if STEPS > 8 else 8
+    LANES: gl.constexpr = min(BN, 32)
+    TABLE: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+    run = gl.arange(0, ROOM, gl.SliceLayout(1, TABLE))
+    row = gl.arange(0, BN, gl.SliceLayout(0, TABLE))
+    w_scale = gl.load(w_scale_ptr + left // 128 * b_row + group + gl.minimum(run, STEPS - 1))
+    if EARLY:
+        if AHEAD:
+            tl.extra.cuda.gdc_wait()
+        for j in gl.static_range(FIRST):
+            mbarrier.expect(x_full.index(j), x_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                x_desc, [top, (group + j * X_WIDE) * 128], x_full.index(j), x_pieces.index(j)
+            )
+    real = (run < STEPS)[:, None] & (top + row < rows)[None, :]
+    x_scale = gl.load(
+        x_scale_ptr + ((top + row) * s_row)[None, :] + ((group + run) * s_group)[:, None], real, other=0.0
+    )
+    table = gl.allocate_shared_memory(gl.float32, [ROOM, BN], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    table.store(x_scale * _exponents(w_scale, POWERS)[:, None])
+    gl.thread_barrier()
+    scales = table._reinterpret(gl.float32, [ROOM, BN], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    # Pieces lie in memory as their runs one after the other.
+    ONE_X: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, 128], x_desc.dtype)
+    ONE_W: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BO, 128], w_desc.dtype)
+    x_tiles = x_pieces._reinterpret(x_desc.dtype, [FIRST * X_WIDE, BN, 128], ONE_X)
+    w_tiles = w_pieces._reinterpret(w_desc.dtype, [W_MANY * W_WIDE, BO, 128], ONE_W)
+
+    if TALL:
+        SHAPE: gl.constexpr = [BO, BN]
+        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 32])
+        BY: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    else:
+        SHAPE: gl.constexpr = [BN, BO]
+        DOWN: gl.constexpr = min(BN // 16, WARPS)
+        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+            [3, 0], [DOWN, WARPS // DOWN], [16, BO * DOWN // WARPS, 32]
+        )
+        BY: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    acc = gl.zeros(SHAPE, gl.float32, LAYOUT)
+    zero = gl.zeros(SHAPE, gl.float32, LAYOUT)
+    mbarrier.wait(w_full.index(0), 0)
+    mbarrier.wait(x_full.index(0), 0)
+    part = _multiply(x_tiles.index(0), w_tiles.index(0), zero, TALL)
+    for step in gl.static_range(1, STEPS + 1):
+        if step < STEPS:
+            if step % W_WIDE == 0:
+                mbarrier.wait(w_full.index(step // W_WIDE), 0)
+            if step % X_WIDE == 0:
+                mbarrier.wait(x_full.index(step // X_WIDE % FIRST), step // X_WIDE // FIRST & 1)
+            following = _multiply(x_tiles.index(step % (FIRST * X_WIDE)), w_tiles.index(step), zero, TALL)
+            # With `acc`, so that what is there is added up while the next product is under way, not at the end.
+            part, acc = warpgroup_mma_wait(1, deps=[part, acc])
+        else:
+            part, acc = warpgroup_mma_wait(0, deps=[part, acc])
+        if step % X_WIDE == 0 and step // X_WIDE - 1 + FIRST < X_MANY:
+            gl.thread_barrier()
+            bar = x_full.index((step // X_WIDE - 1) % FIRST)
+            mbarrier.expect(bar, x_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                x_desc,
+                [top, (group + (step // X_WIDE - 1 + FIRST) * X_WIDE) * 128],
+                bar,
+                x_pieces.index((step // X_WIDE - 1) % FIRST),
+            )
+        acc = _add(acc, part, scales.index(step - 1).load(BY), TALL)
+        if step < STEPS:
+            part = following
+    if TALL:
+        STORE: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
+        o = left + gl.arange(0, BO, gl.SliceLayout(1, STORE))
+        n = top + gl.arange(0, BN, gl.SliceLayout(0, STORE))
+    else:
+        STORE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+        o = left + gl.arange(0, BO, gl.SliceLayout(0, STORE))
+        n = top + gl.arange(0, BN, gl.SliceLayout(1, STORE))
+    if BIAS:
+        bias = gl.load(bias_ptr + o, o < out_width, other=0.0).to(gl.float32)
+    o = gl.expand_dims(o, 1 if TALL else 0)
+    n = gl.expand_dims(n, 0 if TALL else 1)
+    mask = (n < rows) & (o < out_width)
+    to = y_ptr + gl.program_id(1).to(gl.int64) * y_split + n.to(gl.int64) * y_row + o
+    if BIAS:
+        y = gl.convert_layout(acc, STORE) + gl.expand_dims(bias, 1 if TALL else 0)
+        gl.store(to, y.to(y_ptr.dtype.element_ty), mask)
+    else:
+        gl.store(to, gl.convert_layout(acc.to(y_ptr.dtype.element_ty), STORE), mask)
+
+
+def plan(rows: int, out_width: int, width: int) -> dict[str, Any] | None:
+    """How a product of this shape is cut: outputs of a tile, runs of 128 channels of a program, of a piece of x and of
+    the weight, pieces of x at a time. None: other forms are faster. Depends on the shape alone."""
+    return None
+
+
+def supported(x: Tensor, codes_OD: Tensor) -> bool:
+    """Whether the kernel takes these codes: on a Hopper GPU, whole runs of 128 channels, rows that TMA can follow."""
+    return (
+        AVAILABLE
+        and x.is_cuda
+        and torch.cuda.get_device_capability(x.device)[0] == 9
+        and codes_OD.shape[1] % 128 == 0
+        and all(t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, codes_OD))
+    )
+
+
+def product(
+    x: Tensor,
+    x_scale: Tensor,
+    codes_OD: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    how: dict[str, Any],
+    early: bool,
+) -> None:
+    """y `[N, O]`, or fp32 parts of it `[S, N, O]`, from codes `[N, D]` with scales `[N, D / 128]` and a weight `[O, D]`
+    with its scales (fp32, or e8m0's bytes). `early`: no kernel before this one that may still run writes the weight."""
+    rows, out_width, BN = x.shape[0], codes_OD.shape[0], how["BN"]
+    product_kernel[(-(-out_width // how["BO"]), x.shape[1] // 128 // how["STEPS"], -(-rows // BN))](
+        descriptor(x, BN, how["X_WIDE"]), descriptor(codes_OD, how["BO"], how["W_WIDE"]), x_scale, scale, bias, y, rows,
+        out_width, x_scale.stride(0), x_scale.stride(1), scale.stride(0), y.stride(-2),
+        y.stride(0) if y.dim() == 3 else 0,
+        STEPS=how["STEPS"], STAGES=how["STAGES"], TALL=how["TALL"], POWERS=scale.dtype == torch.uint8,
+        BIAS=bias is not None, EARLY=early, AHEAD=True, num_warps=how["num_warps"], launch_pdl=True,
+    )  # fmt: skip
