@@ -9,11 +9,13 @@ Key tiles, their order and the rounding are those of `mla_prefill`'s contract: f
 of a sequence reaches into the rows of the next, whose weights are zero: values there must be finite.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rorqual.kernels.gluon_rings import processors
 from rorqual.kernels.gpu import INSTALLED, tl, triton
 
 gluon: Any
@@ -82,7 +84,7 @@ def _item(  # type: ignore[no-untyped-def]
 def _hand_out(plan, bars, turn, row, head, before, left, whole, tiles):  # type: ignore[no-untyped-def]
     """By the fetching warp: what the groups need to know of an item. No tiles: there is none any more."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    plan_full, plan_free = bars[5], bars[6]
+    plan_full, plan_free = bars[6], bars[7]
     mbarrier.wait(plan_free.index(turn % 2), ((turn // 2) & 1) ^ 1)
     at = turn % 2 * 6
     none = gl.full([1], 0, gl.int32, ONE)
@@ -99,7 +101,7 @@ def _hand_out(plan, bars, turn, row, head, before, left, whole, tiles):  # type:
 def _take(plan, bars, turn):  # type: ignore[no-untyped-def]
     """By a group: what was handed out."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    plan_full, plan_free = bars[5], bars[6]
+    plan_full, plan_free = bars[6], bars[7]
     mbarrier.wait(plan_full.index(turn % 2), (turn // 2) & 1)
     at = turn % 2 * 6
     row = gl.max(plan.index(at).load(ONE), 0)
@@ -113,14 +115,31 @@ def _take(plan, bars, turn):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def _look(at, size: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Ask for `size` bytes from each address on to be brought into L2."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+        "=r,l,r",
+        [at.to(gl.int64), gl.full([at.shape[0]], size, gl.int32, at.type.layout)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _fetch(  # type: ignore[no-untyped-def]
     q_desc, qr_desc, k_desc, r_desc, v_desc, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, counter,
-    starts_q, starts_k, heads, sequences, items, group, q_h, k_h, v_h,
-    NOPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    starts_q, starts_k, heads, sequences, items, group, q_h, k_h, v_h, ahead,
+    NOPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, APART: gl.constexpr,
+    LOOK: gl.constexpr, SHARE: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp: picks items, hands them out, fetches the queries of each, then its tiles. A tile's values
-    may follow the keys of the next tile, which are wanted first."""
-    q_full, q_free, k_full, v_full, free, _plan_full, _plan_free = bars
+    may follow the keys of the next tile, which are wanted first. LOOK: tiles to ask L2 for ahead, one in SHARE: the
+    other blocks of these queries are at the same keys."""
+    q_full, q_free, k_full, v_full, k_free, v_free, _plan_full, _plan_free = bars
+    ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    k_ptr, k_m, r_ptr, r_m, v_ptr, v_m = ahead
     turn = 0
     tile = 0
     item = gl.program_id(0)
@@ -131,7 +150,9 @@ def _fetch(  # type: ignore[no-untyped-def]
         )
         if tiles > 0:
             _hand_out(plan, bars, turn, row, head, before, left, whole, tiles)
-            # Free since the wait for the values before.
+            if APART:
+                mbarrier.wait(k_free.index(tile % STAGES), ((tile // STAGES) & 1) ^ 1)
+            # Else free since the wait for the values before.
             full = k_full.index(tile % STAGES)
             mbarrier.expect(full, k_desc.block_type.nbytes + r_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(k_desc, [k0, head * k_h], full, k_tiles.index(tile % STAGES))
@@ -146,21 +167,46 @@ def _fetch(  # type: ignore[no-untyped-def]
                 )
             turn += 1
         for j in range(tiles):
-            # Tile `tile - 1` is done with: its keys, and the values of the one before.
-            mbarrier.wait(free.index((tile + STAGES - 1) % STAGES), (((tile + STAGES - 1) // STAGES) & 1) ^ 1)
             key = k0 + j * BLOCK_N
+            more = j + 1 < tiles
+            if APART:
+                # Tile `tile - 1`'s keys are done with, then the values of the one before.
+                full = k_full.index((tile + 1) % STAGES)
+                if more:
+                    mbarrier.wait(k_free.index((tile + 1) % STAGES), (((tile + 1) // STAGES) & 1) ^ 1)
+                    mbarrier.expect(full, k_desc.block_type.nbytes + r_desc.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        k_desc, [key + BLOCK_N, head * k_h], full, k_tiles.index((tile + 1) % STAGES)
+                    )
+                    tma.async_copy_global_to_shared(
+                        r_desc, [key + BLOCK_N, 0], full, r_tiles.index((tile + 1) % STAGES)
+                    )
+                mbarrier.wait(v_free.index(tile % STAGES), ((tile // STAGES) & 1) ^ 1)
+            else:
+                # Tile `tile - 1` is done with: its keys, and the values of the one before.
+                last = tile + STAGES - 1
+                mbarrier.wait(k_free.index(last % STAGES), ((last // STAGES) & 1) ^ 1)
             full = v_full.index(tile % STAGES)
             mbarrier.expect(full, v_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(v_desc, [key, head * v_h], full, v_tiles.index(tile % STAGES))
             tile += 1
-            more = j + 1 < tiles
-            full = k_full.index(tile % STAGES)
-            mbarrier.expect(full, k_desc.block_type.nbytes + r_desc.block_type.nbytes, pred=more)
-            key += BLOCK_N
-            tma.async_copy_global_to_shared(
-                k_desc, [key, head * k_h], full, k_tiles.index(tile % STAGES), pred=more
-            )
-            tma.async_copy_global_to_shared(r_desc, [key, 0], full, r_tiles.index(tile % STAGES), pred=more)
+            if not APART:
+                full = k_full.index(tile % STAGES)
+                mbarrier.expect(full, k_desc.block_type.nbytes + r_desc.block_type.nbytes, pred=more)
+                key += BLOCK_N
+                tma.async_copy_global_to_shared(
+                    k_desc, [key, head * k_h], full, k_tiles.index(tile % STAGES), pred=more
+                )
+                tma.async_copy_global_to_shared(
+                    r_desc, [key, 0], full, r_tiles.index(tile % STAGES), pred=more
+                )
+            if LOOK > 0:  # noqa: SIM102
+                if (j + LOOK < tiles) & ((j + left // BLOCK_M) % SHARE == 0):
+                    rows = k0 + (j + LOOK) * BLOCK_N + gl.arange(0, BLOCK_N, ROWS)
+                    rows = gl.minimum(rows, k0 + before + left - 1).to(gl.int64)
+                    _look(k_ptr + rows * k_m + head * k_h, k_desc.block_type.shape[1] * 2)
+                    _look(v_ptr + rows * v_m + head * v_h, v_desc.block_type.shape[1] * 2)
+                    _look(r_ptr + rows * r_m, r_desc.block_type.shape[1] * 2)
         item = following
     _hand_out(plan, bars, turn, 0, 0, 0, 0, 0, 0)
 
@@ -196,10 +242,10 @@ def _hold(total):  # type: ignore[no-untyped-def]
 def _step(  # type: ignore[no-untyped-def]
     q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place, j, tile, rounds,
     MASKED: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, TURNS: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile j with the values of tile j - 1 beside them, then the softmax of tile j."""
-    _q_full, _q_free, k_full, v_full, free, _plan_full, _plan_free = bars
+    _q_full, _q_free, k_full, v_full, k_free, v_free, _plan_full, _plan_free = bars
     HALF: gl.constexpr = q.shape[0]
     stage = tile % STAGES
     last = (tile - 1) % STAGES
@@ -214,11 +260,16 @@ def _step(  # type: ignore[no-untyped-def]
     if TURNS:
         mbarrier.arrive(others)
     score = warpgroup_mma_wait(1, deps=[score])
+    if APART:
+        mbarrier.arrive(k_free.index(stage))
     new, fade, top, total = _soften(score, top, total, factor, place, j * BLOCK_N, MASKED, S_LAYOUT)
     new = gl.convert_layout(new.to(v_tiles.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
     total = _hold(total)
     acc, weight, new, fade, total = warpgroup_mma_wait(0, deps=[acc, weight, new, fade, total])
-    mbarrier.arrive(free.index(stage))
+    if APART:
+        mbarrier.arrive(v_free.index(last))
+    else:
+        mbarrier.arrive(k_free.index(stage))
     acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, O_LAYOUT))[:, None]
     return acc, new, top, total
 
@@ -227,13 +278,13 @@ def _step(  # type: ignore[no-untyped-def]
 def _attend(  # type: ignore[no-untyped-def]
     o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, mine, others, factor, o_n, o_h,
     GROUP: gl.constexpr, TURNS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    V: gl.constexpr, STAGES: gl.constexpr,
+    V: gl.constexpr, STAGES: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps: its half of every item's queries."""
     HALF: gl.constexpr = BLOCK_M // 2
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
-    q_full, q_free, k_full, v_full, free, _plan_full, _plan_free = bars
+    q_full, q_free, k_full, v_full, k_free, v_free, _plan_full, _plan_free = bars
     q = q_tile.index(GROUP)
     qr = qr_tile.index(GROUP)
     rows = gl.arange(0, HALF, gl.SliceLayout(1, S_LAYOUT)) + GROUP * HALF
@@ -250,7 +301,7 @@ def _attend(  # type: ignore[no-untyped-def]
         score = warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), score, use_acc=False, is_async=True)
         score = warpgroup_mma(qr, r_tiles.index(stage).permute((1, 0)), score, is_async=True)
         score = warpgroup_mma_wait(0, deps=[score])
-        mbarrier.arrive(free.index(stage))
+        mbarrier.arrive(k_free.index(stage))
         # Lowest finite number, not -inf: a fade of exp2(-inf + inf) would be NaN.
         top = gl.full([HALF], -1e30, gl.float32, gl.SliceLayout(1, S_LAYOUT))
         total = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, S_LAYOUT))
@@ -261,23 +312,25 @@ def _attend(  # type: ignore[no-untyped-def]
         for j in range(1, gl.minimum(whole, tiles)):
             acc, weight, top, total = _step(
                 q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place,
-                j, tile, rounds, False, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
+                j, tile, rounds, False, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES, APART,
             )  # fmt: skip
             tile += 1
             rounds += 1
         for j in range(gl.maximum(whole, 1), tiles):
             acc, weight, top, total = _step(
                 q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place,
-                j, tile, rounds, True, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
+                j, tile, rounds, True, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES, APART,
             )  # fmt: skip
             tile += 1
             rounds += 1
         mbarrier.arrive(q_free)
-        # The next item's first arrival at `free` says that these values are done with.
+        # Unless APART, the next item's first arrival at `k_free` says that these values are done with.
         last = (tile - 1) % STAGES
         mbarrier.wait(v_full.index(last), ((tile - 1) // STAGES) & 1)
         acc = warpgroup_mma(weight, v_tiles.index(last), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
+        if APART:
+            mbarrier.arrive(v_free.index(last))
         acc = acc / gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT))[:, None]
         m = gl.arange(0, HALF, gl.SliceLayout(1, O_LAYOUT)) + GROUP * HALF
         n = gl.arange(0, V, gl.SliceLayout(0, O_LAYOUT))
@@ -289,10 +342,10 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @gluon.jit(do_not_specialize=("sequences", "items", "group"))
 def _prefill(  # type: ignore[no-untyped-def]
-    q_desc, qr_desc, k_desc, r_desc, v_desc, o, counter, starts_q, starts_k, factor, q_h, k_h, v_h, o_n, o_h,
-    heads, sequences, items, group,
+    q_desc, qr_desc, k_desc, r_desc, v_desc, k, rope, v, o, counter, starts_q, starts_k, factor, q_h, k_m, k_h, r_m,
+    v_m, v_h, o_n, o_h, heads, sequences, items, group,
     NOPE: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    TURNS: gl.constexpr,
+    TURNS: gl.constexpr, APART: gl.constexpr, LOOK: gl.constexpr, SHARE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
@@ -308,7 +361,8 @@ def _prefill(  # type: ignore[no-untyped-def]
     q_free = gl.allocate_shared_memory(gl.int64, [1], BAR)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     plan_full = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     plan_free = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
@@ -317,34 +371,35 @@ def _prefill(  # type: ignore[no-untyped-def]
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
+        mbarrier.init(k_free.index(i), count=2)
+        mbarrier.init(v_free.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(plan_full.index(i), count=1)
         mbarrier.init(plan_free.index(i), count=2)
         mbarrier.init(turns.index(i), count=1)
-    bars = (q_full, q_free, k_full, v_full, free, plan_full, plan_free)
+    bars = (q_full, q_free, k_full, v_full, k_free, v_free, plan_full, plan_free)
     gl.warp_specialize(
         [
             (
                 _attend,
                 (
                     o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, turns.index(0), turns.index(1),
-                    factor, o_n, o_h, 0, TURNS, BLOCK_M, BLOCK_N, V, STAGES,
+                    factor, o_n, o_h, 0, TURNS, BLOCK_M, BLOCK_N, V, STAGES, APART,
                 ),
             ),
             (
                 _attend,
                 (
                     o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, turns.index(1), turns.index(0),
-                    factor, o_n, o_h, 1, TURNS, BLOCK_M, BLOCK_N, V, STAGES,
+                    factor, o_n, o_h, 1, TURNS, BLOCK_M, BLOCK_N, V, STAGES, APART,
                 ),
             ),
             (
                 _fetch,
                 (
                     q_desc, qr_desc, k_desc, r_desc, v_desc, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars,
-                    counter, starts_q, starts_k, heads, sequences, items, group, q_h, k_h, v_h, NOPE, BLOCK_M, BLOCK_N,
-                    STAGES,
+                    counter, starts_q, starts_k, heads, sequences, items, group, q_h, k_h, v_h,
+                    (k, k_m, rope, r_m, v, v_m), NOPE, BLOCK_M, BLOCK_N, STAGES, APART, LOOK, SHARE,
                 ),
             ),
         ],
@@ -373,8 +428,15 @@ def supported(q_NHd: Tensor, k_MHn: Tensor, rope_Mr: Tensor, v_MHv: Tensor) -> b
 def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
     """Tiles `[rows, columns]` of x `[M, C]` or, its heads side by side, `[M, H, C]`."""
     width = x.shape[-1] if x.dim() == 2 else (x.shape[1] - 1) * x.stride(1) + x.shape[2]
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], getattr(gl, str(x.dtype).split(".")[-1]))
-    return TensorDescriptor(x, [x.shape[0], width], [x.stride(0), 1], [rows, columns], layout)
+    return TensorDescriptor(
+        x, [x.shape[0], width], [x.stride(0), 1], [rows, columns], _layout(rows, columns, x.dtype)
+    )
+
+
+@functools.cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    """Kept: making it takes the host 20 us, and short prompts wait for the host."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], getattr(gl, str(dtype).split(".")[-1]))
 
 
 def fast(
@@ -395,6 +457,9 @@ def fast(
     turns: bool = True,
     programs: int | None = None,
     group: int | None = None,
+    apart: bool = False,
+    look: int = 0,
+    share: int = 1,
 ) -> Tensor:
     """`mla_prefill`, whose tiles depend on no shape whether `fixed` or not. The rest is for measuring."""
     (N, H, _), nope, rope, width = q_NHd.shape, k_MHn.shape[-1], rope_Mr.shape[-1], v_MHv.shape[-1]
@@ -405,15 +470,16 @@ def fast(
     if group is None:  # what a lane's keys and values take of the cache
         group = max(1, CACHE_BYTES // (max_k * (nope + width) * q_NHd.element_size() or 1))
     if programs is None:
-        programs = torch.cuda.get_device_properties(q_NHd.device).multi_processor_count
+        programs = processors(q_NHd)
     counter = torch.zeros(1, dtype=torch.int32, device=q_NHd.device)
     items = (N // BLOCK_M + sequences) * H  # see `_item`
     _prefill[(min(programs, items),)](
         _descriptor(q_NHd, BLOCK_M // 2, nope), _descriptor(q_NHd, BLOCK_M // 2, rope),
         _descriptor(k_MHn, block_n, nope), _descriptor(rope_Mr, block_n, rope),
         _descriptor(v_MHv, block_n, width),
-        o_NHv, counter, starts_q, starts_k, scale * LOG2_E, q_NHd.stride(1), k_MHn.stride(1), v_MHv.stride(1),
-        o_NHv.stride(0), o_NHv.stride(1), H, sequences, items, min(group, H), NOPE=nope, V=width, BLOCK_M=BLOCK_M,
-        BLOCK_N=block_n, STAGES=stages, TURNS=turns, num_warps=4,
+        k_MHn, rope_Mr, v_MHv, o_NHv, counter, starts_q, starts_k, scale * LOG2_E, q_NHd.stride(1),
+        k_MHn.stride(0), k_MHn.stride(1), rope_Mr.stride(0), v_MHv.stride(0), v_MHv.stride(1), o_NHv.stride(0),
+        o_NHv.stride(1), H, sequences, items, min(group, H), NOPE=nope, V=width, BLOCK_M=BLOCK_M, BLOCK_N=block_n,
+        STAGES=stages, TURNS=turns, APART=apart, LOOK=look, SHARE=share, num_warps=4,
     )  # fmt: skip
     return o_NHv
