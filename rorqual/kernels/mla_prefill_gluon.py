@@ -46,29 +46,33 @@ CACHE_BYTES = 2**25
 
 @gluon.jit
 def _item(  # type: ignore[no-untyped-def]
-    item, starts_q, starts_k, heads, sequences, group, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
+    item, starts_q, starts_k, heads, sequences, blocks, group, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
 ):
     """Which queries work item `item` has: first row of q, head, first key, keys before the first query's own,
     queries left, key tiles all of them see whole, key tiles in all (0: no such queries).
 
-    Sequence s has the blocks of queries from `starts_q[s] // BLOCK_M + s` on, which is one too many at most, so that
-    the number of items is known without its length. `group` heads at a time, so that their keys stay in the cache,
-    take their blocks from the last, which see most, to the first.
+    Each sequence has `blocks` blocks of queries. If that is 0, sequence s has those from `starts_q[s] // BLOCK_M + s`
+    on, which is one too many at most, so that the number of items is known without its length. `group` heads at a
+    time, so that their keys stay in the cache, take their blocks from the last, which see most, to the first.
     """
-    block = item // heads
-    s = 0
-    high = sequences - 1
-    while s < high:  # the last sequence whose first block is not behind this one
-        middle = (s + high + 1) // 2
-        starts = gl.load(starts_q + middle) // BLOCK_M + middle <= block
-        s = gl.where(starts, middle, s)
-        high = gl.where(starts, high, middle - 1)
+    s = item // (heads * gl.maximum(blocks, 1))
+    rest = item - s * heads * blocks
+    if blocks == 0:
+        block = item // heads
+        s = 0
+        high = sequences - 1
+        while s < high:  # the last sequence whose first block is not behind this one
+            middle = (s + high + 1) // 2
+            starts = gl.load(starts_q + middle) // BLOCK_M + middle <= block
+            s = gl.where(starts, middle, s)
+            high = gl.where(starts, high, middle - 1)
     q0 = gl.load(starts_q + s)
     k0 = gl.load(starts_k + s)
     queries = gl.load(starts_q + s + 1) - q0
     keys = gl.load(starts_k + s + 1) - k0
-    blocks = (q0 + queries) // BLOCK_M - q0 // BLOCK_M + 1
-    rest = item - (q0 // BLOCK_M + s) * heads
+    if blocks == 0:
+        blocks = (q0 + queries) // BLOCK_M - q0 // BLOCK_M + 1
+        rest = item - (q0 // BLOCK_M + s) * heads
     base = rest // (group * blocks) * group
     abreast = gl.maximum(gl.minimum(group, heads - base), 1)  # rows behind the last sequence: no head is left
     rest -= base * blocks
@@ -115,39 +119,26 @@ def _take(plan, bars, turn):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _look(at, size: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Ask for `size` bytes from each address on to be brought into L2."""
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-        "=r,l,r",
-        [at.to(gl.int64), gl.full([at.shape[0]], size, gl.int32, at.type.layout)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
 def _fetch(  # type: ignore[no-untyped-def]
     q_desc, qr_desc, k_desc, r_desc, v_desc, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, counter,
-    starts_q, starts_k, heads, sequences, items, group, q_h, k_h, v_h, ahead,
+    starts_q, starts_k, heads, sequences, items, blocks, group, q_h, k_h, v_h,
     NOPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, APART: gl.constexpr,
-    LOOK: gl.constexpr, SHARE: gl.constexpr,
+    LATE: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp: picks items, hands them out, fetches the queries of each, then its tiles. A tile's values
-    may follow the keys of the next tile, which are wanted first. LOOK: tiles to ask L2 for ahead, one in SHARE: the
-    other blocks of these queries are at the same keys."""
+    may follow the keys of the next tile, which are wanted first. The next item is drawn two tiles before the end: drawn
+    at the start, a long one would wait for this one to end, whoever is free."""
     q_full, q_free, k_full, v_full, k_free, v_free, _plan_full, _plan_free = bars
-    ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    k_ptr, k_m, r_ptr, r_m, v_ptr, v_m = ahead
     turn = 0
     tile = 0
     item = gl.program_id(0)
     while item < items:
-        following = gl.atomic_add(counter, 1) + gl.num_programs(0)
+        following = item
         row, head, k0, before, left, whole, tiles = _item(
-            item, starts_q, starts_k, heads, sequences, group, BLOCK_M, BLOCK_N
+            item, starts_q, starts_k, heads, sequences, blocks, group, BLOCK_M, BLOCK_N
         )
+        if (tiles == 0) | (not LATE):
+            following = gl.atomic_add(counter, 1) + gl.num_programs(0)
         if tiles > 0:
             _hand_out(plan, bars, turn, row, head, before, left, whole, tiles)
             if APART:
@@ -167,6 +158,8 @@ def _fetch(  # type: ignore[no-untyped-def]
                 )
             turn += 1
         for j in range(tiles):
+            if LATE and j == gl.maximum(tiles - 2, 0):
+                following = gl.atomic_add(counter, 1) + gl.num_programs(0)
             key = k0 + j * BLOCK_N
             more = j + 1 < tiles
             if APART:
@@ -200,13 +193,6 @@ def _fetch(  # type: ignore[no-untyped-def]
                 tma.async_copy_global_to_shared(
                     r_desc, [key, 0], full, r_tiles.index(tile % STAGES), pred=more
                 )
-            if LOOK > 0:  # noqa: SIM102
-                if (j + LOOK < tiles) & ((j + left // BLOCK_M) % SHARE == 0):
-                    rows = k0 + (j + LOOK) * BLOCK_N + gl.arange(0, BLOCK_N, ROWS)
-                    rows = gl.minimum(rows, k0 + before + left - 1).to(gl.int64)
-                    _look(k_ptr + rows * k_m + head * k_h, k_desc.block_type.shape[1] * 2)
-                    _look(v_ptr + rows * v_m + head * v_h, v_desc.block_type.shape[1] * 2)
-                    _look(r_ptr + rows * r_m, r_desc.block_type.shape[1] * 2)
         item = following
     _hand_out(plan, bars, turn, 0, 0, 0, 0, 0, 0)
 
@@ -340,12 +326,12 @@ def _attend(  # type: ignore[no-untyped-def]
         row, head, before, left, whole, tiles = _take(plan, bars, turn)
 
 
-@gluon.jit(do_not_specialize=("sequences", "items", "group"))
+@gluon.jit(do_not_specialize=("sequences", "items", "blocks", "group"))
 def _prefill(  # type: ignore[no-untyped-def]
-    q_desc, qr_desc, k_desc, r_desc, v_desc, k, rope, v, o, counter, starts_q, starts_k, factor, q_h, k_m, k_h, r_m,
-    v_m, v_h, o_n, o_h, heads, sequences, items, group,
+    q_desc, qr_desc, k_desc, r_desc, v_desc, o, counter, starts_q, starts_k, factor, q_h, k_h, v_h, o_n, o_h,
+    heads, sequences, items, blocks, group,
     NOPE: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    TURNS: gl.constexpr, APART: gl.constexpr, LOOK: gl.constexpr, SHARE: gl.constexpr,
+    TURNS: gl.constexpr, APART: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
@@ -398,8 +384,8 @@ def _prefill(  # type: ignore[no-untyped-def]
                 _fetch,
                 (
                     q_desc, qr_desc, k_desc, r_desc, v_desc, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars,
-                    counter, starts_q, starts_k, heads, sequences, items, group, q_h, k_h, v_h,
-                    (k, k_m, rope, r_m, v, v_m), NOPE, BLOCK_M, BLOCK_N, STAGES, APART, LOOK, SHARE,
+                    counter, starts_q, starts_k, heads, sequences, items, blocks, group, q_h, k_h, v_h, NOPE, BLOCK_M,
+                    BLOCK_N, STAGES, APART, LATE,
                 ),
             ),
         ],
@@ -458,8 +444,8 @@ def fast(
     programs: int | None = None,
     group: int | None = None,
     apart: bool = False,
-    look: int = 0,
-    share: int = 1,
+    late: bool = True,
+    uniform: bool = True,
 ) -> Tensor:
     """`mla_prefill`, whose tiles depend on no shape whether `fixed` or not. The rest is for measuring."""
     (N, H, _), nope, rope, width = q_NHd.shape, k_MHn.shape[-1], rope_Mr.shape[-1], v_MHv.shape[-1]
@@ -472,14 +458,16 @@ def fast(
     if programs is None:
         programs = processors(q_NHd)
     counter = torch.zeros(1, dtype=torch.int32, device=q_NHd.device)
-    items = (N // BLOCK_M + sequences) * H  # see `_item`
+    items, blocks = (N // BLOCK_M + sequences) * H, 0  # see `_item`
+    if uniform and 0 < -(-max_q // BLOCK_M) * sequences * H <= items:
+        blocks = -(-max_q // BLOCK_M)
+        items = blocks * sequences * H
     _prefill[(min(programs, items),)](
         _descriptor(q_NHd, BLOCK_M // 2, nope), _descriptor(q_NHd, BLOCK_M // 2, rope),
         _descriptor(k_MHn, block_n, nope), _descriptor(rope_Mr, block_n, rope),
         _descriptor(v_MHv, block_n, width),
-        k_MHn, rope_Mr, v_MHv, o_NHv, counter, starts_q, starts_k, scale * LOG2_E, q_NHd.stride(1),
-        k_MHn.stride(0), k_MHn.stride(1), rope_Mr.stride(0), v_MHv.stride(0), v_MHv.stride(1), o_NHv.stride(0),
-        o_NHv.stride(1), H, sequences, items, min(group, H), NOPE=nope, V=width, BLOCK_M=BLOCK_M, BLOCK_N=block_n,
-        STAGES=stages, TURNS=turns, APART=apart, LOOK=look, SHARE=share, num_warps=4,
+        o_NHv, counter, starts_q, starts_k, scale * LOG2_E, q_NHd.stride(1), k_MHn.stride(1), v_MHv.stride(1),
+        o_NHv.stride(0), o_NHv.stride(1), H, sequences, items, blocks, min(group, H), NOPE=nope, V=width,
+        BLOCK_M=BLOCK_M, BLOCK_N=block_n, STAGES=stages, TURNS=turns, APART=apart, LATE=late, num_warps=4,
     )  # fmt: skip
     return o_NHv
