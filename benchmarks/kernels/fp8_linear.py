@@ -10,12 +10,23 @@ from __future__ import annotations
 import os
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.skinny import READ, ROTATE, beside, failed, graph_us, poison, short
+from benchmarks.kernels.skinny import (
+    READ,
+    ROTATE,
+    beside,
+    captured,
+    failed,
+    graph_us,
+    poison,
+    short,
+    turns_us,
+)
 from rorqual.kernels import fp8_linear as op
 from rorqual.kernels.gpu import triton
 from rorqual.kernels.quant import E8M0, dequantize_fp8, quantize_fp8
@@ -153,12 +164,20 @@ def small_ways(rows: int, out: int, width: int) -> list[dict[str, Any]]:
 
 
 def ring_ways(rows: int, out: int, width: int) -> list[dict[str, Any]]:
-    """Cuts of the Gluon form worth timing: what fits in shared memory and in one wave."""
-    pieces = ((2, 4), (1, 4), (4, 4), (2, 2), (2, 8))
+    """Cuts of the Gluon form worth timing: what fits in shared memory and in one wave. Runs of 128 channels in a piece
+    of x and of the weight, bytes of shared memory for pieces (half: two programs a multiprocessor), L2 asked first."""
+    whole, half = 231000, 110000
+    pieces = (
+        (2, 4, whole, False),
+        (4, 4, whole, False),
+        (2, 2, half, False),
+        (2, 2, half, True),
+        (1, 1, half, True),
+    )
     kinds: dict[tuple[bool, int, int, int], Any] = {
-        (False, 64, 64, 4): pieces, (False, 64, 64, 8): ((2, 4), (2, 2)), (True, 64, 64, 4): ((2, 4), (2, 2)),
-        (False, 64, 128, 8): ((1, 4),), (True, 32, 64, 4): ((4, 4), (2, 2)), (True, 16, 64, 4): ((4, 4), (2, 2)),
-        (False, 128, 64, 8): ((1, 4), (2, 4), (1, 2)), (True, 128, 64, 4): ((1, 4),),
+        (False, 64, 64, 4): pieces, (True, 32, 64, 4): pieces[1:4], (True, 16, 64, 4): pieces[1:4],
+        (False, 128, 64, 8): ((1, 4, whole, False), (2, 4, whole, False), (1, 1, half, False), (1, 1, half, True)),
+        (False, 128, 64, 4): ((1, 1, half, True),),
     }  # fmt: skip
     found = []
     for (tall, bn, bo, warps), wide in kinds.items():
@@ -168,17 +187,28 @@ def ring_ways(rows: int, out: int, width: int) -> list[dict[str, Any]]:
             steps = width // 128 // split
             if width // 128 % split or steps > 16 or steps < 4 or -(-out // bo) * split > 132:
                 continue
-            for x_wide, w_wide in wide:
-                room = 231000 - bo * 128 * steps - 64 * bn
-                stages = min(room // (bn * 128 * x_wide), -(-steps // x_wide))
+            for x_wide, widest, size, fetch in wide:
+                w_wide = widest if steps % widest == 0 else 2
+                room = size - 64 * bn
+                if size == whole:
+                    w_stages = steps // w_wide
+                    stages = min((room - bo * 128 * steps) // (bn * 128 * x_wide), -(-steps // x_wide))
+                else:
+                    stages = w_stages = room // ((bn * x_wide + bo * w_wide) * 128)
                 if stages < 2 or steps % x_wide or steps % w_wide:
                     continue
                 found.append({
                     "BN": bn, "BO": bo, "STEPS": steps, "X_WIDE": x_wide, "W_WIDE": w_wide, "STAGES": stages,
-                    "TALL": tall, "num_warps": warps,
+                    "W_STAGES": w_stages, "TALL": tall, "FETCH": fetch, "num_warps": warps,
                 })  # fmt: skip
             break
-    return found if (rows, out, width) in RING[:4] else found[:2]
+    return found if (rows, out, width) in RING[:4] else found[1:4]
+
+
+QUANTIZE: tuple[dict[str, Any], ...] = (
+    {"BN": 16, "num_warps": 4, "fetch": True}, {"BN": 4, "num_warps": 4, "fetch": True},
+    {"BN": 4, "num_warps": 1, "fetch": True}, {"BN": 8, "num_warps": 4, "fetch": True}, {"BN": 4, "num_warps": 1},
+)  # fmt: skip
 
 
 RING = (
@@ -190,8 +220,7 @@ RING = (
 def check_ring(rows: int, out: int, width: int, how: dict[str, Any]) -> None:
     """Against fp64, by given codes, in a chain and ahead; the same bits by all."""
     codes, scale = weight(out, width)
-    codes, x = codes * 1.0, torch.randn(rows, width, device="cuda").bfloat16()
-    codes = codes.to(torch.float8_e4m3fn)
+    x = torch.randn(rows, width, device="cuda").bfloat16()
     held = op.quantize_fast(x)
     z = dequantize_fp8(held[0], held[1], (1, 128), torch.float64)
     w = dequantize_fp8(codes, scale, (128, 128), torch.float64)
@@ -202,10 +231,24 @@ def check_ring(rows: int, out: int, width: int, how: dict[str, Any]) -> None:
         op.fast(x, codes, scale, how=how),
         op.fast(x, codes, scale, how=how, ahead=True),
     ]
+    if "STEPS" in how:
+        ys += [
+            ring_call(x, (codes, scale), how, ahead, None, by) for ahead in (False, True) for by in QUANTIZE
+        ]
     off = float(((ys[0] - want).abs() / size).max()) if ys[0].isfinite().all() else float("inf")
     same = all(torch.equal(y, ys[0]) for y in ys)
     if off > 2**-8 or not same:
         print(f"WRONG ring {rows}x{out}x{width} {short(how)}: {off:.1e}, same bits {same}", flush=True)
+
+
+def ring_call(x: Tensor, w: Any, how: Any, ahead: bool, codes: Any = None, by: Any = None) -> Tensor:
+    """A product; `by` is another way to quantise before it."""
+    if by:
+        given = {n: v for n, v in by.items() if n != "fetch"}
+        fetch = w[0] if "fetch" in by else None
+        codes = op.quantize_fast(x, False, ahead, given, followed=True, fetch=fetch)
+        return op.fast(x, *w, ahead=True, how=how, quantized=codes)
+    return op.fast(x, *w, ahead=ahead, how=how, quantized=codes)
 
 
 def time_ring() -> None:
@@ -226,38 +269,32 @@ def time_ring() -> None:
             deep_gemm.fp8_gemm_nt(codes or op.quantize_rows(x), w, y, disable_ue8m0_cast=True)
             return y
 
-        def call(w: Any, how: Any, ahead: bool, codes: Any = None, quantize: Any = None, x: Any = x) -> Any:
-            if quantize:
-                codes, ahead = op.quantize_fast(x, False, ahead, quantize, followed=True), True
-            return op.fast(x, *w, ahead=ahead, how=how, quantized=codes)
-
-        def time(forms: Any, held: Any = held) -> str:
+        gluon = ring_ways(rows, out, width)
+        ways: list[tuple[str, Any, Any]] = [("Triton", op.plan(rows, out, width, gluon=False), None)]
+        ways += [(short(how), how, None) for how in gluon]
+        some = (QUANTIZE, gluon[::2]) if rows == 64 else (QUANTIZE[:2], gluon[:2])
+        ways += [(f"{short(how)}, quantize {short(by)}", how, by) for by in some[0] for how in some[1]]
+        calls: dict[Any, Any] = {}
+        if deep_gemm:
+            calls["DeepGEMM", 0] = [lambda w=w, p=peer, g=given: p(w, g) for w in held]
+            calls["DeepGEMM", 2] = [lambda w=w, p=peer: p(w) for w in held]
+        for name, how, by in ways:
+            for column in range(4):
+                if by is None or column > 1:
+                    codes = given if column < 2 else None
+                    call = partial(ring_call, how=how, ahead=column % 2 == 1, codes=codes, by=by)
+                    calls[name, column] = [partial(call, x, w) for w in held]
+        graphs = {}
+        for key, each in calls.items():
             try:
-                return "; ".join(f"{graph_us([lambda w=w, f=f: f(w) for w in held], 3):.2f}" for f in forms)
+                graphs[key] = captured(each)
             except Exception:
-                failed(str(forms))
-                return "-"
-
-        line = f"{rows}x{out}x{width}: "
-        if deep_gemm:
-            line += f"DeepGEMM {time([lambda w: peer(w, given), peer])}, "  # noqa: B023
-        plain = op.plan(rows, out, width, gluon=False)
-        ways = [("Triton", plain, None)] + [(short(how), how, None) for how in ring_ways(rows, out, width)]
-        if rows == 64:
-            ways += [
-                (f"quantize {q}", ways[1][1], q)
-                for q in ({"BN": 4, "num_warps": 1}, {"BN": 8, "num_warps": 2}, {"BN": 4, "num_warps": 4})
-            ]
-        print(line, flush=True)
-        for name, how, q in ways:
-            forms = [
-                lambda w, a=a, g=g, how=how, q=q: call(w, how, a, g, None if g else q)
-                for g in (given, None)
-                for a in (False, True)
-            ]
-            print(f"    {time(forms)}  {name}", flush=True)
-        if deep_gemm:
-            print(f"    DeepGEMM again {time([lambda w: peer(w, given), peer])}", flush=True)  # noqa: B023
+                failed(str(key))
+        us = turns_us(graphs)
+        print(f"{rows}x{out}x{width}", flush=True)
+        for name in dict.fromkeys(name for name, _ in us):
+            cells = [f"{us[name, c] / len(held):5.2f}" if (name, c) in us else "     " for c in range(4)]
+            print(f"    {'  '.join(cells)}  {name}", flush=True)
 
 
 def ring() -> None:

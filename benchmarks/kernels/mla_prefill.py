@@ -222,6 +222,8 @@ def short() -> None:
     """Short prompts and long prefixes: TFLOP/s of graph replays, of eager calls, and us a call of the host's."""
     from triton.testing import do_bench
 
+    from benchmarks.kernels.skinny import captured, turns_us
+
     try:
         import fa3_fwd_interface as fa3
     except ImportError:
@@ -245,54 +247,18 @@ def short() -> None:
             if kind == "plain" and lengths[0][0] > 1024:
                 continue
             ways[name] = functools.partial(_form(kind, options), **x)
-        graphs: dict[str, tuple[Any, list[float]]] = {}
+        graphs: dict[str, Any] = {}
         for name, call in ways.items():
             try:
-                graphs[name] = captured(call, 3), []
+                graphs[name] = captured([call] * 3)
             except Exception:
                 print(f"    {name} FAILED {traceback.format_exc().splitlines()[-1][:200]}", flush=True)
-        for _ in range(6):  # in turns: the clock falls under load
-            for graph, found in graphs.values():
-                found.append(replayed(graph) / 3)
-        for name, (_, found) in graphs.items():
-            us = sorted(found)[len(found) // 2]
-            text = f"    {name:22s} {flop / us:6.1f} TF {us:7.1f} us (best {min(found):7.1f})"
+        for name, us in turns_us(graphs, 7, 0.003).items():
+            text = f"    {name:22s} {flop / us * 3:6.1f} TF {us / 3:7.1f} us"
             if name in ("FA3", "gluon"):
                 ms = do_bench(ways[name], warmup=5, rep=25, return_mode="median")
                 text += f" | eager {flop / ms / 1e3:6.1f}, host {host_us(ways[name]):4.0f} us"
             print(text, flush=True)
-
-
-def captured(call: Callable[[], Any], many: int) -> torch.cuda.CUDAGraph:
-    """A graph of `many` calls."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        call()
-        stream.synchronize()
-        graph.capture_begin()
-        try:
-            for _ in range(many):
-                call()
-        finally:
-            graph.capture_end()
-    graph.replay()
-    torch.cuda.synchronize()
-    return graph
-
-
-def replayed(graph: torch.cuda.CUDAGraph) -> float:
-    """Microseconds of a replay, after a pause."""
-    import time
-
-    time.sleep(0.003)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3
 
 
 def part(name: str) -> None:

@@ -55,12 +55,26 @@ def _add(acc, part, by, TALL: gl.constexpr):
     return gl.fma(part, gl.zeros_like(part) + gl.expand_dims(by, 0 if TALL else 1), acc)
 
 
+@gluon.jit
+def _refill(
+    desc, pieces, full, row, group,
+    step: gl.constexpr, WIDE: gl.constexpr, FIRST: gl.constexpr, MANY: gl.constexpr,
+):  # fmt: skip
+    """After `step` runs: if they were the last of a piece, the piece FIRST further on takes its place."""
+    if step % WIDE == 0 and step // WIDE - 1 + FIRST < MANY:
+        stage: gl.constexpr = (step // WIDE - 1) % FIRST
+        gl.thread_barrier()
+        mbarrier.expect(full.index(stage), desc.block_type.nbytes)
+        at = (group + step + (FIRST - 1) * WIDE) * 128
+        tma.async_copy_global_to_shared(desc, [row, at], full.index(stage), pieces.index(stage))
+
+
 @gluon.jit(do_not_specialize=["rows"])
 def product_kernel(
-    x_desc, w_desc, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, rows, out_width,
-    s_row, s_group, b_row, y_row, y_split,
-    STEPS: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr, POWERS: gl.constexpr,
-    BIAS: gl.constexpr, EARLY: gl.constexpr, AHEAD: gl.constexpr,
+    x_desc, w_desc, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, rows, out_width,
+    w_row, s_row, s_group, b_row, y_row, y_split,
+    STEPS: gl.constexpr, STAGES: gl.constexpr, W_STAGES: gl.constexpr, TALL: gl.constexpr, POWERS: gl.constexpr,
+    BIAS: gl.constexpr, FETCH: gl.constexpr, EARLY: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """y = x w^T for a tile of rows and outputs and, split `program_id(1)`, STEPS runs of 128 channels; the split writes
     to y + split * y_split. The weight is asked for at once, x in STAGES pieces that go round. EARLY: the weight may be
@@ -74,34 +88,47 @@ def product_kernel(
     X_MANY: gl.constexpr = (STEPS + X_WIDE - 1) // X_WIDE
     W_MANY: gl.constexpr = (STEPS + W_WIDE - 1) // W_WIDE
     FIRST: gl.constexpr = min(X_MANY, STAGES)
+    W_FIRST: gl.constexpr = min(W_MANY, W_STAGES)
     WARPS: gl.constexpr = gl.num_warps()
     left = gl.program_id(0) * BO
     group = gl.program_id(1) * STEPS
     top = gl.program_id(2) * BN
     x_pieces = gl.allocate_shared_memory(x_desc.dtype, [FIRST, BN, 128 * X_WIDE], x_desc.layout)
-    w_pieces = gl.allocate_shared_memory(w_desc.dtype, [W_MANY, BO, 128 * W_WIDE], w_desc.layout)
+    w_pieces = gl.allocate_shared_memory(w_desc.dtype, [W_FIRST, BO, 128 * W_WIDE], w_desc.layout)
     x_full = gl.allocate_shared_memory(gl.int64, [FIRST, 1], mbarrier.MBarrierLayout())
-    w_full = gl.allocate_shared_memory(gl.int64, [W_MANY, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(W_MANY):
+    w_full = gl.allocate_shared_memory(gl.int64, [W_FIRST, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(W_FIRST):
         mbarrier.init(w_full.index(i), count=1)
     for i in gl.static_range(FIRST):
         mbarrier.init(x_full.index(i), count=1)
     fence_async_shared()
     if AHEAD and not EARLY:
         tl.extra.cuda.gdc_wait()
-    for i in gl.static_range(W_MANY):
+    for i in gl.static_range(W_FIRST):
         mbarrier.expect(w_full.index(i), w_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(
             w_desc, [left, (group + i * W_WIDE) * 128], w_full.index(i), w_pieces.index(i)
         )
         if not EARLY:
-            for j in gl.static_range(i * FIRST // W_MANY, (i + 1) * FIRST // W_MANY):
+            for j in gl.static_range(i * FIRST // W_FIRST, (i + 1) * FIRST // W_FIRST):
                 mbarrier.expect(x_full.index(j), x_desc.block_type.nbytes)
                 tma.async_copy_global_to_shared(
                     x_desc, [top, (group + j * X_WIDE) * 128], x_full.index(j), x_pieces.index(j)
                 )
     # Both scales' products, by run and row.
     ROOM: gl.constexpr = 16 if STEPS > 8 else 8
+    if FETCH:
+        LINES: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16] if ROOM == 16 else [4, 8], [WARPS, 1], [1, 0])
+        o = gl.minimum(left + gl.arange(0, BO, gl.SliceLayout(1, LINES)), out_width - 1).to(gl.int64) * w_row
+        d = (group + gl.minimum(gl.arange(0, ROOM, gl.SliceLayout(0, LINES)), STEPS - 1)) * 128
+        gl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [(w_ptr + o[:, None] + d[None, :]).to(gl.int64)],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
     LANES: gl.constexpr = min(BN, 32)
     TABLE: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [WARPS, 1], [1, 0])
     run = gl.arange(0, ROOM, gl.SliceLayout(1, TABLE))
@@ -127,7 +154,7 @@ def product_kernel(
     ONE_X: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, 128], x_desc.dtype)
     ONE_W: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BO, 128], w_desc.dtype)
     x_tiles = x_pieces._reinterpret(x_desc.dtype, [FIRST * X_WIDE, BN, 128], ONE_X)
-    w_tiles = w_pieces._reinterpret(w_desc.dtype, [W_MANY * W_WIDE, BO, 128], ONE_W)
+    w_tiles = w_pieces._reinterpret(w_desc.dtype, [W_FIRST * W_WIDE, BO, 128], ONE_W)
 
     if TALL:
         SHAPE: gl.constexpr = [BO, BN]
@@ -148,24 +175,18 @@ def product_kernel(
     for step in gl.static_range(1, STEPS + 1):
         if step < STEPS:
             if step % W_WIDE == 0:
-                mbarrier.wait(w_full.index(step // W_WIDE), 0)
+                mbarrier.wait(w_full.index(step // W_WIDE % W_FIRST), step // W_WIDE // W_FIRST & 1)
             if step % X_WIDE == 0:
                 mbarrier.wait(x_full.index(step // X_WIDE % FIRST), step // X_WIDE // FIRST & 1)
-            following = _multiply(x_tiles.index(step % (FIRST * X_WIDE)), w_tiles.index(step), zero, TALL)
+            following = _multiply(
+                x_tiles.index(step % (FIRST * X_WIDE)), w_tiles.index(step % (W_FIRST * W_WIDE)), zero, TALL
+            )
             # With `acc`, so that what is there is added up while the next product is under way, not at the end.
             part, acc = warpgroup_mma_wait(1, deps=[part, acc])
         else:
             part, acc = warpgroup_mma_wait(0, deps=[part, acc])
-        if step % X_WIDE == 0 and step // X_WIDE - 1 + FIRST < X_MANY:
-            gl.thread_barrier()
-            bar = x_full.index((step // X_WIDE - 1) % FIRST)
-            mbarrier.expect(bar, x_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                x_desc,
-                [top, (group + (step // X_WIDE - 1 + FIRST) * X_WIDE) * 128],
-                bar,
-                x_pieces.index((step // X_WIDE - 1) % FIRST),
-            )
+        _refill(w_desc, w_pieces, w_full, left, group, step, W_WIDE, W_FIRST, W_MANY)
+        _refill(x_desc, x_pieces, x_full, top, group, step, X_WIDE, FIRST, X_MANY)
         acc = _add(acc, part, scales.index(step - 1).load(BY), TALL)
         if step < STEPS:
             part = following
@@ -221,9 +242,10 @@ def product(
     with its scales (fp32, or e8m0's bytes). `early`: no kernel before this one that may still run writes the weight."""
     rows, out_width, BN = x.shape[0], codes_OD.shape[0], how["BN"]
     product_kernel[(-(-out_width // how["BO"]), x.shape[1] // 128 // how["STEPS"], -(-rows // BN))](
-        descriptor(x, BN, how["X_WIDE"]), descriptor(codes_OD, how["BO"], how["W_WIDE"]), x_scale, scale, bias, y, rows,
-        out_width, x_scale.stride(0), x_scale.stride(1), scale.stride(0), y.stride(-2),
-        y.stride(0) if y.dim() == 3 else 0,
-        STEPS=how["STEPS"], STAGES=how["STAGES"], TALL=how["TALL"], POWERS=scale.dtype == torch.uint8,
-        BIAS=bias is not None, EARLY=early, AHEAD=True, num_warps=how["num_warps"], launch_pdl=True,
+        descriptor(x, BN, how["X_WIDE"]), descriptor(codes_OD, how["BO"], how["W_WIDE"]), codes_OD, x_scale, scale,
+        bias, y, rows, out_width, codes_OD.stride(0), x_scale.stride(0), x_scale.stride(1), scale.stride(0),
+        y.stride(-2), y.stride(0) if y.dim() == 3 else 0,
+        STEPS=how["STEPS"], STAGES=how["STAGES"], W_STAGES=how["W_STAGES"], TALL=how["TALL"],
+        POWERS=scale.dtype == torch.uint8, BIAS=bias is not None, FETCH=how["FETCH"], EARLY=early, AHEAD=True,
+        num_warps=how["num_warps"], launch_pdl=True,
     )  # fmt: skip
