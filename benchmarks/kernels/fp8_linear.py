@@ -24,9 +24,11 @@ from benchmarks.kernels.skinny import (
     failed,
     graph_us,
     poison,
+    replay_us,
     short,
     turns_us,
 )
+from rorqual.kernels import fp8_gluon
 from rorqual.kernels import fp8_linear as op
 from rorqual.kernels.gpu import triton
 from rorqual.kernels.quant import E8M0, dequantize_fp8, quantize_fp8
@@ -164,56 +166,39 @@ def small_ways(rows: int, out: int, width: int) -> list[dict[str, Any]]:
 
 
 def ring_ways(rows: int, out: int, width: int) -> list[dict[str, Any]]:
-    """Cuts of the Gluon form worth timing: what fits in shared memory and in one wave. Runs of 128 channels in a piece
-    of x and of the weight, bytes of shared memory for pieces (half: two programs a multiprocessor), L2 asked first."""
-    whole, half = 231000, 110000
-    pieces = (
-        (2, 4, whole, False),
-        (4, 4, whole, False),
-        (2, 2, half, False),
-        (2, 2, half, True),
-        (1, 1, half, True),
-    )
-    kinds: dict[tuple[bool, int, int, int], Any] = {
-        (False, 64, 64, 4): pieces, (True, 32, 64, 4): pieces[1:4], (True, 16, 64, 4): pieces[1:4],
-        (False, 128, 64, 8): ((1, 4, whole, False), (2, 4, whole, False), (1, 1, half, False), (1, 1, half, True)),
-        (False, 128, 64, 4): ((1, 1, half, True),),
+    """Cuts of the Gluon form worth timing: the one chosen first; then others by rows, outputs, warps, runs of 128
+    channels in a piece of x and of the weight, and pieces at a time."""
+    chosen = fp8_gluon.plan(rows, out, width)
+    found = [] if chosen is None else [chosen]
+    steps = width // 128
+    while steps > 16:
+        steps //= 2
+    cuts: dict[int, tuple[tuple[int, ...], ...]] = {
+        16: ((64, 4, 4, 4, 4, 4),),
+        32: ((64, 4, 4, 4, 4, 4), (64, 4, 2, 2, 4, 5), (64, 4, 4, 4, 2, 2)),
+        64: (
+            (64, 4, 2, 4, 5, 4), (64, 4, 2, 2, 2, 4), (64, 4, 1, 2, 5, 4), (64, 4, 1, 1, 6, 6), (128, 8, 2, 2, 4, 4),
+            (64, 4, 2, 2, 3, 3),
+        ),
+        128: ((64, 8, 1, 2, 3, 3), (64, 8, 2, 2, 2, 2), (64, 8, 1, 1, 3, 5), (128, 8, 1, 1, 6, 6)),
     }  # fmt: skip
-    found = []
-    for (tall, bn, bo, warps), wide in kinds.items():
-        if not (bn // 2 < rows <= bn or (bn == 64 and rows == 32) or (bn == 16 and rows < 16)):
-            continue
-        for split in (1, 2, 4, 8):
-            steps = width // 128 // split
-            if width // 128 % split or steps > 16 or steps < 4 or -(-out // bo) * split > 132:
-                continue
-            for x_wide, widest, size, fetch in wide:
-                w_wide = widest if steps % widest == 0 else 2
-                room = size - 64 * bn
-                if size == whole:
-                    w_stages = steps // w_wide
-                    stages = min((room - bo * 128 * steps) // (bn * 128 * x_wide), -(-steps // x_wide))
-                else:
-                    stages = w_stages = room // ((bn * x_wide + bo * w_wide) * 128)
-                if stages < 2 or steps % x_wide or steps % w_wide:
-                    continue
-                found.append({
-                    "BN": bn, "BO": bo, "STEPS": steps, "X_WIDE": x_wide, "W_WIDE": w_wide, "STAGES": stages,
-                    "W_STAGES": w_stages, "TALL": tall, "FETCH": fetch, "num_warps": warps,
-                })  # fmt: skip
-            break
-    return found if (rows, out, width) in RING[:4] else found[1:4]
+    BN = max(16, triton.next_power_of_2(rows))
+    for bo, warps, x_wide, w_wide, stages, w_stages in cuts[BN]:
+        how = {
+            "BO": bo, "STEPS": steps, "X_WIDE": x_wide, "W_WIDE": w_wide, "TALL": rows <= 32, "num_warps": warps,
+            "BN": BN, "STAGES": stages, "W_STAGES": w_stages,
+        }  # fmt: skip
+        if how not in found:
+            found.append(how)
+    return found if (rows, out, width) in RING[:3] else found[:1]
 
 
-QUANTIZE: tuple[dict[str, Any], ...] = (
-    {"BN": 16, "num_warps": 4, "fetch": True}, {"BN": 4, "num_warps": 4, "fetch": True},
-    {"BN": 4, "num_warps": 1, "fetch": True}, {"BN": 8, "num_warps": 4, "fetch": True}, {"BN": 4, "num_warps": 1},
-)  # fmt: skip
+QUANTIZE: tuple[dict[str, Any], ...] = ({"BN": 4, "num_warps": 1},)
 
 
 RING = (
-    (64, 7168, 2048), (64, 2112, 7168), (128, 7168, 2048), (32, 7168, 2048), (16, 7168, 2048), (48, 7168, 2048),
-    (64, 576, 2048), (64, 1536, 7168), (64, 8192, 1536),
+    (64, 7168, 2048), (128, 7168, 2048), (32, 7168, 2048), (64, 2112, 7168), (16, 7168, 2048), (48, 7168, 2048),
+    (64, 576, 2048), (64, 8192, 1536), (8, 4096, 1024), (100, 3072, 1536),
 )  # fmt: skip
 
 
@@ -244,9 +229,7 @@ def check_ring(rows: int, out: int, width: int, how: dict[str, Any]) -> None:
 def ring_call(x: Tensor, w: Any, how: Any, ahead: bool, codes: Any = None, by: Any = None) -> Tensor:
     """A product; `by` is another way to quantise before it."""
     if by:
-        given = {n: v for n, v in by.items() if n != "fetch"}
-        fetch = w[0] if "fetch" in by else None
-        codes = op.quantize_fast(x, False, ahead, given, followed=True, fetch=fetch)
+        codes = op.quantize_fast(x, False, ahead, by, followed=True)
         return op.fast(x, *w, ahead=True, how=how, quantized=codes)
     return op.fast(x, *w, ahead=ahead, how=how, quantized=codes)
 
@@ -258,7 +241,9 @@ def time_ring() -> None:
         import deep_gemm  # type: ignore[import-not-found]
     except ImportError:
         deep_gemm = None
-    print("ring: us alone; alone, ahead; with quantising; with quantising, ahead")
+    print(
+        "ring: us, replays in turns (best in a row) alone; alone, ahead; with quantising; with quantising, ahead"
+    )
     for rows, out, width in RING:
         held = [weight(out, width) for _ in range(max(2, min(12, int(4e8) // (out * width))))]
         x = torch.randn(rows, width, device="cuda").bfloat16()
@@ -272,7 +257,7 @@ def time_ring() -> None:
         gluon = ring_ways(rows, out, width)
         ways: list[tuple[str, Any, Any]] = [("Triton", op.plan(rows, out, width, gluon=False), None)]
         ways += [(short(how), how, None) for how in gluon]
-        some = (QUANTIZE, gluon[::2]) if rows == 64 else (QUANTIZE[:2], gluon[:2])
+        some = QUANTIZE, gluon[:1]
         ways += [(f"{short(how)}, quantize {short(by)}", how, by) for by in some[0] for how in some[1]]
         calls: dict[Any, Any] = {}
         if deep_gemm:
@@ -291,9 +276,15 @@ def time_ring() -> None:
             except Exception:
                 failed(str(key))
         us = turns_us(graphs)
+        best = {key: min(replay_us(graph) for _ in range(4)) for key, graph in graphs.items()}
         print(f"{rows}x{out}x{width}", flush=True)
         for name in dict.fromkeys(name for name, _ in us):
-            cells = [f"{us[name, c] / len(held):5.2f}" if (name, c) in us else "     " for c in range(4)]
+            cells = [
+                f"{us[name, c] / len(held):5.2f} ({best[name, c] / len(held):5.2f})"
+                if (name, c) in us
+                else " " * 13
+                for c in range(4)
+            ]
             print(f"    {'  '.join(cells)}  {name}", flush=True)
 
 

@@ -1,8 +1,9 @@
-"""Products of FP8 codes for few rows on Hopper, in Gluon: as much of a weight as fits is asked for at once.
+"""Products of FP8 codes for few rows on Hopper, in Gluon.
 
-A program has 64 or 128 outputs and takes tiles of 128 channels by the bulk copy engine (TMA) into shared memory, which
-holds up to all channels of 2,048: nothing waits for room. It is launched to run ahead of what is before it, always:
-it waits for that before it reads anything, or, where the caller allows it, asks for its weight first.
+A program has 64 outputs and takes pieces of x and of the weight by the bulk copy engine (TMA) into less than half of
+shared memory: the programs of the next product find room beside it. They are launched while it runs, always, and set
+themselves up; before they read anything they wait for what is before, or, where the caller allows it, ask for their
+weight first.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -26,9 +27,7 @@ from rorqual.kernels.gluon_rings import (
     warpgroup_mma_wait,
 )
 from rorqual.kernels.gpu import tl
-
-SHARED = 224 * 1024
-"""Bytes of shared memory that tiles may take."""
+from rorqual.kernels.skinny import PROCESSORS
 
 
 @gluon.jit
@@ -71,10 +70,10 @@ def _refill(
 
 @gluon.jit(do_not_specialize=["rows"])
 def product_kernel(
-    x_desc, w_desc, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, rows, out_width,
-    w_row, s_row, s_group, b_row, y_row, y_split,
+    x_desc, w_desc, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, rows, out_width,
+    s_row, s_group, b_row, y_row, y_split,
     STEPS: gl.constexpr, STAGES: gl.constexpr, W_STAGES: gl.constexpr, TALL: gl.constexpr, POWERS: gl.constexpr,
-    BIAS: gl.constexpr, FETCH: gl.constexpr, EARLY: gl.constexpr, AHEAD: gl.constexpr,
+    BIAS: gl.constexpr, EARLY: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """y = x w^T for a tile of rows and outputs and, split `program_id(1)`, STEPS runs of 128 channels; the split writes
     to y + split * y_split. The weight is asked for at once, x in STAGES pieces that go round. EARLY: the weight may be
@@ -117,18 +116,6 @@ def product_kernel(
                 )
     # Both scales' products, by run and row.
     ROOM: gl.constexpr = 16 if STEPS > 8 else 8
-    if FETCH:
-        LINES: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16] if ROOM == 16 else [4, 8], [WARPS, 1], [1, 0])
-        o = gl.minimum(left + gl.arange(0, BO, gl.SliceLayout(1, LINES)), out_width - 1).to(gl.int64) * w_row
-        d = (group + gl.minimum(gl.arange(0, ROOM, gl.SliceLayout(0, LINES)), STEPS - 1)) * 128
-        gl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-            "=r,l",
-            [(w_ptr + o[:, None] + d[None, :]).to(gl.int64)],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
     LANES: gl.constexpr = min(BN, 32)
     TABLE: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [WARPS, 1], [1, 0])
     run = gl.arange(0, ROOM, gl.SliceLayout(1, TABLE))
@@ -156,17 +143,12 @@ def product_kernel(
     x_tiles = x_pieces._reinterpret(x_desc.dtype, [FIRST * X_WIDE, BN, 128], ONE_X)
     w_tiles = w_pieces._reinterpret(w_desc.dtype, [W_FIRST * W_WIDE, BO, 128], ONE_W)
 
-    if TALL:
-        SHAPE: gl.constexpr = [BO, BN]
-        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 32])
-        BY: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    else:
-        SHAPE: gl.constexpr = [BN, BO]
-        DOWN: gl.constexpr = min(BN // 16, WARPS)
-        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-            [3, 0], [DOWN, WARPS // DOWN], [16, BO * DOWN // WARPS, 32]
-        )
-        BY: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    SHAPE: gl.constexpr = [BO, BN] if TALL else [BN, BO]
+    DOWN: gl.constexpr = WARPS if TALL else min(BN // 16, WARPS)
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [DOWN, WARPS // DOWN], [16, SHAPE[1] * DOWN // WARPS, 32]
+    )
+    BY: gl.constexpr = gl.SliceLayout(0 if TALL else 1, LAYOUT)
     acc = gl.zeros(SHAPE, gl.float32, LAYOUT)
     zero = gl.zeros(SHAPE, gl.float32, LAYOUT)
     mbarrier.wait(w_full.index(0), 0)
@@ -190,31 +172,40 @@ def product_kernel(
         acc = _add(acc, part, scales.index(step - 1).load(BY), TALL)
         if step < STEPS:
             part = following
-    if TALL:
-        STORE: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
-        o = left + gl.arange(0, BO, gl.SliceLayout(1, STORE))
-        n = top + gl.arange(0, BN, gl.SliceLayout(0, STORE))
-    else:
-        STORE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-        o = left + gl.arange(0, BO, gl.SliceLayout(0, STORE))
-        n = top + gl.arange(0, BN, gl.SliceLayout(1, STORE))
+    # Eight outputs a thread side by side.
+    STORE: gl.constexpr = (
+        gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
+        if TALL
+        else gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    )
+    ALONG: gl.constexpr = 1 if TALL else 0
+    o = left + gl.arange(0, BO, gl.SliceLayout(ALONG, STORE))
+    n = gl.expand_dims(top + gl.arange(0, BN, gl.SliceLayout(1 - ALONG, STORE)), 1 - ALONG)
     if BIAS:
         bias = gl.load(bias_ptr + o, o < out_width, other=0.0).to(gl.float32)
-    o = gl.expand_dims(o, 1 if TALL else 0)
-    n = gl.expand_dims(n, 0 if TALL else 1)
+    o = gl.expand_dims(o, ALONG)
     mask = (n < rows) & (o < out_width)
     to = y_ptr + gl.program_id(1).to(gl.int64) * y_split + n.to(gl.int64) * y_row + o
     if BIAS:
-        y = gl.convert_layout(acc, STORE) + gl.expand_dims(bias, 1 if TALL else 0)
+        y = gl.convert_layout(acc, STORE) + gl.expand_dims(bias, ALONG)
         gl.store(to, y.to(y_ptr.dtype.element_ty), mask)
     else:
         gl.store(to, gl.convert_layout(acc.to(y_ptr.dtype.element_ty), STORE), mask)
 
 
 def plan(rows: int, out_width: int, width: int) -> dict[str, Any] | None:
-    """How a product of this shape is cut: outputs of a tile, runs of 128 channels of a program, of a piece of x and of
-    the weight, pieces of x at a time. None: other forms are faster. Depends on the shape alone."""
-    return None
+    """How a product of this shape is cut: rows and outputs of a tile, runs of 128 channels of a program, of a piece of
+    x and of the weight, pieces at a time. None: other forms are faster. Depends on the shape alone."""
+    steps = width // 128
+    if not 1 < rows <= 128 or width % 128 or not 4 <= steps <= 16 or out_width > 64 * PROCESSORS:
+        return None
+    how = {"BO": 64, "STEPS": steps, "X_WIDE": 2, "W_WIDE": 2, "TALL": rows <= 32, "num_warps": 4}
+    if rows <= 32:
+        BN, stages = 16 if rows <= 16 else 32, 5 if rows <= 16 else 4
+        return how | {"BN": BN, "STAGES": stages, "W_STAGES": stages}
+    if rows <= 64:
+        return how | {"BN": 64, "STAGES": 3, "W_STAGES": 3}
+    return how | {"BN": 128, "X_WIDE": 1, "W_WIDE": 1, "STAGES": 4, "W_STAGES": 4, "num_warps": 8}
 
 
 def supported(x: Tensor, codes_OD: Tensor) -> bool:
@@ -242,10 +233,10 @@ def product(
     with its scales (fp32, or e8m0's bytes). `early`: no kernel before this one that may still run writes the weight."""
     rows, out_width, BN = x.shape[0], codes_OD.shape[0], how["BN"]
     product_kernel[(-(-out_width // how["BO"]), x.shape[1] // 128 // how["STEPS"], -(-rows // BN))](
-        descriptor(x, BN, how["X_WIDE"]), descriptor(codes_OD, how["BO"], how["W_WIDE"]), codes_OD, x_scale, scale,
-        bias, y, rows, out_width, codes_OD.stride(0), x_scale.stride(0), x_scale.stride(1), scale.stride(0),
-        y.stride(-2), y.stride(0) if y.dim() == 3 else 0,
+        descriptor(x, BN, how["X_WIDE"]), descriptor(codes_OD, how["BO"], how["W_WIDE"]), x_scale, scale, bias, y, rows,
+        out_width, x_scale.stride(0), x_scale.stride(1), scale.stride(0), y.stride(-2),
+        y.stride(0) if y.dim() == 3 else 0,
         STEPS=how["STEPS"], STAGES=how["STAGES"], W_STAGES=how["W_STAGES"], TALL=how["TALL"],
-        POWERS=scale.dtype == torch.uint8, BIAS=bias is not None, FETCH=how["FETCH"], EARLY=early, AHEAD=True,
+        POWERS=scale.dtype == torch.uint8, BIAS=bias is not None, EARLY=early, AHEAD=True,
         num_warps=how["num_warps"], launch_pdl=True,
     )  # fmt: skip

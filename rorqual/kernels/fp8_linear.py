@@ -38,12 +38,11 @@ FIXED_ROWS = 2048
 
 @triton.jit
 def quantize(
-    x, codes, scale, weight, rows, room, width, x_row, c_row, s_row, s_group, lines,
-    BN: tl.constexpr, POWERS: tl.constexpr, LATE: tl.constexpr, FETCH: tl.constexpr, AHEAD: tl.constexpr,
+    x, codes, scale, rows, room, width, x_row, c_row, s_row, s_group,
+    BN: tl.constexpr, POWERS: tl.constexpr, LATE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One run of 128 channels of BN rows a program: scale amax / 448, floored as in quant.py; POWERS rounds it up
-    to a power of two. Rows from `rows` to `room` count as zero. LATE: what follows starts once all before is done.
-    FETCH: L2 is asked for `lines` lines of 128 bytes of `weight`, which the next kernel is about to read."""
+    to a power of two. Rows from `rows` to `room` count as zero. LATE: what follows starts once all before is done."""
     release(AHEAD and not LATE)
     n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     group = tl.program_id(1)
@@ -52,18 +51,6 @@ def quantize(
     await_inputs(AHEAD)
     release(AHEAD and LATE)
     values = tl.load(x + n[:, None] * x_row + d[None, :], mask=(n < rows)[:, None] & live, other=0.0)
-    if FETCH:
-        programs = tl.num_programs(0) * tl.num_programs(1)
-        first = (group * tl.num_programs(0) + tl.program_id(0)) * 128 + tl.arange(0, 128)
-        for at in tl.range(0, lines, programs * 128):
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-                "=r,l",
-                [(weight + tl.minimum(first + at, lines - 1).to(tl.int64) * 128).to(tl.int64)],
-                tl.int32,
-                is_pure=False,
-                pack=1,
-            )
     values = values.to(tl.float32)
     by = tl.div_rn(tl.maximum(tl.max(tl.abs(values), 1), 1e-4), 448.0)
     if POWERS:  # any bit of the fraction carries into the exponent
@@ -89,20 +76,17 @@ def quantize_fast(
     ahead: bool = False,
     how: dict[str, int] | None = None,
     followed: bool = False,
-    fetch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`quantize_rows` by the kernel above. The tensors returned have room for rows up to a multiple of 4. `followed`:
-    the next kernel is launched to run ahead, but not before all kernels before this one are done unless `ahead`.
-    `fetch`: codes, their rows without gaps, that L2 is asked for."""
+    the next kernel is launched to run ahead, but not before all kernels before this one are done unless `ahead`."""
     rows, width = x_ND.shape
     room, groups = blocks(rows, 4) * 4, blocks(width, BLOCK)
     codes = torch.empty(room, width, dtype=FP8, device=x_ND.device)
     scale = torch.empty(groups, room, dtype=torch.float32, device=x_ND.device).t()
     how = how or {"BN": 1 if rows <= 16 else 16, "num_warps": 1 if rows <= 16 else 4}
     quantize[(triton.cdiv(room, how["BN"]), groups)](
-        x_ND, codes, scale, fetch, rows, room, width, x_ND.stride(0), codes.stride(0), scale.stride(0),
-        scale.stride(1), 0 if fetch is None else fetch.numel() // 128, POWERS=pow2, LATE=not ahead,
-        FETCH=fetch is not None, **how, **launching(followed or (ahead and x_ND.is_cuda)),
+        x_ND, codes, scale, rows, room, width, x_ND.stride(0), codes.stride(0), scale.stride(0), scale.stride(1),
+        POWERS=pow2, LATE=not ahead, **how, **launching(followed or (ahead and x_ND.is_cuda)),
     )  # fmt: skip
     return codes[:rows], scale[:rows]
 
