@@ -167,26 +167,23 @@ def small_ways(rows: int, out: int, width: int) -> list[dict[str, Any]]:
 
 def ring_ways(rows: int, out: int, width: int) -> list[dict[str, Any]]:
     """Cuts of the Gluon form worth timing: the one chosen first; then others by rows, outputs, warps, runs of 128
-    channels in a piece of x and of the weight, and pieces at a time."""
+    channels in a piece, and pieces at a time."""
     chosen = fp8_gluon.plan(rows, out, width)
     found = [] if chosen is None else [chosen]
     steps = width // 128
     while steps > 16:
         steps //= 2
     cuts: dict[int, tuple[tuple[int, ...], ...]] = {
-        16: ((64, 4, 4, 4, 4, 4),),
-        32: ((64, 4, 4, 4, 4, 4), (64, 4, 2, 2, 4, 5), (64, 4, 4, 4, 2, 2)),
-        64: (
-            (64, 4, 2, 4, 5, 4), (64, 4, 2, 2, 2, 4), (64, 4, 1, 2, 5, 4), (64, 4, 1, 1, 6, 6), (128, 8, 2, 2, 4, 4),
-            (64, 4, 2, 2, 3, 3),
-        ),
-        128: ((64, 8, 1, 2, 3, 3), (64, 8, 2, 2, 2, 2), (64, 8, 1, 1, 3, 5), (128, 8, 1, 1, 6, 6)),
+        16: ((64, 4, 4, 4), (64, 4, 4, 2)),
+        32: ((64, 4, 4, 4), (64, 4, 4, 2), (64, 4, 1, 8), (64, 4, 2, 3)),
+        64: ((64, 4, 2, 6), (64, 4, 4, 3), (64, 4, 1, 6), (64, 4, 2, 2), (128, 8, 2, 4), (64, 4, 1, 7)),
+        128: ((64, 8, 2, 2), (64, 8, 2, 4), (64, 8, 1, 8), (64, 8, 1, 3)),
     }  # fmt: skip
     BN = max(16, triton.next_power_of_2(rows))
-    for bo, warps, x_wide, w_wide, stages, w_stages in cuts[BN]:
+    for bo, warps, wide, stages in cuts[BN]:
         how = {
-            "BO": bo, "STEPS": steps, "X_WIDE": x_wide, "W_WIDE": w_wide, "TALL": rows <= 32, "num_warps": warps,
-            "BN": BN, "STAGES": stages, "W_STAGES": w_stages,
+            "BN": BN, "BO": bo, "STEPS": steps, "WIDE": wide, "STAGES": stages, "TALL": rows <= 32,
+            "num_warps": warps,
         }  # fmt: skip
         if how not in found:
             found.append(how)

@@ -55,65 +55,45 @@ def _add(acc, part, by, TALL: gl.constexpr):
 
 
 @gluon.jit
-def _refill(
-    desc, pieces, full, row, group,
-    step: gl.constexpr, WIDE: gl.constexpr, FIRST: gl.constexpr, MANY: gl.constexpr,
-):  # fmt: skip
-    """After `step` runs: if they were the last of a piece, the piece FIRST further on takes its place."""
-    if step % WIDE == 0 and step // WIDE - 1 + FIRST < MANY:
-        stage: gl.constexpr = (step // WIDE - 1) % FIRST
-        gl.thread_barrier()
-        mbarrier.expect(full.index(stage), desc.block_type.nbytes)
-        at = (group + step + (FIRST - 1) * WIDE) * 128
-        tma.async_copy_global_to_shared(desc, [row, at], full.index(stage), pieces.index(stage))
+def _fetch(desc, tiles, bar, row, at):
+    tma.async_copy_global_to_shared(desc, [row, at * 128], bar, tiles)
 
 
 @gluon.jit(do_not_specialize=["rows"])
 def product_kernel(
     x_desc, w_desc, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, rows, out_width,
     s_row, s_group, b_row, y_row, y_split,
-    STEPS: gl.constexpr, STAGES: gl.constexpr, W_STAGES: gl.constexpr, TALL: gl.constexpr, POWERS: gl.constexpr,
-    BIAS: gl.constexpr, EARLY: gl.constexpr, AHEAD: gl.constexpr,
+    STEPS: gl.constexpr, STAGES: gl.constexpr, TALL: gl.constexpr, POWERS: gl.constexpr, BIAS: gl.constexpr,
+    EARLY: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """y = x w^T for a tile of rows and outputs and, split `program_id(1)`, STEPS runs of 128 channels; the split writes
-    to y + split * y_split. The weight is asked for at once, x in STAGES pieces that go round. EARLY: the weight may be
-    read before what the kernels before wrote."""
+    to y + split * y_split. STAGES pieces are under way or in use. EARLY: the weight may be read before what the
+    kernels before wrote."""
     if AHEAD:
         tl.extra.cuda.gdc_launch_dependents()
     BN: gl.constexpr = x_desc.block_type.shape[0]
     BO: gl.constexpr = w_desc.block_type.shape[0]
-    X_WIDE: gl.constexpr = x_desc.block_type.shape[1] // 128
-    W_WIDE: gl.constexpr = w_desc.block_type.shape[1] // 128
-    X_MANY: gl.constexpr = (STEPS + X_WIDE - 1) // X_WIDE
-    W_MANY: gl.constexpr = (STEPS + W_WIDE - 1) // W_WIDE
-    FIRST: gl.constexpr = min(X_MANY, STAGES)
-    W_FIRST: gl.constexpr = min(W_MANY, W_STAGES)
+    WIDE: gl.constexpr = x_desc.block_type.shape[1] // 128
+    PIECES: gl.constexpr = (STEPS + WIDE - 1) // WIDE
+    HELD: gl.constexpr = min(PIECES, STAGES)
+    BYTES: gl.constexpr = x_desc.block_type.nbytes + w_desc.block_type.nbytes
     WARPS: gl.constexpr = gl.num_warps()
     left = gl.program_id(0) * BO
     group = gl.program_id(1) * STEPS
     top = gl.program_id(2) * BN
-    x_pieces = gl.allocate_shared_memory(x_desc.dtype, [FIRST, BN, 128 * X_WIDE], x_desc.layout)
-    w_pieces = gl.allocate_shared_memory(w_desc.dtype, [W_FIRST, BO, 128 * W_WIDE], w_desc.layout)
-    x_full = gl.allocate_shared_memory(gl.int64, [FIRST, 1], mbarrier.MBarrierLayout())
-    w_full = gl.allocate_shared_memory(gl.int64, [W_FIRST, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(W_FIRST):
-        mbarrier.init(w_full.index(i), count=1)
-    for i in gl.static_range(FIRST):
-        mbarrier.init(x_full.index(i), count=1)
+    x_pieces = gl.allocate_shared_memory(x_desc.dtype, [HELD, BN, 128 * WIDE], x_desc.layout)
+    w_pieces = gl.allocate_shared_memory(w_desc.dtype, [HELD, BO, 128 * WIDE], w_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [HELD, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(HELD):
+        mbarrier.init(full.index(i), count=1)
     fence_async_shared()
     if AHEAD and not EARLY:
         tl.extra.cuda.gdc_wait()
-    for i in gl.static_range(W_FIRST):
-        mbarrier.expect(w_full.index(i), w_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            w_desc, [left, (group + i * W_WIDE) * 128], w_full.index(i), w_pieces.index(i)
-        )
+    for i in gl.static_range(HELD):
+        mbarrier.expect(full.index(i), BYTES)
+        _fetch(w_desc, w_pieces.index(i), full.index(i), left, group + i * WIDE)
         if not EARLY:
-            for j in gl.static_range(i * FIRST // W_FIRST, (i + 1) * FIRST // W_FIRST):
-                mbarrier.expect(x_full.index(j), x_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    x_desc, [top, (group + j * X_WIDE) * 128], x_full.index(j), x_pieces.index(j)
-                )
+            _fetch(x_desc, x_pieces.index(i), full.index(i), top, group + i * WIDE)
     # Both scales' products, by run and row.
     ROOM: gl.constexpr = 16 if STEPS > 8 else 8
     LANES: gl.constexpr = min(BN, 32)
@@ -124,11 +104,8 @@ def product_kernel(
     if EARLY:
         if AHEAD:
             tl.extra.cuda.gdc_wait()
-        for j in gl.static_range(FIRST):
-            mbarrier.expect(x_full.index(j), x_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                x_desc, [top, (group + j * X_WIDE) * 128], x_full.index(j), x_pieces.index(j)
-            )
+        for i in gl.static_range(HELD):
+            _fetch(x_desc, x_pieces.index(i), full.index(i), top, group + i * WIDE)
     real = (run < STEPS)[:, None] & (top + row < rows)[None, :]
     x_scale = gl.load(
         x_scale_ptr + ((top + row) * s_row)[None, :] + ((group + run) * s_group)[:, None], real, other=0.0
@@ -140,8 +117,8 @@ def product_kernel(
     # Pieces lie in memory as their runs one after the other.
     ONE_X: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, 128], x_desc.dtype)
     ONE_W: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BO, 128], w_desc.dtype)
-    x_tiles = x_pieces._reinterpret(x_desc.dtype, [FIRST * X_WIDE, BN, 128], ONE_X)
-    w_tiles = w_pieces._reinterpret(w_desc.dtype, [W_FIRST * W_WIDE, BO, 128], ONE_W)
+    x_tiles = x_pieces._reinterpret(x_desc.dtype, [HELD * WIDE, BN, 128], ONE_X)
+    w_tiles = w_pieces._reinterpret(w_desc.dtype, [HELD * WIDE, BO, 128], ONE_W)
 
     SHAPE: gl.constexpr = [BO, BN] if TALL else [BN, BO]
     DOWN: gl.constexpr = WARPS if TALL else min(BN // 16, WARPS)
@@ -151,24 +128,27 @@ def product_kernel(
     BY: gl.constexpr = gl.SliceLayout(0 if TALL else 1, LAYOUT)
     acc = gl.zeros(SHAPE, gl.float32, LAYOUT)
     zero = gl.zeros(SHAPE, gl.float32, LAYOUT)
-    mbarrier.wait(w_full.index(0), 0)
-    mbarrier.wait(x_full.index(0), 0)
+    mbarrier.wait(full.index(0), 0)
     part = _multiply(x_tiles.index(0), w_tiles.index(0), zero, TALL)
     for step in gl.static_range(1, STEPS + 1):
         if step < STEPS:
-            if step % W_WIDE == 0:
-                mbarrier.wait(w_full.index(step // W_WIDE % W_FIRST), step // W_WIDE // W_FIRST & 1)
-            if step % X_WIDE == 0:
-                mbarrier.wait(x_full.index(step // X_WIDE % FIRST), step // X_WIDE // FIRST & 1)
+            if step % WIDE == 0:
+                mbarrier.wait(full.index(step // WIDE % HELD), step // WIDE // HELD & 1)
             following = _multiply(
-                x_tiles.index(step % (FIRST * X_WIDE)), w_tiles.index(step % (W_FIRST * W_WIDE)), zero, TALL
+                x_tiles.index(step % (HELD * WIDE)), w_tiles.index(step % (HELD * WIDE)), zero, TALL
             )
             # With `acc`, so that what is there is added up while the next product is under way, not at the end.
             part, acc = warpgroup_mma_wait(1, deps=[part, acc])
         else:
             part, acc = warpgroup_mma_wait(0, deps=[part, acc])
-        _refill(w_desc, w_pieces, w_full, left, group, step, W_WIDE, W_FIRST, W_MANY)
-        _refill(x_desc, x_pieces, x_full, top, group, step, X_WIDE, FIRST, X_MANY)
+        if (
+            step % WIDE == 0 and step // WIDE - 1 + HELD < PIECES
+        ):  # a piece is done with: another takes its place
+            gl.thread_barrier()
+            i = (step // WIDE - 1) % HELD
+            mbarrier.expect(full.index(i), BYTES)
+            _fetch(w_desc, w_pieces.index(i), full.index(i), left, group + step + (HELD - 1) * WIDE)
+            _fetch(x_desc, x_pieces.index(i), full.index(i), top, group + step + (HELD - 1) * WIDE)
         acc = _add(acc, part, scales.index(step - 1).load(BY), TALL)
         if step < STEPS:
             part = following
@@ -194,18 +174,22 @@ def product_kernel(
 
 
 def plan(rows: int, out_width: int, width: int) -> dict[str, Any] | None:
-    """How a product of this shape is cut: rows and outputs of a tile, runs of 128 channels of a program, of a piece of
-    x and of the weight, pieces at a time. None: other forms are faster. Depends on the shape alone."""
+    """How a product of this shape is cut: rows and outputs of a tile, runs of 128 channels of a program and of a piece,
+    pieces at a time. None: other forms are faster. Depends on the shape alone."""
     steps = width // 128
     if not 1 < rows <= 128 or width % 128 or not 4 <= steps <= 16 or out_width > 64 * PROCESSORS:
         return None
-    how = {"BO": 64, "STEPS": steps, "X_WIDE": 2, "W_WIDE": 2, "TALL": rows <= 32, "num_warps": 4}
-    if rows <= 32:
-        BN, stages = 16 if rows <= 16 else 32, 5 if rows <= 16 else 4
-        return how | {"BN": BN, "STAGES": stages, "W_STAGES": stages}
-    if rows <= 64:
-        return how | {"BN": 64, "STAGES": 3, "W_STAGES": 3}
-    return how | {"BN": 128, "X_WIDE": 1, "W_WIDE": 1, "STAGES": 4, "W_STAGES": 4, "num_warps": 8}
+    BN, wide, stages = (16, 2, 5) if rows <= 16 else (32, 2, 4) if rows <= 32 else (64, 2, 3)
+    how = {
+        "BN": BN,
+        "BO": 64,
+        "STEPS": steps,
+        "WIDE": wide,
+        "STAGES": stages,
+        "TALL": rows <= 32,
+        "num_warps": 4,
+    }
+    return how if rows <= 64 else how | {"BN": 128, "WIDE": 1, "STAGES": 4, "num_warps": 8}
 
 
 def supported(x: Tensor, codes_OD: Tensor) -> bool:
@@ -233,10 +217,10 @@ def product(
     with its scales (fp32, or e8m0's bytes). `early`: no kernel before this one that may still run writes the weight."""
     rows, out_width, BN = x.shape[0], codes_OD.shape[0], how["BN"]
     product_kernel[(-(-out_width // how["BO"]), x.shape[1] // 128 // how["STEPS"], -(-rows // BN))](
-        descriptor(x, BN, how["X_WIDE"]), descriptor(codes_OD, how["BO"], how["W_WIDE"]), x_scale, scale, bias, y, rows,
+        descriptor(x, BN, how["WIDE"]), descriptor(codes_OD, how["BO"], how["WIDE"]), x_scale, scale, bias, y, rows,
         out_width, x_scale.stride(0), x_scale.stride(1), scale.stride(0), y.stride(-2),
         y.stride(0) if y.dim() == 3 else 0,
-        STEPS=how["STEPS"], STAGES=how["STAGES"], W_STAGES=how["W_STAGES"], TALL=how["TALL"],
+        STEPS=how["STEPS"], STAGES=how["STAGES"], TALL=how["TALL"],
         POWERS=scale.dtype == torch.uint8, BIAS=bias is not None, EARLY=early, AHEAD=True,
         num_warps=how["num_warps"], launch_pdl=True,
     )  # fmt: skip

@@ -167,17 +167,17 @@ def test_fixed_form_gives_a_row_the_same_bits_in_any_company(device: torch.devic
 @pytest.mark.parametrize(
     ("rows", "out", "width", "how"),
     [
-        (64, 448, 2048, {"BN": 64, "STEPS": 16, "X_WIDE": 2, "W_WIDE": 4, "STAGES": 5, "TALL": False}),
-        (5, 200, 2048, {"BN": 16, "STEPS": 16, "X_WIDE": 4, "W_WIDE": 4, "STAGES": 4, "TALL": True}),
-        (40, 136, 3584, {"BN": 64, "STEPS": 14, "X_WIDE": 2, "W_WIDE": 2, "STAGES": 6, "TALL": False}),
-        (130, 72, 1024, {"BN": 128, "STEPS": 8, "X_WIDE": 1, "W_WIDE": 4, "STAGES": 5, "TALL": False}),
+        (64, 448, 2048, {"BN": 64, "STEPS": 16, "WIDE": 2, "STAGES": 3, "TALL": False}),
+        (5, 200, 2048, {"BN": 16, "STEPS": 16, "WIDE": 4, "STAGES": 4, "TALL": True}),
+        (40, 136, 3584, {"BN": 64, "STEPS": 14, "WIDE": 4, "STAGES": 2, "TALL": False}),
+        (130, 72, 1024, {"BN": 128, "STEPS": 8, "WIDE": 1, "STAGES": 4, "TALL": False}),
     ],
 )
 @pytest.mark.parametrize("powers", [False, True])
 def test_ring_close_to_fp64(rows: int, out: int, width: int, how: dict[str, Any], powers: bool) -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
-    how = {**how, "BO": 64, "W_STAGES": 3, "num_warps": 8 if how["BN"] == 128 else 4}
+    how = {**how, "BO": 64, "num_warps": 8 if how["BN"] == 128 else 4}
     device = torch.device("cuda")
     x = torch.randn(rows, width, device=device) * torch.logspace(-2, 2, rows, device=device)[:, None]
     codes, scale = weight(out, width, device, powers)
