@@ -226,12 +226,13 @@ def _hold(total):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _step(  # type: ignore[no-untyped-def]
-    q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place, j, tile, rounds,
+    q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place, j, tile, rounds, done,
     MASKED: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, TURNS: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
-    """Scores of tile j with the values of tile j - 1 beside them, then the softmax of tile j."""
-    _q_full, _q_free, k_full, v_full, k_free, v_free, _plan_full, _plan_free = bars
+    """Scores of tile j with the values of tile j - 1 beside them, then the softmax of tile j. `done`: the last tile,
+    and room for other queries."""
+    _q_full, q_free, k_full, v_full, k_free, v_free, _plan_full, _plan_free = bars
     HALF: gl.constexpr = q.shape[0]
     stage = tile % STAGES
     last = (tile - 1) % STAGES
@@ -246,6 +247,7 @@ def _step(  # type: ignore[no-untyped-def]
     if TURNS:
         mbarrier.arrive(others)
     score = warpgroup_mma_wait(1, deps=[score])
+    mbarrier.arrive(q_free, pred=done)
     if APART:
         mbarrier.arrive(k_free.index(stage))
     new, fade, top, total = _soften(score, top, total, factor, place, j * BLOCK_N, MASKED, S_LAYOUT)
@@ -287,6 +289,7 @@ def _attend(  # type: ignore[no-untyped-def]
         score = warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), score, use_acc=False, is_async=True)
         score = warpgroup_mma(qr, r_tiles.index(stage).permute((1, 0)), score, is_async=True)
         score = warpgroup_mma_wait(0, deps=[score])
+        mbarrier.arrive(q_free, pred=tiles == 1)
         mbarrier.arrive(k_free.index(stage))
         # Lowest finite number, not -inf: a fade of exp2(-inf + inf) would be NaN.
         top = gl.full([HALF], -1e30, gl.float32, gl.SliceLayout(1, S_LAYOUT))
@@ -298,18 +301,17 @@ def _attend(  # type: ignore[no-untyped-def]
         for j in range(1, gl.minimum(whole, tiles)):
             acc, weight, top, total = _step(
                 q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place,
-                j, tile, rounds, False, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES, APART,
+                j, tile, rounds, j + 1 == tiles, False, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES, APART,
             )  # fmt: skip
             tile += 1
             rounds += 1
         for j in range(gl.maximum(whole, 1), tiles):
             acc, weight, top, total = _step(
                 q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place,
-                j, tile, rounds, True, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES, APART,
+                j, tile, rounds, j + 1 == tiles, True, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES, APART,
             )  # fmt: skip
             tile += 1
             rounds += 1
-        mbarrier.arrive(q_free)
         # Unless APART, the next item's first arrival at `k_free` says that these values are done with.
         last = (tile - 1) % STAGES
         mbarrier.wait(v_full.index(last), ((tile - 1) // STAGES) & 1)
