@@ -184,13 +184,9 @@ SHORT: list[tuple[list[tuple[int, int]], int]] = [
     ([(4096, 4096)] * 8, 16), ([(100 + 60 * i, 300 + 100 * i) for i in range(20)], 16),
 ]  # fmt: skip
 SHORT_WAYS: dict[str, tuple[str, dict[str, Any]]] = {
-    "before": ("hopper", {"late": False, "uniform": False}), "late": ("hopper", {"uniform": False}),
-    "gluon": ("hopper", {}), "apart": ("hopper", {"apart": True}), "no turns": ("hopper", {"turns": False}),
-    "apart, no turns": ("hopper", {"apart": True, "turns": False}),
-    "group 1": ("hopper", {"group": 1}), "group 16": ("hopper", {"group": 16}),
-    "64 x 3": ("hopper", {"apart": True, "block_n": 64, "stages": 3}),
+    "gluon": ("hopper", {}), "no turns": ("hopper", {"turns": False}), "group 1": ("hopper", {"group": 1}),
+    "group 16": ("hopper", {"group": 16}), "64 x 3": ("hopper", {"block_n": 64, "stages": 3}),
     "plain 64/64/4/2": ("plain", {"tiles": (64, 64, 4, 2)}), "plain 64/32/4/2": ("plain", {"tiles": (64, 32, 4, 2)}),
-    "plain 64/32/4/3": ("plain", {"tiles": (64, 32, 4, 3)}),
 }  # fmt: skip
 
 

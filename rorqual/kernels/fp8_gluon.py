@@ -1,9 +1,8 @@
 """Products of FP8 codes for few rows on Hopper, in Gluon.
 
-A program has 64 outputs and takes pieces of x and of the weight by the bulk copy engine (TMA) into less than half of
-shared memory: the programs of the next product find room beside it. They are launched while it runs, always, and set
-themselves up; before they read anything they wait for what is before, or, where the caller allows it, ask for their
-weight first.
+A program has 64 outputs and takes pieces of x and of the weight by the bulk copy engine (TMA) into shared memory, all
+that it has room for at once. It is launched while the kernel before runs, always, and sets itself up; before it reads
+anything it waits for what is before, or, where the caller allows it, asks for its weight first.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -179,7 +178,7 @@ def plan(rows: int, out_width: int, width: int) -> dict[str, Any] | None:
     steps = width // 128
     if not 1 < rows <= 128 or width % 128 or not 4 <= steps <= 16 or out_width > 64 * PROCESSORS:
         return None
-    BN, wide, stages = (16, 2, 5) if rows <= 16 else (32, 2, 4) if rows <= 32 else (64, 2, 3)
+    BN, wide, stages = (16, 2, 5) if rows <= 16 else (32, 2, 4) if rows <= 32 else (64, 1, 7)
     how = {
         "BN": BN,
         "BO": 64,
@@ -189,7 +188,7 @@ def plan(rows: int, out_width: int, width: int) -> dict[str, Any] | None:
         "TALL": rows <= 32,
         "num_warps": 4,
     }
-    return how if rows <= 64 else how | {"BN": 128, "WIDE": 1, "STAGES": 4, "num_warps": 8}
+    return how if rows <= 64 else how | {"BN": 128, "WIDE": 2, "STAGES": 4, "num_warps": 8}
 
 
 def supported(x: Tensor, codes_OD: Tensor) -> bool:

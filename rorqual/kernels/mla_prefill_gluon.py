@@ -88,7 +88,7 @@ def _item(  # type: ignore[no-untyped-def]
 def _hand_out(plan, bars, turn, row, head, before, left, whole, tiles):  # type: ignore[no-untyped-def]
     """By the fetching warp: what the groups need to know of an item. No tiles: there is none any more."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    plan_full, plan_free = bars[6], bars[7]
+    plan_full, plan_free = bars[5], bars[6]
     mbarrier.wait(plan_free.index(turn % 2), ((turn // 2) & 1) ^ 1)
     at = turn % 2 * 6
     none = gl.full([1], 0, gl.int32, ONE)
@@ -105,7 +105,7 @@ def _hand_out(plan, bars, turn, row, head, before, left, whole, tiles):  # type:
 def _take(plan, bars, turn):  # type: ignore[no-untyped-def]
     """By a group: what was handed out."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    plan_full, plan_free = bars[6], bars[7]
+    plan_full, plan_free = bars[5], bars[6]
     mbarrier.wait(plan_full.index(turn % 2), (turn // 2) & 1)
     at = turn % 2 * 6
     row = gl.max(plan.index(at).load(ONE), 0)
@@ -122,13 +122,12 @@ def _take(plan, bars, turn):  # type: ignore[no-untyped-def]
 def _fetch(  # type: ignore[no-untyped-def]
     q_desc, qr_desc, k_desc, r_desc, v_desc, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, counter,
     starts_q, starts_k, heads, sequences, items, blocks, group, q_h, k_h, v_h,
-    NOPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, APART: gl.constexpr,
-    LATE: gl.constexpr,
+    NOPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp: picks items, hands them out, fetches the queries of each, then its tiles. A tile's values
     may follow the keys of the next tile, which are wanted first. The next item is drawn two tiles before the end: drawn
     at the start, a long one would wait for this one to end, whoever is free."""
-    q_full, q_free, k_full, v_full, k_free, v_free, _plan_full, _plan_free = bars
+    q_full, q_free, k_full, v_full, free, _plan_full, _plan_free = bars
     turn = 0
     tile = 0
     item = gl.program_id(0)
@@ -137,13 +136,11 @@ def _fetch(  # type: ignore[no-untyped-def]
         row, head, k0, before, left, whole, tiles = _item(
             item, starts_q, starts_k, heads, sequences, blocks, group, BLOCK_M, BLOCK_N
         )
-        if (tiles == 0) | (not LATE):
+        if tiles == 0:
             following = gl.atomic_add(counter, 1) + gl.num_programs(0)
         if tiles > 0:
             _hand_out(plan, bars, turn, row, head, before, left, whole, tiles)
-            if APART:
-                mbarrier.wait(k_free.index(tile % STAGES), ((tile // STAGES) & 1) ^ 1)
-            # Else free since the wait for the values before.
+            # Free since the wait for the values before.
             full = k_full.index(tile % STAGES)
             mbarrier.expect(full, k_desc.block_type.nbytes + r_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(k_desc, [k0, head * k_h], full, k_tiles.index(tile % STAGES))
@@ -158,41 +155,23 @@ def _fetch(  # type: ignore[no-untyped-def]
                 )
             turn += 1
         for j in range(tiles):
-            if LATE and j == gl.maximum(tiles - 2, 0):
+            if j == gl.maximum(tiles - 2, 0):
                 following = gl.atomic_add(counter, 1) + gl.num_programs(0)
+            # Tile `tile - 1` is done with: its keys, and the values of the one before.
+            mbarrier.wait(free.index((tile + STAGES - 1) % STAGES), (((tile + STAGES - 1) // STAGES) & 1) ^ 1)
             key = k0 + j * BLOCK_N
-            more = j + 1 < tiles
-            if APART:
-                # Tile `tile - 1`'s keys are done with, then the values of the one before.
-                full = k_full.index((tile + 1) % STAGES)
-                if more:
-                    mbarrier.wait(k_free.index((tile + 1) % STAGES), (((tile + 1) // STAGES) & 1) ^ 1)
-                    mbarrier.expect(full, k_desc.block_type.nbytes + r_desc.block_type.nbytes)
-                    tma.async_copy_global_to_shared(
-                        k_desc, [key + BLOCK_N, head * k_h], full, k_tiles.index((tile + 1) % STAGES)
-                    )
-                    tma.async_copy_global_to_shared(
-                        r_desc, [key + BLOCK_N, 0], full, r_tiles.index((tile + 1) % STAGES)
-                    )
-                mbarrier.wait(v_free.index(tile % STAGES), ((tile // STAGES) & 1) ^ 1)
-            else:
-                # Tile `tile - 1` is done with: its keys, and the values of the one before.
-                last = tile + STAGES - 1
-                mbarrier.wait(k_free.index(last % STAGES), ((last // STAGES) & 1) ^ 1)
             full = v_full.index(tile % STAGES)
             mbarrier.expect(full, v_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(v_desc, [key, head * v_h], full, v_tiles.index(tile % STAGES))
             tile += 1
-            if not APART:
-                full = k_full.index(tile % STAGES)
-                mbarrier.expect(full, k_desc.block_type.nbytes + r_desc.block_type.nbytes, pred=more)
-                key += BLOCK_N
-                tma.async_copy_global_to_shared(
-                    k_desc, [key, head * k_h], full, k_tiles.index(tile % STAGES), pred=more
-                )
-                tma.async_copy_global_to_shared(
-                    r_desc, [key, 0], full, r_tiles.index(tile % STAGES), pred=more
-                )
+            more = j + 1 < tiles
+            full = k_full.index(tile % STAGES)
+            mbarrier.expect(full, k_desc.block_type.nbytes + r_desc.block_type.nbytes, pred=more)
+            key += BLOCK_N
+            tma.async_copy_global_to_shared(
+                k_desc, [key, head * k_h], full, k_tiles.index(tile % STAGES), pred=more
+            )
+            tma.async_copy_global_to_shared(r_desc, [key, 0], full, r_tiles.index(tile % STAGES), pred=more)
         item = following
     _hand_out(plan, bars, turn, 0, 0, 0, 0, 0, 0)
 
@@ -228,11 +207,11 @@ def _hold(total):  # type: ignore[no-untyped-def]
 def _step(  # type: ignore[no-untyped-def]
     q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place, j, tile, rounds, done,
     MASKED: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, TURNS: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, APART: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile j with the values of tile j - 1 beside them, then the softmax of tile j. `done`: the last tile,
     and room for other queries."""
-    _q_full, q_free, k_full, v_full, k_free, v_free, _plan_full, _plan_free = bars
+    _q_full, q_free, k_full, v_full, free, _plan_full, _plan_free = bars
     HALF: gl.constexpr = q.shape[0]
     stage = tile % STAGES
     last = (tile - 1) % STAGES
@@ -248,16 +227,11 @@ def _step(  # type: ignore[no-untyped-def]
         mbarrier.arrive(others)
     score = warpgroup_mma_wait(1, deps=[score])
     mbarrier.arrive(q_free, pred=done)
-    if APART:
-        mbarrier.arrive(k_free.index(stage))
     new, fade, top, total = _soften(score, top, total, factor, place, j * BLOCK_N, MASKED, S_LAYOUT)
     new = gl.convert_layout(new.to(v_tiles.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
     total = _hold(total)
     acc, weight, new, fade, total = warpgroup_mma_wait(0, deps=[acc, weight, new, fade, total])
-    if APART:
-        mbarrier.arrive(v_free.index(last))
-    else:
-        mbarrier.arrive(k_free.index(stage))
+    mbarrier.arrive(free.index(stage))
     acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, O_LAYOUT))[:, None]
     return acc, new, top, total
 
@@ -266,13 +240,13 @@ def _step(  # type: ignore[no-untyped-def]
 def _attend(  # type: ignore[no-untyped-def]
     o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, mine, others, factor, o_n, o_h,
     GROUP: gl.constexpr, TURNS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    V: gl.constexpr, STAGES: gl.constexpr, APART: gl.constexpr,
+    V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps: its half of every item's queries."""
     HALF: gl.constexpr = BLOCK_M // 2
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
-    q_full, q_free, k_full, v_full, k_free, v_free, _plan_full, _plan_free = bars
+    q_full, q_free, k_full, v_full, free, _plan_full, _plan_free = bars
     q = q_tile.index(GROUP)
     qr = qr_tile.index(GROUP)
     rows = gl.arange(0, HALF, gl.SliceLayout(1, S_LAYOUT)) + GROUP * HALF
@@ -290,7 +264,7 @@ def _attend(  # type: ignore[no-untyped-def]
         score = warpgroup_mma(qr, r_tiles.index(stage).permute((1, 0)), score, is_async=True)
         score = warpgroup_mma_wait(0, deps=[score])
         mbarrier.arrive(q_free, pred=tiles == 1)
-        mbarrier.arrive(k_free.index(stage))
+        mbarrier.arrive(free.index(stage))
         # Lowest finite number, not -inf: a fade of exp2(-inf + inf) would be NaN.
         top = gl.full([HALF], -1e30, gl.float32, gl.SliceLayout(1, S_LAYOUT))
         total = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, S_LAYOUT))
@@ -301,24 +275,22 @@ def _attend(  # type: ignore[no-untyped-def]
         for j in range(1, gl.minimum(whole, tiles)):
             acc, weight, top, total = _step(
                 q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place,
-                j, tile, rounds, j + 1 == tiles, False, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES, APART,
+                j, tile, rounds, j + 1 == tiles, False, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
             )  # fmt: skip
             tile += 1
             rounds += 1
         for j in range(gl.maximum(whole, 1), tiles):
             acc, weight, top, total = _step(
                 q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place,
-                j, tile, rounds, j + 1 == tiles, True, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES, APART,
+                j, tile, rounds, j + 1 == tiles, True, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
             )  # fmt: skip
             tile += 1
             rounds += 1
-        # Unless APART, the next item's first arrival at `k_free` says that these values are done with.
+        # The next item's first arrival at `free` says that these values are done with.
         last = (tile - 1) % STAGES
         mbarrier.wait(v_full.index(last), ((tile - 1) // STAGES) & 1)
         acc = warpgroup_mma(weight, v_tiles.index(last), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        if APART:
-            mbarrier.arrive(v_free.index(last))
         acc = acc / gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT))[:, None]
         m = gl.arange(0, HALF, gl.SliceLayout(1, O_LAYOUT)) + GROUP * HALF
         n = gl.arange(0, V, gl.SliceLayout(0, O_LAYOUT))
@@ -333,7 +305,7 @@ def _prefill(  # type: ignore[no-untyped-def]
     q_desc, qr_desc, k_desc, r_desc, v_desc, o, counter, starts_q, starts_k, factor, q_h, k_h, v_h, o_n, o_h,
     heads, sequences, items, blocks, group,
     NOPE: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    TURNS: gl.constexpr, APART: gl.constexpr, LATE: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
@@ -349,8 +321,7 @@ def _prefill(  # type: ignore[no-untyped-def]
     q_free = gl.allocate_shared_memory(gl.int64, [1], BAR)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     plan_full = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     plan_free = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
@@ -359,27 +330,26 @@ def _prefill(  # type: ignore[no-untyped-def]
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=2)
-        mbarrier.init(v_free.index(i), count=2)
+        mbarrier.init(free.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(plan_full.index(i), count=1)
         mbarrier.init(plan_free.index(i), count=2)
         mbarrier.init(turns.index(i), count=1)
-    bars = (q_full, q_free, k_full, v_full, k_free, v_free, plan_full, plan_free)
+    bars = (q_full, q_free, k_full, v_full, free, plan_full, plan_free)
     gl.warp_specialize(
         [
             (
                 _attend,
                 (
                     o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, turns.index(0), turns.index(1),
-                    factor, o_n, o_h, 0, TURNS, BLOCK_M, BLOCK_N, V, STAGES, APART,
+                    factor, o_n, o_h, 0, TURNS, BLOCK_M, BLOCK_N, V, STAGES,
                 ),
             ),
             (
                 _attend,
                 (
                     o, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, turns.index(1), turns.index(0),
-                    factor, o_n, o_h, 1, TURNS, BLOCK_M, BLOCK_N, V, STAGES, APART,
+                    factor, o_n, o_h, 1, TURNS, BLOCK_M, BLOCK_N, V, STAGES,
                 ),
             ),
             (
@@ -387,7 +357,7 @@ def _prefill(  # type: ignore[no-untyped-def]
                 (
                     q_desc, qr_desc, k_desc, r_desc, v_desc, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars,
                     counter, starts_q, starts_k, heads, sequences, items, blocks, group, q_h, k_h, v_h, NOPE, BLOCK_M,
-                    BLOCK_N, STAGES, APART, LATE,
+                    BLOCK_N, STAGES,
                 ),
             ),
         ],
@@ -445,9 +415,6 @@ def fast(
     turns: bool = True,
     programs: int | None = None,
     group: int | None = None,
-    apart: bool = False,
-    late: bool = True,
-    uniform: bool = True,
 ) -> Tensor:
     """`mla_prefill`, whose tiles depend on no shape whether `fixed` or not. The rest is for measuring."""
     (N, H, _), nope, rope, width = q_NHd.shape, k_MHn.shape[-1], rope_Mr.shape[-1], v_MHv.shape[-1]
@@ -461,7 +428,7 @@ def fast(
         programs = processors(q_NHd)
     counter = torch.zeros(1, dtype=torch.int32, device=q_NHd.device)
     items, blocks = (N // BLOCK_M + sequences) * H, 0  # see `_item`
-    if uniform and 0 < -(-max_q // BLOCK_M) * sequences * H <= items:
+    if 0 < -(-max_q // BLOCK_M) * sequences * H <= items:
         blocks = -(-max_q // BLOCK_M)
         items = blocks * sequences * H
     _prefill[(min(programs, items),)](
@@ -470,6 +437,6 @@ def fast(
         _descriptor(v_MHv, block_n, width),
         o_NHv, counter, starts_q, starts_k, scale * LOG2_E, q_NHd.stride(1), k_MHn.stride(1), v_MHv.stride(1),
         o_NHv.stride(0), o_NHv.stride(1), H, sequences, items, blocks, min(group, H), NOPE=nope, V=width,
-        BLOCK_M=BLOCK_M, BLOCK_N=block_n, STAGES=stages, TURNS=turns, APART=apart, LATE=late, num_warps=4,
+        BLOCK_M=BLOCK_M, BLOCK_N=block_n, STAGES=stages, TURNS=turns, num_warps=4,
     )  # fmt: skip
     return o_NHv
