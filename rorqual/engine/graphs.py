@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -63,6 +64,12 @@ class Recorded:
     drafting: Tensor | None = None
     """MTP's logits `[S, V]`, once it has run."""
     replay_mtp: Callable[[], None] | None = None
+
+
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """The stream that passes run on before they are recorded: always the same, since cuBLAS keeps 32 MB for each."""
+    return torch.cuda.Stream(device)
 
 
 class Graphs:
@@ -185,7 +192,7 @@ class Graphs:
     def _record(self, packed: Tensor, size: int, width: int) -> Recorded:
         # What runs before recording compiles kernels and makes what they keep; `packed` is blank, so that no
         # live page is written to.
-        side = torch.cuda.Stream()
+        side = _aside(packed.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             with contextlib.suppress(Exception), apart(), compiled_ahead():
