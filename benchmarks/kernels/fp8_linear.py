@@ -20,14 +20,12 @@ from benchmarks.kernels.skinny import (
     READ,
     ROTATE,
     beside,
-    captured,
     failed,
     graph_us,
     poison,
-    replay_us,
     short,
-    turns_us,
 )
+from benchmarks.kernels.timing import captured, replay_us, turns_us
 from rorqual.kernels import fp8_gluon
 from rorqual.kernels import fp8_linear as op
 from rorqual.kernels.gpu import triton

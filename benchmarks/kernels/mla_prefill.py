@@ -218,7 +218,7 @@ def short() -> None:
     """Short prompts and long prefixes: TFLOP/s of graph replays, of eager calls, and us a call of the host's."""
     from triton.testing import do_bench
 
-    from benchmarks.kernels.skinny import captured, turns_us
+    from benchmarks.kernels.timing import captured, turns_us
 
     try:
         import fa3_fwd_interface as fa3

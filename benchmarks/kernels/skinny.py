@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.kernels.timing import captured, replay_us
 from rorqual.kernels import fixed, skinny
 from rorqual.kernels.heads import heads_fast
 from rorqual.kernels.quant import dequantize_fp8, quantize_fp8
@@ -35,50 +36,10 @@ SWEEP = os.environ.get("SWEEP") == "1"
 # ------------------------------------------------------------------------------------- common helpers
 
 
-def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """A graph that holds all calls, replayed once."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):  # torch.cuda.graph would collect garbage and empty the cache each time
-        calls[0]()
-        stream.synchronize()
-        graph.capture_begin()
-        try:
-            for call in calls:
-                call()
-        finally:
-            graph.capture_end()
-    graph.replay()
-    return graph
-
-
-def replay_us(graph: torch.cuda.CUDAGraph) -> float:
-    """Microseconds of a replay."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3
-
-
 def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 5) -> float:
     """Microseconds a call, of a graph that holds all calls: the best of a few replays."""
     graph = captured(calls)
     return min(replay_us(graph) for _ in range(repeats)) / len(calls)
-
-
-def turns_us(
-    graphs: dict[Any, torch.cuda.CUDAGraph], rounds: int = 7, pause: float = 0.0
-) -> dict[Any, float]:
-    """Microseconds of each graph: the median of replays that take turns, for the clock falls under load."""
-    found: dict[Any, list[float]] = {name: [] for name in graphs}
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            time.sleep(pause)
-            found[name].append(replay_us(graph))
-    return {name: sorted(times)[rounds // 2] for name, times in found.items()}
 
 
 def poison(size: int = 1 << 28) -> None:
