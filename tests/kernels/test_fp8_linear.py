@@ -192,3 +192,40 @@ def test_ring_close_to_fp64(rows: int, out: int, width: int, how: dict[str, Any]
     for y in ys:
         close(y, want, bias)
         assert torch.equal(y, ys[0])
+
+
+@pytest.mark.gpu
+def test_recorded_behind_a_copy_and_another_stream() -> None:
+    """Dependent launches wait for whatever is before them: a fill, a copy, a kernel of another stream, x itself."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = torch.device("cuda")
+    source = torch.zeros(64, 2048, device=device, dtype=torch.bfloat16)
+    codes, scale = weight(1024, 2048, device)
+    held, x, beside = torch.zeros_like(codes), torch.empty_like(source), torch.cuda.Stream()
+
+    def run() -> tuple[Tensor, ...]:
+        found = [torch.zeros(1 << 20, device=device)]
+        x.copy_(source)  # a copy of memory, then x at once
+        found.append(op.fp8_linear(x, codes, scale))
+        held.copy_(codes)  # the weight itself is written by what is before
+        found.append(op.fp8_linear(x, held, scale))
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            twice = x * 2
+        torch.cuda.current_stream().wait_stream(beside)
+        found.append(op.fp8_linear(twice, held, scale))
+        held.zero_()
+        found.append(op.fp8_linear(twice, held, scale))
+        return tuple(found[1:])
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = run()
+    for seed in range(20):
+        source.copy_(torch.randn(64, 2048, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        want = op.reference(source, codes, scale).float(), op.reference(source * 2, codes, scale).float()
+        for y, z in zip(recorded, (want[0], want[0], want[1], torch.zeros_like(want[0])), strict=True):
+            assert float((y.float() - z).norm()) <= 5e-3 * float(want[0].norm())
