@@ -178,17 +178,11 @@ def plan(rows: int, out_width: int, width: int) -> dict[str, Any] | None:
     steps = width // 128
     if not 1 < rows <= 128 or width % 128 or not 4 <= steps <= 16 or out_width > 64 * PROCESSORS:
         return None
-    BN, wide, stages = (16, 2, 5) if rows <= 16 else (32, 2, 4) if rows <= 32 else (64, 1, 7)
-    how = {
-        "BN": BN,
-        "BO": 64,
-        "STEPS": steps,
-        "WIDE": wide,
-        "STAGES": stages,
-        "TALL": rows <= 32,
-        "num_warps": 4,
-    }
-    return how if rows <= 64 else how | {"BN": 128, "WIDE": 2, "STAGES": 4, "num_warps": 8}
+    BN, stages = (16, 5) if rows <= 16 else (32, 6) if rows <= 32 else (64, 5) if rows <= 64 else (128, 3)
+    return {
+        "BN": BN, "BO": 64, "STEPS": steps, "WIDE": 2, "STAGES": stages, "TALL": rows <= 32,
+        "num_warps": 4 if rows <= 64 else 8,
+    }  # fmt: skip
 
 
 def supported(x: Tensor, codes_OD: Tensor) -> bool:
