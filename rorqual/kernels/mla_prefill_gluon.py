@@ -137,7 +137,7 @@ def _fetch(  # type: ignore[no-untyped-def]
             item, starts_q, starts_k, heads, sequences, blocks, group, BLOCK_M, BLOCK_N
         )
         if tiles == 0:
-            following = gl.atomic_add(counter, 1) + gl.num_programs(0)
+            following = gl.atomic_add(counter, 1, sem="relaxed") + gl.num_programs(0)
         if tiles > 0:
             _hand_out(plan, bars, turn, row, head, before, left, whole, tiles)
             # Free since the wait for the values before.
@@ -156,7 +156,7 @@ def _fetch(  # type: ignore[no-untyped-def]
             turn += 1
         for j in range(tiles):
             if j == gl.maximum(tiles - 2, 0):
-                following = gl.atomic_add(counter, 1) + gl.num_programs(0)
+                following = gl.atomic_add(counter, 1, sem="relaxed") + gl.num_programs(0)
             # Tile `tile - 1` is done with: its keys, and the values of the one before.
             mbarrier.wait(free.index((tile + STAGES - 1) % STAGES), (((tile + STAGES - 1) // STAGES) & 1) ^ 1)
             key = k0 + j * BLOCK_N
