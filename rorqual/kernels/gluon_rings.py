@@ -42,6 +42,7 @@ __all__ = [
     "AVAILABLE",
     "COUNTS",
     "Held",
+    "TensorDescriptor",
     "descriptor",
     "expect",
     "gl",
