@@ -39,9 +39,9 @@ ODD: list[tuple[str, tuple[int, ...], float | None]] = [
 RINGS: list[dict[str, int]] = [
     {},
     {"stages": 5},
-    {"stages": 4},
     {"runs": 8, "stages": 12},
-    {"runs": 8, "stages": 8},
+    {"runs": 8, "stages": 6, "programs": 256},
+    {"runs": 8, "stages": 5, "programs": 256},
 ]
 
 
@@ -171,7 +171,7 @@ def check_all(rings: list[dict[str, int] | None]) -> None:
     for kind, shape, limit in ODD:
         layer = Layer(kind, *shape)
         layer.ids[0, 2:4] = torch.tensor([99, -1], device="cuda")
-        jobs.append((layer, {}, limit))
+        jobs += [(layer, ring, limit) for ring in ({}, {"runs": 8, "stages": 6, "programs": 256})]
     with ThreadPoolExecutor(5) as pool:
         list(pool.map(lambda job: guarded(f"compile {job[1]}", lambda: warm(*job)), jobs))
     for job in jobs:

@@ -88,7 +88,7 @@ def _power(by, POWERS: gl.constexpr):
 def _fetch(
     item, descriptors, room, ids, experts,
     W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
-    PART: gl.constexpr, WHICH: gl.constexpr,
+    TALL: gl.constexpr, PART: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """Ask for this program's item number `item` if it is of shared experts (WHICH 0), of routed ones (1), or always."""
     gate, up, down, common_gate, common_up, common_down = descriptors
@@ -97,8 +97,10 @@ def _fetch(
     DEPTH: gl.constexpr = RUNS * gate.block_type.shape[2]
     BYTES: gl.constexpr = 2 * gate.block_type.nbytes
     UP_CHUNKS: gl.constexpr = (D + DEPTH - 1) // DEPTH
-    COMMON: gl.constexpr = (SHARED * W + DEPTH - 1) // DEPTH
-    ROUTED: gl.constexpr = (W + DEPTH - 1) // DEPTH
+    ROWS: gl.constexpr = 16 if TALL else 8
+    LONG: gl.constexpr = DEPTH if TALL else 2 * DEPTH
+    COMMON: gl.constexpr = (SHARED * W + LONG - 1) // LONG
+    ROUTED: gl.constexpr = (W + LONG - 1) // LONG
     p = gl.program_id(0)
     P = gl.num_programs(0)
     stage = item % STAGES
@@ -126,40 +128,48 @@ def _fetch(
             tma.async_copy_global_to_shared(up, [expert * W + row, run, 0], bar, second)
     elif PART != 1:
         item -= ups
-        row = (p + item // (COMMON + K * ROUTED) * P) * 16
+        row = (p + item // (COMMON + K * ROUTED) * P) * ROWS
         item = item % (COMMON + K * ROUTED)
         if row < D:
             if item < COMMON:
                 if WHICH != 1:
                     mbarrier.expect(bar, BYTES)
-                    tma.async_copy_global_to_shared(common_down, [row, item * RUNS, 0], bar, first)
-                    tma.async_copy_global_to_shared(common_down, [row + 8, item * RUNS, 0], bar, second)
+                    run = item * (LONG // DEPTH * RUNS)
+                    tma.async_copy_global_to_shared(common_down, [row, run, 0], bar, first)
+                    if TALL:
+                        tma.async_copy_global_to_shared(common_down, [row + 8, run, 0], bar, second)
+                    else:
+                        tma.async_copy_global_to_shared(common_down, [row, run + RUNS, 0], bar, second)
             elif WHICH != 0:
                 item -= COMMON
                 expert = gl.load(ids + item // ROUTED)
                 expert = gl.where((expert >= 0) & (expert < experts), expert, 0)
                 row += expert * D
-                run = item % ROUTED * RUNS
+                run = item % ROUTED * (LONG // DEPTH * RUNS)
                 mbarrier.expect(bar, BYTES)
                 tma.async_copy_global_to_shared(down, [row, run, 0], bar, first)
-                tma.async_copy_global_to_shared(down, [row + 8, run, 0], bar, second)
+                if TALL:
+                    tma.async_copy_global_to_shared(down, [row + 8, run, 0], bar, second)
+                else:
+                    tma.async_copy_global_to_shared(down, [row, run + RUNS, 0], bar, second)
 
 
 @gluon.jit
-def _words(words, item, tag, K: gl.constexpr, SHARED: gl.constexpr, W: gl.constexpr,
-           RUNS: gl.constexpr, RUN: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
-    """Where an item of the second product finds its part of inner `[RUNS, RUN]`, and what lies there now."""
-    COMMON: gl.constexpr = (SHARED * W + RUNS * RUN - 1) // (RUNS * RUN)
-    ROUTED: gl.constexpr = (W + RUNS * RUN - 1) // (RUNS * RUN)
+def _words(
+    words, item, half, tag, W: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, RUNS: gl.constexpr, RUN: gl.constexpr,
+    COMMON: gl.constexpr, ROUTED: gl.constexpr, TALL: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Where an item of the second product finds the part of inner `[RUNS, RUN]` for its first box or its second, and
+    what lies there now."""
     common = item < COMMON
     begin = gl.where(common, K * W, (item - COMMON) // ROUTED * W)
-    start = gl.where(common, item, (item - COMMON) % ROUTED) * RUNS
+    start = gl.where(common, item, (item - COMMON) % ROUTED) * (RUNS if TALL else 2 * RUNS) + half * RUNS
     run = start + gl.arange(0, RUNS, gl.SliceLayout(1, LAYOUT))
     lane = gl.arange(0, RUN, gl.SliceLayout(0, LAYOUT))
     at = begin + run[:, None] * RUN + lane[None, :]
     inside = run < gl.where(common, SHARED * W // RUN, W // RUN)
     found = gl.load(words + at, inside[:, None], other=tag, volatile=True)
-    return found, at
+    return found, at * 4
 
 
 @gluon.jit
@@ -187,16 +197,19 @@ def _up_scales(
 def _down_scales(
     down, common_down, common_row, ids, experts, W: gl.constexpr, D: gl.constexpr, K: gl.constexpr,
     SHARED: gl.constexpr, DOWNS: gl.constexpr, RUNS: gl.constexpr, COMMON: gl.constexpr, ROUTED: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    TALL: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Scales of the runs of this program's items of the second product `[DOWNS, RUNS]`."""
+    """Scales of the runs of this program's items of the second product, of both boxes in turn `[2 DOWNS, RUNS]`."""
     PER: gl.constexpr = COMMON + K * ROUTED
-    number = gl.arange(0, DOWNS, gl.SliceLayout(1, LAYOUT))[:, None]
-    block = (gl.program_id(0) + number // PER * gl.num_programs(0)) // 8
-    item = number % PER
+    number = gl.arange(0, 2 * DOWNS, gl.SliceLayout(1, LAYOUT))[:, None]
+    column = gl.program_id(0) + number // 2 // PER * gl.num_programs(0)
+    block = column // (8 if TALL else 16)
+    item = number // 2 % PER
     common = item < COMMON
     k = (item - COMMON) // ROUTED
-    start = gl.where(common, item, (item - COMMON) % ROUTED) * RUNS
+    start = gl.where(common, item, (item - COMMON) % ROUTED) * (RUNS if TALL else 2 * RUNS)
+    if not TALL:
+        start += number % 2 * RUNS
     run = start + gl.arange(0, RUNS, gl.SliceLayout(0, LAYOUT))[None, :]
     there = (block < D // 128) & (run < gl.where(common, SHARED * W // 128, W // 128))
     expert = gl.load(ids + k, (block < D // 128) & (item >= COMMON), other=0)
@@ -212,11 +225,12 @@ def ring_kernel(
     residual, y, words, epochs, limit, experts,
     W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
     UPS: gl.constexpr, DOWNS: gl.constexpr, POWERS: gl.constexpr, LIMIT: gl.constexpr, RESIDUAL: gl.constexpr,
-    PART: gl.constexpr, WARPS: gl.constexpr,
+    TALL: gl.constexpr, PART: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """y `[D]` = the sum over experts of weight * down (swiglu(gate x, up x)), and the residual.
 
-    UPS and DOWNS: items of a program in both products, at most, up to a power of two. PART: both products (0),
+    UPS and DOWNS: items of a program in both products, at most, up to a power of two. TALL: the second product's
+    items are 16 rows of RUNS runs, not 8 of twice as many. PART: both products (0),
     the first (1) or the second (2) alone.
     """
     CODES: gl.constexpr = gate.dtype == gl.float8e4nv
@@ -224,8 +238,10 @@ def ring_kernel(
     RUN: gl.constexpr = gate.block_type.shape[2]
     DEPTH: gl.constexpr = RUNS * RUN
     UP_CHUNKS: gl.constexpr = (D + DEPTH - 1) // DEPTH
-    COMMON: gl.constexpr = (SHARED * W + DEPTH - 1) // DEPTH
-    ROUTED: gl.constexpr = (W + DEPTH - 1) // DEPTH
+    ROWS: gl.constexpr = 16 if TALL else 8
+    LONG: gl.constexpr = DEPTH if TALL else 2 * DEPTH
+    COMMON: gl.constexpr = (SHARED * W + LONG - 1) // LONG
+    ROUTED: gl.constexpr = (W + LONG - 1) // LONG
     PER: gl.constexpr = COMMON + K * ROUTED
     # A warp has a row of a box of the first product, and runs of all rows of the second's.
     UP: gl.constexpr = gl.BlockedLayout([1, 1, RUN // 8], [1, 4, 8], [WARPS, 1, 1], [2, 1, 0])
@@ -240,11 +256,11 @@ def ring_kernel(
     descriptors = gate, up, down, common_gate, common_up, common_down
     room = boxes, full
     for item in range(STAGES):
-        _fetch(item, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, PART, 0)
+        _fetch(item, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, TALL, PART, 0)
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     for item in range(STAGES):
-        _fetch(item, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, PART, 1)
+        _fetch(item, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, TALL, PART, 1)
     tag = gl.load(epochs) & 0xFFFF
     if CODES:
         TABLE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -260,11 +276,11 @@ def ring_kernel(
         if PART != 1:
             by = _down_scales(
                 down_scale, common_down_scale, common_s_row, ids, experts, W, D, K, SHARED, DOWNS, RUNS, COMMON,
-                ROUTED, SPREAD,
+                ROUTED, TALL, SPREAD,
             )  # fmt: skip
-            down_table = gl.allocate_shared_memory(gl.float32, [DOWNS, RUNS], TABLE)
+            down_table = gl.allocate_shared_memory(gl.float32, [2 * DOWNS, RUNS], TABLE)
             down_table.store(_power(by, POWERS))
-            down_by = down_table._reinterpret(gl.float32, [DOWNS, RUNS], PLAIN)
+            down_by = down_table._reinterpret(gl.float32, [2 * DOWNS, RUNS], PLAIN)
     count = 0
     if PART != 2:
         rows = ((K + SHARED) * (W // 8) - p + P - 1) // P
@@ -285,7 +301,9 @@ def ring_kernel(
                 one = boxes.index(2 * stage).load(UP)
                 two = boxes.index(2 * stage + 1).load(UP)
                 gl.thread_barrier()
-                _fetch(count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, PART, 2)
+                _fetch(
+                    count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, TALL, PART, 2
+                )
                 row = row.to(gl.float32)
                 one = gl.sum(one.to(gl.float32) * row[None, :, :], 2)
                 two = gl.sum(two.to(gl.float32) * row[None, :, :], 2)
@@ -307,56 +325,68 @@ def ring_kernel(
     if PART != 1:
         kind: gl.constexpr = y.dtype.element_ty
         HALF: gl.constexpr = gl.SliceLayout(2, DOWN)
-        columns = (D // 16 - p + P - 1) // P
+        ROW: gl.constexpr = gl.SliceLayout(0, DOWN)
+        columns = (D // ROWS - p + P - 1) // P
         begun = count
         for c in range(columns):
             upper = gl.zeros([8, RUNS], gl.float32, HALF)
             lower = gl.zeros([8, RUNS], gl.float32, HALF)
-            found, at = _words(words, 0, tag, K, SHARED, W, RUNS, RUN, gl.SliceLayout(0, DOWN))
+            found, at = _words(words, 0, 0, tag, W, K, SHARED, RUNS, RUN, COMMON, ROUTED, TALL, ROW)
+            if not TALL:
+                found2, at2 = _words(words, 0, 1, tag, W, K, SHARED, RUNS, RUN, COMMON, ROUTED, TALL, ROW)
             for item in range(PER):
                 now, place = found, at
-                found, at = _words(
-                    words,
-                    gl.minimum(item + 1, PER - 1),
-                    tag,
-                    K,
-                    SHARED,
-                    W,
-                    RUNS,
-                    RUN,
-                    gl.SliceLayout(0, DOWN),
-                )
+                after = gl.minimum(item + 1, PER - 1)
+                found, at = _words(words, after, 0, tag, W, K, SHARED, RUNS, RUN, COMMON, ROUTED, TALL, ROW)
+                if not TALL:
+                    now2, place2 = found2, at2
+                    found2, at2 = _words(
+                        words, after, 1, tag, W, K, SHARED, RUNS, RUN, COMMON, ROUTED, TALL, ROW
+                    )
                 stage = count % STAGES
                 mbarrier.wait(full.index(stage), (count // STAGES) & 1)
                 one = boxes.index(2 * stage).load(DOWN)
                 two = boxes.index(2 * stage + 1).load(DOWN)
                 gl.thread_barrier()
-                _fetch(count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, PART, 2)
+                _fetch(
+                    count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, TALL, PART, 2
+                )
                 now = gl.inline_asm_elementwise(
                     WAIT,
                     WAIT_OPERANDS,
-                    [now, place * 4, words.to(gl.int64), tag],
+                    [now, place, words.to(gl.int64), tag],
                     gl.int32,
                     is_pure=False,
                     pack=4,
                 )
                 row = (now & -65536).to(gl.float32, bitcast=True)
                 one = gl.sum(one.to(gl.float32) * row[None, :, :], 2)
+                if not TALL:
+                    now2 = gl.inline_asm_elementwise(
+                        WAIT,
+                        WAIT_OPERANDS,
+                        [now2, place2, words.to(gl.int64), tag],
+                        gl.int32,
+                        is_pure=False,
+                        pack=4,
+                    )
+                    row = (now2 & -65536).to(gl.float32, bitcast=True)
                 two = gl.sum(two.to(gl.float32) * row[None, :, :], 2)
                 if CODES:
-                    step = down_by.index(count - begun).load(gl.SliceLayout(0, HALF))
-                    one *= step[None, :]
-                    two *= step[None, :]
+                    one *= down_by.index(2 * (count - begun)).load(gl.SliceLayout(0, HALF))[None, :]
+                    two *= down_by.index(2 * (count - begun) + 1).load(gl.SliceLayout(0, HALF))[None, :]
                 upper += one
                 lower += two
                 count += 1
-            total = gl.sum(gl.join(upper, lower), 1)
-            OUT: gl.constexpr = total.type.layout
-            channel = (
-                gl.arange(0, 8, gl.SliceLayout(1, OUT))[:, None]
-                + 8 * gl.arange(0, 2, gl.SliceLayout(0, OUT))[None, :]
-            )
-            channel += (p + c * P) * 16
+            if TALL:
+                total = gl.sum(gl.join(upper, lower), 1)
+                OUT: gl.constexpr = total.type.layout
+                channel = gl.arange(0, 8, gl.SliceLayout(1, OUT))[:, None]
+                channel += 8 * gl.arange(0, 2, gl.SliceLayout(0, OUT))[None, :]
+            else:
+                total = gl.sum(upper + lower, 1)
+                channel = gl.arange(0, 8, total.type.layout)
+            channel += (p + c * P) * ROWS
             if RESIDUAL:
                 total = total.to(kind).to(gl.float32) + gl.load(residual + channel).to(gl.float32)
             gl.store(y + channel, total.to(kind))
@@ -404,6 +434,7 @@ def launch(
     runs: int = 16,
     stages: int = 6,
     warps: int = 8,
+    programs: int = PROGRAMS,
     part: int = 0,
 ) -> None:
     """y: the sum over experts, and the residual. `matrices`: gate, up `[E, W, D]`, down `[E, D, W]`, then the same of
@@ -412,13 +443,16 @@ def launch(
     count, width, shared = sizes
     hidden, chosen = x_1D.shape[1], choice[0].shape[1]
     depth = runs * 128 // matrices[0].element_size()
-    ups = -(-(chosen + shared) * width // 8 // PROGRAMS) * -(-hidden // depth)
-    downs = -(-hidden // 16 // PROGRAMS) * (-(-shared * width // depth) + chosen * -(-width // depth))
-    ring_kernel[(PROGRAMS,)](
+    tall = programs == PROGRAMS
+    rows, long = (16, depth) if tall else (8, 2 * depth)
+    ups = -(-(chosen + shared) * width // 8 // programs) * -(-hidden // depth)
+    downs = -(-hidden // rows // programs) * (-(-shared * width // long) + chosen * -(-width // long))
+    ring_kernel[(programs,)](
         *(boxes(m, runs) for m in matrices), x_1D, *choice, *scales, scales[5].stride(-2), residual_1D, y_1D, *state,
         limit or 0.0, count, W=width, D=hidden, K=chosen, SHARED=shared, STAGES=stages, UPS=_power_of_two(ups),
         DOWNS=_power_of_two(downs), POWERS=powers, LIMIT=limit is not None, RESIDUAL=residual_1D is not None,
-        PART=part, WARPS=warps, num_warps=warps, launch_pdl=True,
+        TALL=tall, PART=part, WARPS=warps, num_warps=warps, launch_pdl=True,
+        maxnreg=None if tall else 128,
     )  # fmt: skip
 
 
