@@ -38,6 +38,7 @@ ODD: list[tuple[str, tuple[int, ...], float | None]] = [
 """Kinds, experts, width, hidden and shared experts, and the limit."""
 RINGS: list[dict[str, int]] = [
     {},
+    {"staged": False},
     {"stages": 5},
     {"runs": 8, "stages": 12},
     {"runs": 8, "stages": 6, "programs": 256},

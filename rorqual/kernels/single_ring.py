@@ -173,6 +173,15 @@ def _words(
 
 
 @gluon.jit
+def _settled(found, at, words, tag):
+    """The words as fp32, once they are there."""
+    found = gl.inline_asm_elementwise(
+        WAIT, WAIT_OPERANDS, [found, at, words.to(gl.int64), tag], gl.int32, is_pure=False, pack=4
+    )
+    return (found & -65536).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
 def _up_scales(
     tables, ids, experts, W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, UPS: gl.constexpr,
     RUNS: gl.constexpr, CHUNKS: gl.constexpr, LAYOUT: gl.constexpr,
@@ -225,7 +234,7 @@ def ring_kernel(
     residual, y, words, epochs, limit, experts,
     W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
     UPS: gl.constexpr, DOWNS: gl.constexpr, POWERS: gl.constexpr, LIMIT: gl.constexpr, RESIDUAL: gl.constexpr,
-    TALL: gl.constexpr, PART: gl.constexpr, WARPS: gl.constexpr,
+    TALL: gl.constexpr, STAGED: gl.constexpr, PART: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """y `[D]` = the sum over experts of weight * down (swiglu(gate x, up x)), and the residual.
 
@@ -325,7 +334,13 @@ def ring_kernel(
     if PART != 1:
         kind: gl.constexpr = y.dtype.element_ty
         HALF: gl.constexpr = gl.SliceLayout(2, DOWN)
-        ROW: gl.constexpr = gl.SliceLayout(0, DOWN)
+        if not STAGED:
+            ROW: gl.constexpr = gl.SliceLayout(0, DOWN)
+        if STAGED:
+            ROW: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RUN, RUN // 4], [WARPS, 1], [1, 0])
+            rows_now = gl.allocate_shared_memory(
+                gl.float32, [2 if TALL else 4, RUNS, RUN], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+            )
         columns = (D // ROWS - p + P - 1) // P
         begun = count
         for c in range(columns):
@@ -343,6 +358,12 @@ def ring_kernel(
                     found2, at2 = _words(
                         words, after, 1, tag, W, K, SHARED, RUNS, RUN, COMMON, ROUTED, TALL, ROW
                     )
+                if STAGED:
+                    row = _settled(now, place, words, tag)
+                    rows_now.index(item % 2 * (1 if TALL else 2)).store(row)
+                    if not TALL:
+                        row = _settled(now2, place2, words, tag)
+                        rows_now.index(item % 2 * 2 + 1).store(row)
                 stage = count % STAGES
                 mbarrier.wait(full.index(stage), (count // STAGES) & 1)
                 one = boxes.index(2 * stage).load(DOWN)
@@ -351,27 +372,18 @@ def ring_kernel(
                 _fetch(
                     count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, TALL, PART, 2
                 )
-                now = gl.inline_asm_elementwise(
-                    WAIT,
-                    WAIT_OPERANDS,
-                    [now, place, words.to(gl.int64), tag],
-                    gl.int32,
-                    is_pure=False,
-                    pack=4,
-                )
-                row = (now & -65536).to(gl.float32, bitcast=True)
-                one = gl.sum(one.to(gl.float32) * row[None, :, :], 2)
-                if not TALL:
-                    now2 = gl.inline_asm_elementwise(
-                        WAIT,
-                        WAIT_OPERANDS,
-                        [now2, place2, words.to(gl.int64), tag],
-                        gl.int32,
-                        is_pure=False,
-                        pack=4,
-                    )
-                    row = (now2 & -65536).to(gl.float32, bitcast=True)
-                two = gl.sum(two.to(gl.float32) * row[None, :, :], 2)
+                if STAGED:
+                    row1 = rows_now.index(item % 2 * (1 if TALL else 2)).load(gl.SliceLayout(0, DOWN))
+                    row2 = row1
+                    if not TALL:
+                        row2 = rows_now.index(item % 2 * 2 + 1).load(gl.SliceLayout(0, DOWN))
+                else:
+                    row1 = _settled(now, place, words, tag)
+                    row2 = row1
+                    if not TALL:
+                        row2 = _settled(now2, place2, words, tag)
+                one = gl.sum(one.to(gl.float32) * row1[None, :, :], 2)
+                two = gl.sum(two.to(gl.float32) * row2[None, :, :], 2)
                 if CODES:
                     one *= down_by.index(2 * (count - begun)).load(gl.SliceLayout(0, HALF))[None, :]
                     two *= down_by.index(2 * (count - begun) + 1).load(gl.SliceLayout(0, HALF))[None, :]
@@ -435,6 +447,7 @@ def launch(
     stages: int = 6,
     warps: int = 8,
     programs: int = PROGRAMS,
+    staged: bool = True,
     part: int = 0,
 ) -> None:
     """y: the sum over experts, and the residual. `matrices`: gate, up `[E, W, D]`, down `[E, D, W]`, then the same of
@@ -451,7 +464,7 @@ def launch(
         *(boxes(m, runs) for m in matrices), x_1D, *choice, *scales, scales[5].stride(-2), residual_1D, y_1D, *state,
         limit or 0.0, count, W=width, D=hidden, K=chosen, SHARED=shared, STAGES=stages, UPS=_power_of_two(ups),
         DOWNS=_power_of_two(downs), POWERS=powers, LIMIT=limit is not None, RESIDUAL=residual_1D is not None,
-        TALL=tall, PART=part, WARPS=warps, num_warps=warps, launch_pdl=True,
+        TALL=tall, STAGED=staged, PART=part, WARPS=warps, num_warps=warps, launch_pdl=True,
         maxnreg=None if tall else 128,
     )  # fmt: skip
 
