@@ -36,7 +36,7 @@ ODD: list[tuple[str, tuple[int, ...], float | None]] = [
     ("bf16", (9, 384, 3072, 1), None),
 ]
 """Kinds, experts, width, hidden and shared experts, and the limit."""
-RINGS: list[dict[str, int]] = [
+RINGS: list[dict[str, Any]] = [
     {},
     {"staged": False},
     {"stages": 5},
@@ -80,7 +80,7 @@ class Layer:
         item = self.stacks[0].codes.element_size()
         return 3 * (CHOSEN + self.shared) * self.width * self.hidden * item
 
-    def run(self, x: Tensor, residual: Tensor, ring: dict[str, int] | None, **more: Any) -> Tensor:
+    def run(self, x: Tensor, residual: Tensor, ring: dict[str, Any] | None, **more: Any) -> Tensor:
         """In one launch, or two (`ring` None)."""
         return single_experts.through_experts(
             x, (self.ids, self.by), *self.stacks, shared=self.common, residual_1D=residual,
@@ -128,7 +128,7 @@ def guarded(name: str, work: Callable[[], Any]) -> Any:
         return None
 
 
-def check(layer: Layer, ring: dict[str, int] | None, limit: float | None = None) -> None:
+def check(layer: Layer, ring: dict[str, Any] | None, limit: float | None = None) -> None:
     """Against fp64, and against itself."""
     x = torch.randn(1, layer.hidden, device="cuda").bfloat16()
     res = torch.randn(1, layer.hidden, device="cuda").bfloat16()
@@ -144,7 +144,7 @@ def check(layer: Layer, ring: dict[str, int] | None, limit: float | None = None)
     )
 
 
-def timed(layers: list[Layer], ring: dict[str, int] | None, alone: bool = False) -> float:
+def timed(layers: list[Layer], ring: dict[str, Any] | None, alone: bool = False) -> float:
     """Microseconds a layer, less those of the small kernel in front."""
     x = torch.randn(1, layers[0].hidden, device="cuda").bfloat16()
     norm = torch.ones(layers[0].hidden, device="cuda", dtype=torch.bfloat16), 1e-6
@@ -163,9 +163,9 @@ def timed(layers: list[Layer], ring: dict[str, int] | None, alone: bool = False)
     return replayed(once, 25) / (ROUNDS * len(layers))
 
 
-def check_all(rings: list[dict[str, int] | None]) -> None:
+def check_all(rings: list[dict[str, Any] | None]) -> None:
     """Compile all forms at once, then compare."""
-    jobs: list[tuple[Layer, dict[str, int] | None, float | None]] = []
+    jobs: list[tuple[Layer, dict[str, Any] | None, float | None]] = []
     for kind in KINDS:
         layer = Layer(kind)
         jobs += [(layer, ring, None) for ring in rings]
@@ -173,13 +173,14 @@ def check_all(rings: list[dict[str, int] | None]) -> None:
         layer = Layer(kind, *shape)
         layer.ids[0, 2:4] = torch.tensor([99, -1], device="cuda")
         jobs += [(layer, ring, limit) for ring in ({}, {"runs": 8, "stages": 6, "programs": 256})]
+    jobs.sort(key=lambda job: (job[1] or {}).get("programs", 0))
     with ThreadPoolExecutor(5) as pool:
         list(pool.map(lambda job: guarded(f"compile {job[1]}", lambda: warm(*job)), jobs))
     for job in jobs:
         guarded(f"check {job[0].kind} {job[1]}", lambda job=job: check(*job))  # type: ignore[misc]
 
 
-def warm(layer: Layer, ring: dict[str, int] | None, limit: float | None) -> None:
+def warm(layer: Layer, ring: dict[str, Any] | None, limit: float | None) -> None:
     """Compile one form, on state of its own."""
     x = torch.zeros(1, layer.hidden, device="cuda", dtype=torch.bfloat16)
     if ring is None:
@@ -197,22 +198,24 @@ def warm(layer: Layer, ring: dict[str, int] | None, limit: float | None) -> None
 def main() -> None:
     """Check or time."""
     begun = time.perf_counter()
-    rings: list[dict[str, int] | None] = [None, {}]
+    rings: list[dict[str, Any] | None] = [None, {}]
     if os.environ.get("SWEEP"):
         rings = [None, *RINGS]
     if os.environ.get("CHECK"):
         check_all(rings)
         print(f"{time.perf_counter() - begun:.0f} s", flush=True)
         return
-    for kind in KINDS:
-        layers = [Layer(kind) for _ in range(LAYERS)]
-        base = timed(layers, None, alone=True)
-        parts = [{"part": 1}, {"part": 2}] if os.environ.get("SWEEP") else []
-        for ring in [*rings, *parts]:
-            took = guarded(f"{kind} {ring}", lambda ring=ring, layers=layers: timed(layers, ring))  # type: ignore[misc]
-            if took is not None:
-                share = layers[0].bytes() / READ * 1e6 / took
-                print(f"{kind} {ring}: {took:.1f} us ({base:.1f} in front), {share:.0%}", flush=True)
+    parts: list[dict[str, Any] | None] = [{"part": 1}, {"part": 2}] if os.environ.get("SWEEP") else []
+    many = [r for r in rings if r and "programs" in r]
+    layers = {kind: [Layer(kind) for _ in range(LAYERS)] for kind in KINDS}
+    for chosen in ([r for r in rings if r not in many] + parts, many):
+        for kind in KINDS:
+            base = timed(layers[kind], None, alone=True)
+            for ring in chosen:
+                took = guarded(f"{kind} {ring}", lambda ring=ring, kind=kind: timed(layers[kind], ring))  # type: ignore[misc]
+                if took is not None:
+                    share = layers[kind][0].bytes() / READ * 1e6 / took
+                    print(f"{kind} {ring}: {took:.1f} us ({base:.1f} in front), {share:.0%}", flush=True)
     print(f"{time.perf_counter() - begun:.0f} s")
 
 

@@ -8,6 +8,8 @@ matrices, which need no choice, are asked for before the kernels in front have e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -146,7 +148,7 @@ def through_experts(
     residual_1D: Tensor | None = None,
     how: tuple[dict[str, int], dict[str, int]] | None = None,
     state: single_ring.State | None = None,
-    ring: dict[str, int] | None = None,
+    ring: dict[str, Any] | None = None,
 ) -> Tensor:
     """`kernels.experts.experts` for one token x `[1, D]`: `[1, D]`; the residual is added to the rounded sum.
 

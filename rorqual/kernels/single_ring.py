@@ -156,8 +156,8 @@ def _fetch(
 
 @gluon.jit
 def _words(
-    words, item, half, tag, W: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, RUNS: gl.constexpr, RUN: gl.constexpr,
-    COMMON: gl.constexpr, ROUTED: gl.constexpr, TALL: gl.constexpr, LAYOUT: gl.constexpr,
+    words, item, half, tag, W: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, RUNS: gl.constexpr,
+    RUN: gl.constexpr, COMMON: gl.constexpr, ROUTED: gl.constexpr, TALL: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Where an item of the second product finds the part of inner `[RUNS, RUN]` for its first box or its second, and
     what lies there now."""
@@ -334,10 +334,9 @@ def ring_kernel(
     if PART != 1:
         kind: gl.constexpr = y.dtype.element_ty
         HALF: gl.constexpr = gl.SliceLayout(2, DOWN)
-        if not STAGED:
-            ROW: gl.constexpr = gl.SliceLayout(0, DOWN)
+        FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RUN, RUN // 4], [WARPS, 1], [1, 0])
+        ROW: gl.constexpr = FLAT if STAGED else gl.SliceLayout(0, DOWN)
         if STAGED:
-            ROW: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RUN, RUN // 4], [WARPS, 1], [1, 0])
             rows_now = gl.allocate_shared_memory(
                 gl.float32, [2 if TALL else 4, RUNS, RUN], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
             )
