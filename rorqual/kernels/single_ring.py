@@ -418,8 +418,8 @@ def new_state(slots: int, width: int, device: torch.device) -> State:
     return words, torch.ones(1, dtype=torch.int32, device=device)
 
 
-def supported(x: Tensor, width: int, hidden: int) -> bool:
-    """Whether the kernel takes experts of such sizes, on the device of x."""
+def supported(x: Tensor, slots: int, width: int, hidden: int) -> bool:
+    """Whether the kernel takes `slots` experts of such sizes, on the device of x."""
     return (
         AVAILABLE
         and x.is_cuda
@@ -427,6 +427,8 @@ def supported(x: Tensor, width: int, hidden: int) -> bool:
         and processors(x) >= PROGRAMS
         and width % 128 == 0
         and hidden % 128 == 0
+        # Every program must have a word for the first: it ends the launch.
+        and slots * width // 8 >= PROGRAMS
     )
 
 
