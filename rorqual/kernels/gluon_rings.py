@@ -22,6 +22,7 @@ try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
         mbarrier,
         tma,
         warpgroup_mma,
@@ -32,7 +33,7 @@ except ImportError:  # Triton too old, or none
     from rorqual.kernels import gpu
 
     gl, gluon = gpu.tl, gpu.triton
-    mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
+    fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
 
     AVAILABLE = False
 else:
@@ -45,6 +46,7 @@ __all__ = [
     "TensorDescriptor",
     "descriptor",
     "expect",
+    "fence_async_shared",
     "gl",
     "gluon",
     "hand_out",

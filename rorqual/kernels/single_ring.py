@@ -1,12 +1,18 @@
 """One token through its experts in one launch on Hopper, by programs that stay, in Gluon.
 
-Every program brings its share of all matrices into a ring of boxes in shared memory by the bulk copy engine (TMA), in
-one order from the first product's first row to the second's last: 190 KB are under way from each multiprocessor at
-any time, whatever is being multiplied. A box is 8 rows of 16 runs of 128 bytes; an item is two of them: 8 channels of
+Every program brings its share of all matrices into a ring in shared memory by the bulk copy engine (TMA), in one
+order from the first product's first row to the second's last: 190 KB are under way from each multiprocessor at any
+time, whatever is being multiplied. A box is 8 rows of 16 runs of 128 bytes; an item is two of them: 8 channels of
 gate and of up, or 16 channels of down.
 
-The first product's results reach the other programs inside the launch: each is a word of 32 bits, bf16 and 16 bits that
-tell this launch from the one before, so a program that reads a word sees whether it is there already. No
+Tensor cores multiply a box as it lies: its 128 runs are the rows of one factor, the 16 runs of x the columns of
+the other, and of the product only those places count where a run met its like. That is one in 16, and still a small
+part of what FP8 codes cost as plain products, whose conversion alone takes longer than reading them. For FP8, x is
+written in two digits of E4M3 to a power of two for each run: together they have bf16's 8 bits, down to 2^-22 of
+the run's largest number.
+
+The first product's results reach the other programs inside the launch: each is a word of 32 bits, bf16 and 16 bits
+that tell this launch from the one before, so a program that reads a word sees whether it is there already. No
 barrier stands between the products. The shared experts come first: their matrices are asked for before the
 kernels in front have ended. The routed ones follow in the same order in both products, so that what the second one
 begins with was ready long ago.
@@ -27,14 +33,19 @@ from torch import Tensor
 from rorqual.kernels.gluon_rings import (
     AVAILABLE,
     TensorDescriptor,
+    fence_async_shared,
     gl,
     gluon,
     mbarrier,
     processors,
     tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
 )
 from rorqual.kernels.gpu import tl
 
+RUNS = 16
+"""Runs of 128 bytes in a row of a box."""
 PROGRAMS = 128
 """Programs: they divide the widths of DeepSeek's models, which 132 does not."""
 
@@ -88,7 +99,7 @@ def _power(by, POWERS: gl.constexpr):
 def _fetch(
     item, descriptors, room, ids, experts,
     W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
-    TALL: gl.constexpr, PART: gl.constexpr, WHICH: gl.constexpr,
+    PART: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """Ask for this program's item number `item` if it is of shared experts (WHICH 0), of routed ones (1), or always."""
     gate, up, down, common_gate, common_up, common_down = descriptors
@@ -97,10 +108,8 @@ def _fetch(
     DEPTH: gl.constexpr = RUNS * gate.block_type.shape[2]
     BYTES: gl.constexpr = 2 * gate.block_type.nbytes
     UP_CHUNKS: gl.constexpr = (D + DEPTH - 1) // DEPTH
-    ROWS: gl.constexpr = 16 if TALL else 8
-    LONG: gl.constexpr = DEPTH if TALL else 2 * DEPTH
-    COMMON: gl.constexpr = (SHARED * W + LONG - 1) // LONG
-    ROUTED: gl.constexpr = (W + LONG - 1) // LONG
+    COMMON: gl.constexpr = (SHARED * W + DEPTH - 1) // DEPTH
+    ROUTED: gl.constexpr = (W + DEPTH - 1) // DEPTH
     p = gl.program_id(0)
     P = gl.num_programs(0)
     stage = item % STAGES
@@ -128,42 +137,35 @@ def _fetch(
             tma.async_copy_global_to_shared(up, [expert * W + row, run, 0], bar, second)
     elif PART != 1:
         item -= ups
-        row = (p + item // (COMMON + K * ROUTED) * P) * ROWS
+        row = (p + item // (COMMON + K * ROUTED) * P) * 16
         item = item % (COMMON + K * ROUTED)
         if row < D:
             if item < COMMON:
                 if WHICH != 1:
                     mbarrier.expect(bar, BYTES)
-                    run = item * (LONG // DEPTH * RUNS)
+                    run = item * RUNS
                     tma.async_copy_global_to_shared(common_down, [row, run, 0], bar, first)
-                    if TALL:
-                        tma.async_copy_global_to_shared(common_down, [row + 8, run, 0], bar, second)
-                    else:
-                        tma.async_copy_global_to_shared(common_down, [row, run + RUNS, 0], bar, second)
+                    tma.async_copy_global_to_shared(common_down, [row + 8, run, 0], bar, second)
             elif WHICH != 0:
                 item -= COMMON
                 expert = gl.load(ids + item // ROUTED)
                 expert = gl.where((expert >= 0) & (expert < experts), expert, 0)
                 row += expert * D
-                run = item % ROUTED * (LONG // DEPTH * RUNS)
+                run = item % ROUTED * RUNS
                 mbarrier.expect(bar, BYTES)
                 tma.async_copy_global_to_shared(down, [row, run, 0], bar, first)
-                if TALL:
-                    tma.async_copy_global_to_shared(down, [row + 8, run, 0], bar, second)
-                else:
-                    tma.async_copy_global_to_shared(down, [row, run + RUNS, 0], bar, second)
+                tma.async_copy_global_to_shared(down, [row + 8, run, 0], bar, second)
 
 
 @gluon.jit
 def _words(
-    words, item, half, tag, W: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, RUNS: gl.constexpr,
-    RUN: gl.constexpr, COMMON: gl.constexpr, ROUTED: gl.constexpr, TALL: gl.constexpr, LAYOUT: gl.constexpr,
+    words, item, tag, W: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, RUNS: gl.constexpr, RUN: gl.constexpr,
+    COMMON: gl.constexpr, ROUTED: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Where an item of the second product finds the part of inner `[RUNS, RUN]` for its first box or its second, and
-    what lies there now."""
+    """Where an item of the second product finds its part of inner `[RUNS, RUN]`, and what lies there now."""
     common = item < COMMON
     begin = gl.where(common, K * W, (item - COMMON) // ROUTED * W)
-    start = gl.where(common, item, (item - COMMON) % ROUTED) * (RUNS if TALL else 2 * RUNS) + half * RUNS
+    start = gl.where(common, item, (item - COMMON) % ROUTED) * RUNS
     run = start + gl.arange(0, RUNS, gl.SliceLayout(1, LAYOUT))
     lane = gl.arange(0, RUN, gl.SliceLayout(0, LAYOUT))
     at = begin + run[:, None] * RUN + lane[None, :]
@@ -179,6 +181,34 @@ def _settled(found, at, words, tag):
         WAIT, WAIT_OPERANDS, [found, at, words.to(gl.int64), tag], gl.int32, is_pure=False, pack=4
     )
     return (found & -65536).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _lay(row, columns, steps):
+    """Lay a row `[RUNS, RUN]` down as columns `[RUNS, RUN]`; for codes as two digits of each run's own step,
+    `[2 RUNS, RUN]` and `[RUNS]`."""
+    kind: gl.constexpr = columns.dtype
+    RUNS: gl.constexpr = row.shape[0]
+    if kind == gl.float8e4nv:
+        # A power of two, so that the largest number lies between 128 and 256.
+        power = gl.maximum(gl.max(gl.abs(row), 1).to(gl.int32, bitcast=True) >> 23, 16)
+        row = row * ((261 - power) << 23).to(gl.float32, bitcast=True)[:, None]
+        digit = row.to(kind)
+        columns.slice(0, RUNS).store(digit)
+        columns.slice(RUNS, RUNS).store(((row - digit.to(gl.float32)) * 16.0).to(kind))
+        steps.store(((power - 7) << 23).to(gl.float32, bitcast=True))
+    else:
+        columns.store(row.to(kind))
+
+
+@gluon.jit
+def _met(product, RUNS: gl.constexpr):
+    """Of the products of 8 * RUNS runs with all columns `[8 RUNS, N]` those of a run with its own: `[8, RUNS]`."""
+    LAYOUT: gl.constexpr = product.type.layout
+    m = gl.arange(0, 8 * RUNS, gl.SliceLayout(1, LAYOUT))
+    n = gl.arange(0, product.shape[1], gl.SliceLayout(0, LAYOUT))
+    product *= gl.where(n < RUNS, 1.0, 0.0625)[None, :]
+    return gl.sum(gl.where((m % RUNS)[:, None] == (n % RUNS)[None, :], product, 0.0), 1).reshape([8, RUNS])
 
 
 @gluon.jit
@@ -206,19 +236,16 @@ def _up_scales(
 def _down_scales(
     down, common_down, common_row, ids, experts, W: gl.constexpr, D: gl.constexpr, K: gl.constexpr,
     SHARED: gl.constexpr, DOWNS: gl.constexpr, RUNS: gl.constexpr, COMMON: gl.constexpr, ROUTED: gl.constexpr,
-    TALL: gl.constexpr, LAYOUT: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Scales of the runs of this program's items of the second product, of both boxes in turn `[2 DOWNS, RUNS]`."""
+    """Scales of the runs of this program's items of the second product `[DOWNS, RUNS]`."""
     PER: gl.constexpr = COMMON + K * ROUTED
-    number = gl.arange(0, 2 * DOWNS, gl.SliceLayout(1, LAYOUT))[:, None]
-    column = gl.program_id(0) + number // 2 // PER * gl.num_programs(0)
-    block = column // (8 if TALL else 16)
-    item = number // 2 % PER
+    number = gl.arange(0, DOWNS, gl.SliceLayout(1, LAYOUT))[:, None]
+    block = (gl.program_id(0) + number // PER * gl.num_programs(0)) // 8
+    item = number % PER
     common = item < COMMON
     k = (item - COMMON) // ROUTED
-    start = gl.where(common, item, (item - COMMON) % ROUTED) * (RUNS if TALL else 2 * RUNS)
-    if not TALL:
-        start += number % 2 * RUNS
+    start = gl.where(common, item, (item - COMMON) % ROUTED) * RUNS
     run = start + gl.arange(0, RUNS, gl.SliceLayout(0, LAYOUT))[None, :]
     there = (block < D // 128) & (run < gl.where(common, SHARED * W // 128, W // 128))
     expert = gl.load(ids + k, (block < D // 128) & (item >= COMMON), other=0)
@@ -234,12 +261,11 @@ def ring_kernel(
     residual, y, words, epochs, limit, experts,
     W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
     UPS: gl.constexpr, DOWNS: gl.constexpr, POWERS: gl.constexpr, LIMIT: gl.constexpr, RESIDUAL: gl.constexpr,
-    TALL: gl.constexpr, STAGED: gl.constexpr, PART: gl.constexpr, WARPS: gl.constexpr,
+    PART: gl.constexpr,
 ):  # fmt: skip
-    """y `[D]` = the sum over experts of weight * down (swiglu(gate x, up x)), and the residual.
+    """y `[D]` = the sum over experts of weight * down (swiglu(gate x, up x)), and the residual; by 8 warps.
 
-    UPS and DOWNS: items of a program in both products, at most, up to a power of two. TALL: the second product's
-    items are 16 rows of RUNS runs, not 8 of twice as many. PART: both products (0),
+    UPS and DOWNS: items of a program in both products, at most, up to a power of two. PART: both products (0),
     the first (1) or the second (2) alone.
     """
     CODES: gl.constexpr = gate.dtype == gl.float8e4nv
@@ -247,33 +273,44 @@ def ring_kernel(
     RUN: gl.constexpr = gate.block_type.shape[2]
     DEPTH: gl.constexpr = RUNS * RUN
     UP_CHUNKS: gl.constexpr = (D + DEPTH - 1) // DEPTH
-    ROWS: gl.constexpr = 16 if TALL else 8
-    LONG: gl.constexpr = DEPTH if TALL else 2 * DEPTH
-    COMMON: gl.constexpr = (SHARED * W + LONG - 1) // LONG
-    ROUTED: gl.constexpr = (W + LONG - 1) // LONG
+    COMMON: gl.constexpr = (SHARED * W + DEPTH - 1) // DEPTH
+    ROUTED: gl.constexpr = (W + DEPTH - 1) // DEPTH
     PER: gl.constexpr = COMMON + K * ROUTED
-    # A warp has a row of a box of the first product, and runs of all rows of the second's.
-    UP: gl.constexpr = gl.BlockedLayout([1, 1, RUN // 8], [1, 4, 8], [WARPS, 1, 1], [2, 1, 0])
-    DOWN: gl.constexpr = gl.BlockedLayout([1, RUNS // WARPS, RUN // 8], [4, 1, 8], [1, WARPS, 1], [2, 1, 0])
+    N: gl.constexpr = 2 * RUNS if CODES else RUNS
+    # A warp has 16 rows of a product: the runs of one row of a box.
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, N, 32 if CODES else 16])
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RUN, RUN // 4], [8, 1], [1, 0])
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    LINES: gl.constexpr = gl.NVMMASharedLayout(128, gate.dtype.primitive_bitwidth, rank=2)
     p = gl.program_id(0)
     P = gl.num_programs(0)
     boxes = gl.allocate_shared_memory(gate.dtype, [2 * STAGES, 8, RUNS, RUN], gate.layout)
+    runs = boxes._reinterpret(gate.dtype, [2 * STAGES, 8 * RUNS, RUN], LINES)
+    x_columns = gl.allocate_shared_memory(gate.dtype, [UP_CHUNKS, N, RUN], LINES)
+    x_steps = gl.allocate_shared_memory(gl.float32, [UP_CHUNKS, RUNS], PLAIN)
+    columns = gl.allocate_shared_memory(gate.dtype, [2, N, RUN], LINES)
+    steps = gl.allocate_shared_memory(gl.float32, [2, RUNS], PLAIN)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
     descriptors = gate, up, down, common_gate, common_up, common_down
     room = boxes, full
     for item in range(STAGES):
-        _fetch(item, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, TALL, PART, 0)
+        _fetch(item, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, PART, 0)
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     for item in range(STAGES):
-        _fetch(item, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, TALL, PART, 1)
+        _fetch(item, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, PART, 1)
     tag = gl.load(epochs) & 0xFFFF
+    if PART != 2:
+        for chunk in gl.static_range(UP_CHUNKS):
+            run = chunk * RUNS + gl.arange(0, RUNS, gl.SliceLayout(1, FLAT))
+            lane = gl.arange(0, RUN, gl.SliceLayout(0, FLAT))
+            row = gl.load(x + run[:, None] * RUN + lane[None, :], (run * RUN < D)[:, None], other=0.0)
+            _lay(row.to(gl.float32), x_columns.index(chunk), x_steps.index(chunk))
     if CODES:
         TABLE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        SPREAD: gl.constexpr = gl.BlockedLayout([1, 1], [32 // RUNS, RUNS], [WARPS, 1], [1, 0])
+        SPREAD: gl.constexpr = gl.BlockedLayout([1, 1], [32 // RUNS, RUNS], [8, 1], [1, 0])
         if PART != 2:
             by = _up_scales(
                 (gate_scale, up_scale, common_gate_scale, common_up_scale), ids, experts, W, D, K, SHARED, UPS, RUNS,
@@ -285,40 +322,43 @@ def ring_kernel(
         if PART != 1:
             by = _down_scales(
                 down_scale, common_down_scale, common_s_row, ids, experts, W, D, K, SHARED, DOWNS, RUNS, COMMON,
-                ROUTED, TALL, SPREAD,
+                ROUTED, SPREAD,
             )  # fmt: skip
-            down_table = gl.allocate_shared_memory(gl.float32, [2 * DOWNS, RUNS], TABLE)
+            down_table = gl.allocate_shared_memory(gl.float32, [DOWNS, RUNS], TABLE)
             down_table.store(_power(by, POWERS))
-            down_by = down_table._reinterpret(gl.float32, [2 * DOWNS, RUNS], PLAIN)
+            down_by = down_table._reinterpret(gl.float32, [DOWNS, RUNS], PLAIN)
+    fence_async_shared()
+    gl.thread_barrier()
+    none = gl.zeros([8 * RUNS, N], gl.float32, MMA)
+    zero = gl.sum(_met(none, RUNS), 1)
+    EIGHT: gl.constexpr = zero.type.layout
+    ACROSS: gl.constexpr = gl.SliceLayout(0, EIGHT.parent)
     count = 0
     if PART != 2:
-        rows = ((K + SHARED) * (W // 8) - p + P - 1) // P
-        for i in range(rows):
+        tiles = ((K + SHARED) * (W // 8) - p + P - 1) // P
+        for i in range(tiles):
             tile = p + i * P
             slot = tile // (W // 8)
             k = slot - SHARED
             expert = gl.load(ids + k, slot >= SHARED, other=0)
             weight = gl.load(weights + k, slot >= SHARED, other=1.0).to(gl.float32)
-            gates = gl.zeros([8], gl.float32, gl.SliceLayout(1, gl.SliceLayout(2, UP)))
-            ups = gl.zeros([8], gl.float32, gl.SliceLayout(1, gl.SliceLayout(2, UP)))
+            gates = zero
+            ups = zero
             for chunk in gl.static_range(UP_CHUNKS):
-                run = chunk * RUNS + gl.arange(0, RUNS, gl.SliceLayout(1, gl.SliceLayout(0, UP)))
-                lane = gl.arange(0, RUN, gl.SliceLayout(0, gl.SliceLayout(0, UP)))
-                row = gl.load(x + run[:, None] * RUN + lane[None, :], (run * RUN < D)[:, None], other=0.0)
                 stage = count % STAGES
                 mbarrier.wait(full.index(stage), (count // STAGES) & 1)
-                one = boxes.index(2 * stage).load(UP)
-                two = boxes.index(2 * stage + 1).load(UP)
+                right = x_columns.index(chunk).permute((1, 0))
+                one = warpgroup_mma(runs.index(2 * stage), right, none, use_acc=False, is_async=True)
+                two = warpgroup_mma(runs.index(2 * stage + 1), right, none, use_acc=False, is_async=True)
+                one, two = warpgroup_mma_wait(0, deps=[one, two])
                 gl.thread_barrier()
-                _fetch(
-                    count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, TALL, PART, 2
-                )
-                row = row.to(gl.float32)
-                one = gl.sum(one.to(gl.float32) * row[None, :, :], 2)
-                two = gl.sum(two.to(gl.float32) * row[None, :, :], 2)
+                _fetch(count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, PART, 2)
+                one = _met(one, RUNS)
+                two = _met(two, RUNS)
                 if CODES:
-                    one *= up_by.index(2 * count).load(gl.SliceLayout(0, gl.SliceLayout(2, UP)))[None, :]
-                    two *= up_by.index(2 * count + 1).load(gl.SliceLayout(0, gl.SliceLayout(2, UP)))[None, :]
+                    step = x_steps.index(chunk).load(ACROSS)
+                    one *= (step * up_by.index(2 * count).load(ACROSS))[None, :]
+                    two *= (step * up_by.index(2 * count + 1).load(ACROSS))[None, :]
                 gates += gl.sum(one, 1)
                 ups += gl.sum(two, 1)
                 count += 1
@@ -329,78 +369,54 @@ def ring_kernel(
             inner = gl.where((slot < SHARED) | ((expert >= 0) & (expert < experts)), inner, 0.0)
             bits = inner.to(gl.bfloat16).to(gl.int16, bitcast=True).to(gl.int32) << 16
             line = gl.where(slot < SHARED, K + slot, k)
-            channel = tile % (W // 8) * 8 + gl.arange(0, 8, gl.SliceLayout(1, gl.SliceLayout(2, UP)))
+            channel = tile % (W // 8) * 8 + gl.arange(0, 8, EIGHT)
             gl.store(words + line * W + channel, bits | tag)
     if PART != 1:
         kind: gl.constexpr = y.dtype.element_ty
-        HALF: gl.constexpr = gl.SliceLayout(2, DOWN)
-        FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RUN, RUN // 4], [WARPS, 1], [1, 0])
-        ROW: gl.constexpr = FLAT if STAGED else gl.SliceLayout(0, DOWN)
-        if STAGED:
-            rows_now = gl.allocate_shared_memory(
-                gl.float32, [2 if TALL else 4, RUNS, RUN], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-            )
-        columns = (D // ROWS - p + P - 1) // P
         begun = count
-        for c in range(columns):
-            upper = gl.zeros([8, RUNS], gl.float32, HALF)
-            lower = gl.zeros([8, RUNS], gl.float32, HALF)
-            found, at = _words(words, 0, 0, tag, W, K, SHARED, RUNS, RUN, COMMON, ROUTED, TALL, ROW)
-            if not TALL:
-                found2, at2 = _words(words, 0, 1, tag, W, K, SHARED, RUNS, RUN, COMMON, ROUTED, TALL, ROW)
+        for c in range((D // 16 - p + P - 1) // P):
+            upper = zero
+            lower = zero
+            found, at = _words(words, 0, tag, W, K, SHARED, RUNS, RUN, COMMON, ROUTED, FLAT)
+            _lay(_settled(found, at, words, tag), columns.index(0), steps.index(0))
+            found, at = _words(words, 1, tag, W, K, SHARED, RUNS, RUN, COMMON, ROUTED, FLAT)
+            fence_async_shared()
+            gl.thread_barrier()
             for item in range(PER):
-                now, place = found, at
-                after = gl.minimum(item + 1, PER - 1)
-                found, at = _words(words, after, 0, tag, W, K, SHARED, RUNS, RUN, COMMON, ROUTED, TALL, ROW)
-                if not TALL:
-                    now2, place2 = found2, at2
-                    found2, at2 = _words(
-                        words, after, 1, tag, W, K, SHARED, RUNS, RUN, COMMON, ROUTED, TALL, ROW
-                    )
-                if STAGED:
-                    row = _settled(now, place, words, tag)
-                    rows_now.index(item % 2 * (1 if TALL else 2)).store(row)
-                    if not TALL:
-                        row = _settled(now2, place2, words, tag)
-                        rows_now.index(item % 2 * 2 + 1).store(row)
                 stage = count % STAGES
                 mbarrier.wait(full.index(stage), (count // STAGES) & 1)
-                one = boxes.index(2 * stage).load(DOWN)
-                two = boxes.index(2 * stage + 1).load(DOWN)
+                right = columns.index(item % 2).permute((1, 0))
+                one = warpgroup_mma(runs.index(2 * stage), right, none, use_acc=False, is_async=True)
+                two = warpgroup_mma(runs.index(2 * stage + 1), right, none, use_acc=False, is_async=True)
+                if item + 1 < PER:  # the row of the next item
+                    _lay(
+                        _settled(found, at, words, tag),
+                        columns.index((item + 1) % 2),
+                        steps.index((item + 1) % 2),
+                    )
+                    after = gl.minimum(item + 2, PER - 1)
+                    found, at = _words(words, after, tag, W, K, SHARED, RUNS, RUN, COMMON, ROUTED, FLAT)
+                    fence_async_shared()
+                one, two = warpgroup_mma_wait(0, deps=[one, two])
                 gl.thread_barrier()
-                _fetch(
-                    count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, TALL, PART, 2
-                )
-                if STAGED:
-                    row1 = rows_now.index(item % 2 * (1 if TALL else 2)).load(gl.SliceLayout(0, DOWN))
-                    row2 = row1
-                    if not TALL:
-                        row2 = rows_now.index(item % 2 * 2 + 1).load(gl.SliceLayout(0, DOWN))
-                else:
-                    row1 = _settled(now, place, words, tag)
-                    row2 = row1
-                    if not TALL:
-                        row2 = _settled(now2, place2, words, tag)
-                one = gl.sum(one.to(gl.float32) * row1[None, :, :], 2)
-                two = gl.sum(two.to(gl.float32) * row2[None, :, :], 2)
+                _fetch(count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, PART, 2)
+                one = _met(one, RUNS)
+                two = _met(two, RUNS)
                 if CODES:
-                    one *= down_by.index(2 * (count - begun)).load(gl.SliceLayout(0, HALF))[None, :]
-                    two *= down_by.index(2 * (count - begun) + 1).load(gl.SliceLayout(0, HALF))[None, :]
-                upper += one
-                lower += two
+                    step = (steps.index(item % 2).load(ACROSS) * down_by.index(count - begun).load(ACROSS))[
+                        None, :
+                    ]
+                    one *= step
+                    two *= step
+                upper += gl.sum(one, 1)
+                lower += gl.sum(two, 1)
                 count += 1
-            if TALL:
-                total = gl.sum(gl.join(upper, lower), 1)
-                OUT: gl.constexpr = total.type.layout
-                channel = gl.arange(0, 8, gl.SliceLayout(1, OUT))[:, None]
-                channel += 8 * gl.arange(0, 2, gl.SliceLayout(0, OUT))[None, :]
-            else:
-                total = gl.sum(upper + lower, 1)
-                channel = gl.arange(0, 8, total.type.layout)
-            channel += (p + c * P) * ROWS
-            if RESIDUAL:
-                total = total.to(kind).to(gl.float32) + gl.load(residual + channel).to(gl.float32)
-            gl.store(y + channel, total.to(kind))
+            for half in gl.static_range(2):
+                total = lower if half else upper
+                channel = (p + c * P) * 16 + 8 * half + gl.arange(0, 8, EIGHT)
+                if RESIDUAL:
+                    total = total.to(kind).to(gl.float32) + gl.load(residual + channel).to(gl.float32)
+                gl.store(y + channel, total.to(kind))
         # This program has seen words of all the others, so all of them have read the number.
         gl.thread_barrier()
         if (p == 0) & (PART == 0):
@@ -444,11 +460,7 @@ def launch(
     sizes: tuple[int, int, int],
     limit: float | None,
     powers: bool,
-    runs: int = 16,
     stages: int = 6,
-    warps: int = 8,
-    programs: int = PROGRAMS,
-    staged: bool = True,
     part: int = 0,
 ) -> None:
     """y: the sum over experts, and the residual. `matrices`: gate, up `[E, W, D]`, down `[E, D, W]`, then the same of
@@ -456,27 +468,24 @@ def launch(
     """
     count, width, shared = sizes
     hidden, chosen = x_1D.shape[1], choice[0].shape[1]
-    depth = runs * 128 // matrices[0].element_size()
-    tall = programs == PROGRAMS
-    rows, long = (16, depth) if tall else (8, 2 * depth)
-    ups = -(-(chosen + shared) * width // 8 // programs) * -(-hidden // depth)
-    downs = -(-hidden // rows // programs) * (-(-shared * width // long) + chosen * -(-width // long))
-    ring_kernel[(programs,)](
-        *(boxes(m, runs) for m in matrices), x_1D, *choice, *scales, scales[5].stride(-2), residual_1D, y_1D, *state,
+    depth = RUNS * 128 // matrices[0].element_size()
+    ups = -(-(chosen + shared) * width // 8 // PROGRAMS) * -(-hidden // depth)
+    downs = -(-hidden // 16 // PROGRAMS) * (-(-shared * width // depth) + chosen * -(-width // depth))
+    ring_kernel[(PROGRAMS,)](
+        *(boxes(m) for m in matrices), x_1D, *choice, *scales, scales[5].stride(-2), residual_1D, y_1D, *state,
         limit or 0.0, count, W=width, D=hidden, K=chosen, SHARED=shared, STAGES=stages, UPS=_power_of_two(ups),
         DOWNS=_power_of_two(downs), POWERS=powers, LIMIT=limit is not None, RESIDUAL=residual_1D is not None,
-        TALL=tall, STAGED=staged, PART=part, WARPS=warps, num_warps=warps, launch_pdl=True,
-        maxnreg=None if tall else 128,
+        PART=part, num_warps=8, launch_pdl=True,
     )  # fmt: skip
 
 
-def boxes(matrix: Tensor, runs: int) -> Any:
-    """A matrix as rows of runs of 128 bytes, 8 rows and `runs` runs a box."""
+def boxes(matrix: Tensor) -> Any:
+    """A matrix as rows of runs of 128 bytes, 8 rows and RUNS runs a box."""
     run = 128 // matrix.element_size()
     rows = matrix.numel() // matrix.shape[-1]
     shape = [rows, matrix.shape[-1] // run, run]
     return TensorDescriptor(
-        matrix, shape, [matrix.stride(-2), run, 1], [8, runs, run], _layout(8 * matrix.element_size())
+        matrix, shape, [matrix.stride(-2), run, 1], [8, RUNS, run], _layout(8 * matrix.element_size())
     )
 
 
