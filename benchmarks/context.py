@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from rich.table import Table
 
 import rorqual
+from benchmarks.lite import wait
 from benchmarks.plot import Panel, chart, short
 from benchmarks.record import console, where
 from rorqual.engine import Engine, Handle, Sampling
@@ -112,11 +113,11 @@ def _point(engine: Engine, handles: list[Handle], length: int) -> Point:
     for handle in handles:
         if handle.error is not None:
             raise handle.error
-    _wait(engine)
+    wait(engine)
     begun = time.perf_counter()
     for _ in range(24):
         engine.step()
-    _wait(engine)
+    wait(engine)
     step = (time.perf_counter() - begun) / 24
     packed = any(memory.dtype == torch.uint8 for memory in engine.runner.stores[0].values())
     lanes = engine.model.lanes(packed)
@@ -125,30 +126,32 @@ def _point(engine: Engine, handles: list[Handle], length: int) -> Point:
     return Point(length, _replayed(engine) or step * 1e3, step * 1e3, held)
 
 
+@torch.inference_mode()
 def _replayed(engine: Engine) -> float | None:
     """Median ms of the newest graph alone; None where passes are not recorded."""
-    graphs = engine.runner._graphs
-    if graphs is None or not graphs._made:
+    graphs = engine.runner.graphs
+    if graphs is None or graphs.newest is None:
         return None
-    graph, taken = list(graphs._made.values())[-1].graph, []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        taken.append(start.elapsed_time(end))
-    return statistics.median(taken[2:])
+    return statistics.median([_alone(engine, graphs.newest.replay) for _ in range(12)][2:])
 
 
-def _wait(engine: Engine) -> None:
-    if engine.model.device.type == "cuda":
-        torch.cuda.synchronize()
+def _alone(engine: Engine, work: Callable[[], None]) -> float:
+    """Milliseconds of `work` on the model's device."""
+    if engine.model.device.type != "cuda":
+        begun = time.perf_counter()
+        work()
+        return (time.perf_counter() - begun) * 1e3
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
 
 
-def growth(member: str, fp8: bool) -> float:
+def growth(config: ModelConfig, fp8: bool) -> float:
     """Cache bytes that one more token of the whole member takes, by the size of the engine's pages."""
-    model = Transformer(rorqual.config(member), device="meta")
+    model = Transformer(config, device="meta")
     return page_bytes(model.lanes(fp8)[: len(model.layers)], 128) / 128
 
 
@@ -160,31 +163,32 @@ def context(
     device: str = "cuda",
     figures: Path = FIGURES,
     seconds: float = 62.0,
+    config: ModelConfig | None = None,
 ) -> None:
     """Measure `member` and dense MLA in both layouts, print the table and draw `figures`/context-NAME.svg. What
-    doesn't fit into `seconds` is left out."""
+    doesn't fit into `seconds` is left out. `config`: a smaller model in the member's place, for a trial."""
     begun = time.perf_counter()
     curves: dict[str, list[Point]] = {}
-    whole = rorqual.config(member)
+    whole = config or rorqual.config(member)
     positions = max(lengths) + 256
     variants: list[tuple[str, MLA | None]] = [(member, None)]
     if dense(whole) != whole.layers[-1].attention:
         variants.append(("dense MLA", dense(whole)))
     for label, attention in variants:
-        config = cut(whole, layers, positions, attention)
-        model = Transformer(config, dtype=torch.bfloat16, device=device, seed=0)
+        part = cut(whole, layers, positions, attention)
+        model = Transformer(part, dtype=torch.bfloat16, device=device, seed=0)
         for fp8 in (False, True):
             points: list[Point] = []
             try:
-                for point in measure(engine_for(model, fp8), lengths):
-                    points.append(point)
-                    console.print(f"{label} {'FP8' if fp8 else 'bf16'}", point, style="dim")
-                    if time.perf_counter() - begun > seconds:
-                        break
+                with engine_for(model, fp8) as engine:
+                    for point in measure(engine, lengths):
+                        points.append(point)
+                        console.print(f"{label} {'FP8' if fp8 else 'bf16'}", point, style="dim")
+                        if time.perf_counter() - begun > seconds:
+                            break
             except Exception:
-                console.print(
-                    f"{label} failed after {len(points)} points", *traceback.format_exc().splitlines()[-3:]
-                )
+                console.print(f"{label} failed after {len(points)} points:")
+                console.print(traceback.format_exc(limit=-3), markup=False)
             if points:
                 curves[f"{label}, {'FP8' if fp8 else 'bf16'} cache"] = points
             if device == "cuda":
@@ -193,6 +197,8 @@ def context(
                 console.print(f"out of time after {label}, fp8={fp8}")
                 break
         del model
+    if not curves:
+        raise SystemExit(f"{member}: nothing was measured, so there is nothing to draw; the errors are above")
     table = Table(title=f"{member}: decoding one token, {layers} layers", title_justify="left")
     for column in ("cache", "tokens", "pass, ms", "engine step, ms", "cache, MB"):
         table.add_column(column)
@@ -202,7 +208,7 @@ def context(
     console.print(table)
     for fp8 in (False, True):
         kind = "FP8" if fp8 else "bf16"
-        console.print(f"{member}, all layers: {growth(member, fp8):,.2f} bytes of cache a token, {kind}")
+        console.print(f"{member}, all layers: {growth(whole, fp8):,.2f} bytes of cache a token, {kind}")
     console.print(str(where()), style="dim")
     time_of, size_of = Panel("one decoding pass", "ms"), Panel("cache", "MB")
     for label, found in curves.items():
@@ -223,10 +229,11 @@ def profile(member: str, length: int, layers: int = 4, fp8: bool = True) -> None
     model = Transformer(config, dtype=torch.bfloat16, device="cuda", seed=0)
     engine = engine_for(model, fp8)
     for _ in measure(engine, [length]):
-        graph = list(engine.runner._graphs._made.values())[-1].graph  # type: ignore[union-attr]
+        graphs = engine.runner.graphs
+        assert graphs is not None and graphs.newest is not None
         with record(activities=[ProfilerActivity.CUDA]) as found:
             for _ in range(5):
-                graph.replay()
+                graphs.newest.replay()
             torch.cuda.synchronize()
     events = sorted(found.key_averages(), key=lambda e: -e.device_time_total)
     console.print(

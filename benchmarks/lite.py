@@ -62,34 +62,53 @@ def _sound(handles: list[Handle]) -> None:
             raise handle.error
 
 
+SETTLED = 16
+"""Tokens that each answer has before decoding is timed."""
+
+
 def decode(engine: Engine, batch: int, context: int, steps: int = 64) -> tuple[float, float]:
-    """Tokens a second of `batch` answers in step, and of reading their prompts."""
+    """Tokens a second of `batch` answers in step, and of reading their prompts. Raises RuntimeError if not all of
+    them were answered in all of the steps."""
     vocab = engine.model.config.vocab
-    sampling = Sampling(temperature=0.0, max_new_tokens=steps + 40, ignore_eos=True)
+    # The first prompts read are answered while the last are read, so their answers are longer when timing begins.
+    passes = -(-batch * context // engine.scheduler.budget) + 1
+    room = passes + SETTLED + steps + 8
+    sampling = Sampling(temperature=0.0, max_new_tokens=room, ignore_eos=True)
     prompts = torch.randint(0, vocab, (batch, context)).tolist()
-    torch.cuda.synchronize()
+    wait(engine)
     begun = time.perf_counter()
     handles = [engine.submit_answer(Answer(p, sampling, frozenset(), None)) for p in prompts]
     while min(len(h.completion.ids) for h in handles) < 1:
         _sound(handles)
         engine.step()
-    read = batch * context / (time.perf_counter() - begun)
-    while min(len(h.completion.ids) for h in handles) < 16:
+    reading = batch * context / (time.perf_counter() - begun)
+    while min(len(h.completion.ids) for h in handles) < SETTLED:
         _sound(handles)
         engine.step()
-    before = sum(len(h.completion.ids) for h in handles)
-    torch.cuda.synchronize()
+    before = [len(h.completion.ids) for h in handles]
+    wait(engine)
     begun = time.perf_counter()
     for _ in range(steps):
         engine.step()
-    torch.cuda.synchronize()
+    wait(engine)
     took = time.perf_counter() - begun
-    tokens = sum(len(h.completion.ids) for h in handles) - before
+    _sound(handles)
+    grown = {len(h.completion.ids) - b for h, b in zip(handles, before, strict=True)}
     for handle in handles:
         handle.cancel()
     while engine.busy:
         engine.step()
-    return tokens / took, read
+    if grown != {steps}:
+        raise RuntimeError(
+            f"the answers are not in step: in {steps} passes they grew by {min(grown)} to {max(grown)} tokens"
+        )
+    return batch * steps / took, reading
+
+
+def wait(engine: Engine) -> None:
+    """Until the device has done what it was given."""
+    if engine.model.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def main(with_profile: bool = False) -> None:
@@ -172,8 +191,8 @@ def prefill(layers: int = 27, kinds: tuple[str, ...] = ("bf16", "fp8")) -> None:
             quantise(model)
         for budget in (16384, 8192):
             engine = Engine(model, prefix_cache=False, step_tokens=budget, memory=24 * 2**30)
-            _read(engine, 8, 4096)
-            rates = [8 * 4096 / _read(engine, 8, 4096) for _ in range(3)]
+            read(engine, 8, 4096)
+            rates = [8 * 4096 / read(engine, 8, 4096) for _ in range(3)]
             print(
                 f"{kind} prefill 8 x 4096 in steps of {budget}:",
                 *(f"{r:,.0f}" for r in rates),
@@ -187,12 +206,12 @@ def prefill(layers: int = 27, kinds: tuple[str, ...] = ("bf16", "fp8")) -> None:
             torch.cuda.empty_cache()
 
 
-def _read(engine: Engine, batch: int, context: int) -> float:
+def read(engine: Engine, batch: int, context: int) -> float:
     """Seconds from sending prompts to the last one's first token."""
     vocab = engine.model.config.vocab
     sampling = Sampling(temperature=0.0, max_new_tokens=40, ignore_eos=True)
     prompts = torch.randint(0, vocab, (batch, context)).tolist()
-    torch.cuda.synchronize()
+    wait(engine)
     begun = time.perf_counter()
     handles = [engine.submit_answer(Answer(p, sampling, frozenset(), None)) for p in prompts]
     while min(len(h.completion.ids) for h in handles) < 1:
@@ -203,7 +222,7 @@ def _read(engine: Engine, batch: int, context: int) -> float:
         handle.cancel()
     while engine.busy:
         engine.step()
-    torch.cuda.synchronize()
+    wait(engine)
     return took
 
 
@@ -212,10 +231,10 @@ def _profile_host(engine: Engine) -> None:
     import cProfile
     import pstats
 
-    _read(engine, 8, 64)
-    quick = min(_read(engine, 8, 64) for _ in range(3))
+    read(engine, 8, 64)
+    quick = min(read(engine, 8, 64) for _ in range(3))
     with cProfile.Profile() as recorded:
-        _read(engine, 8, 64)
+        read(engine, 8, 64)
     print(f"-- 8 x 64 tokens: {quick * 1e3:.1f} ms; own time of functions on the host:")
     stats: dict = pstats.Stats(recorded).stats  # type: ignore[attr-defined]
     for (file, number, name), (_, calls, own, _, _) in sorted(stats.items(), key=lambda e: -e[1][2])[:26]:
@@ -227,7 +246,7 @@ def _profile_reading(engine: Engine, batch: int, context: int) -> None:
     from torch.profiler import profile as record
 
     with record(activities=[ProfilerActivity.CUDA]) as prof:
-        took = _read(engine, batch, context)
+        took = read(engine, batch, context)
     spans = sorted(
         (e.time_range.start, e.time_range.end, e.name)
         for e in prof.events()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.lite import decode, lite
+from benchmarks.lite import decode, lite, read
 from benchmarks.record import console, where
 from rorqual.engine import Engine, Handle, Sampling
 from rorqual.family import ModelConfig
@@ -58,29 +58,38 @@ def percentiles(values: list[float]) -> str:
     return " / ".join(f"{cuts[p - 1] * 1e3:,.0f}" for p in (50, 90, 99))
 
 
-def load(config: ModelConfig | None = None, count: int = 256, device: str = "cuda") -> None:
-    """Twice the same lengths with other tokens (the first compiles kernels and records graphs), then decoding at
-    the full batch in step: what the load would reach if no prompt had to be read and no answer ended."""
+def load(
+    config: ModelConfig | None = None,
+    count: int = 256,
+    device: str = "cuda",
+    prompts: tuple[int, int] = (100, 2000),
+    answers: tuple[int, int] = (50, 500),
+) -> None:
+    """Twice the same lengths with other tokens (the first compiles kernels and records graphs). Then, for comparison,
+    what the same engine does with prompts alone and with a full batch of answers in step."""
     model = Transformer(config or lite(), device=device, seed=0)
     engine = Engine(model, max_requests=count)
     random.seed(0)
-    jobs = [(random.randint(100, 2000), random.randint(50, 500)) for _ in range(count)]
+    jobs = [(random.randint(*prompts), random.randint(*answers)) for _ in range(count)]
     serve(engine, jobs, 1)
     before, thrown = engine.steps, engine.scheduler.preemptions
     took, requests = serve(engine, jobs, 2)
-    read, written = sum(p for p, _ in jobs), sum(len(r.times) for r in requests)
+    given, written = sum(p for p, _ in jobs), sum(len(r.times) for r in requests)
     passes, thrown = engine.steps - before, engine.scheduler.preemptions - thrown
     first = [r.times[0] for r in requests]
     between = [b - a for r in requests for a, b in zip(r.times, r.times[1:], strict=False)]
-    whole = sum(p + a for p, a in jobs) / count
-    ceiling, _ = decode(engine, count, round(whole - sum(a for _, a in jobs) / count / 2), 64)
+    several, usual = max(1, count // 4), round(given / count)
+    reading = several * usual / statistics.median(read(engine, several, usual) for _ in range(3))
+    decoding, _ = decode(engine, count, round((given + written / 2) / count), 64)
+    ideal = given / reading + written / decoding
     print(
-        "| requests | written | in all | of the batch in step | first token, ms (50 / 90 / 99 %) | between tokens | "
-        "passes |\n|---|---|---|---|---|---|---|"
-    )
-    print(
-        f"| {count} at once, {read:,} + {written:,} tokens | {written / took:,.0f} tok/s | "
-        f"{(read + written) / took:,.0f} tok/s | {written / took / ceiling:.0%} of {ceiling:,.0f} | "
-        f"{percentiles(first)} | {percentiles(between)} | {passes}, {thrown} preemptions |"
+        "| requests | written | in all | took | first token, ms (50 / 90 / 99 %) | between tokens | passes |\n"
+        f"|---|---|---|---|---|---|---|\n| {count} at once, {given:,} + {written:,} tokens | "
+        f"{written / took:,.0f} tok/s | {(given + written) / took:,.0f} tok/s | {took:.2f} s | "
+        f"{percentiles(first)} | {percentiles(between)} | {passes}, {thrown} preemptions |\n"
+        f"against all {count} answers in step, nothing to read: {decoding:,.0f} tok/s, of which the load wrote "
+        f"{written / took / decoding:.0%}\n"
+        f"against an ideal schedule, prompts read at {reading:,.0f} tok/s and then answers written at that rate: "
+        f"{given / reading:.2f} + {written / decoding:.2f} s, {ideal / took:.0%} of the time the load took"
     )
     console.print(", ".join(f"{k} {v}" for k, v in where().items()), style="dim")

@@ -30,7 +30,10 @@ def short(value: float) -> str:
 
 
 def chart(title: str, note: str, panels: list[Panel], x_title: str) -> str:
-    """The panels side by side under one legend, as a whole SVG file."""
+    """The panels side by side under one legend, as a whole SVG file. Raises ValueError for a panel without points."""
+    for panel in panels:
+        if not any(panel.curves.values()):
+            raise ValueError(f"nothing to draw: {panel.title!r} of {title!r} has no points")
     width = LEFT + len(panels) * (WIDTH + GAP) - GAP + 40
     names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
     height = TOP + HEIGHT + 64 + 22 * len(names)

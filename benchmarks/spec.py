@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.lite import lite
+from benchmarks.lite import lite, wait
 from rorqual.engine.engine import Engine
 from rorqual.engine.sampling import Sampling
 from rorqual.engine.staging import Coming
+from rorqual.family import ModelConfig
 from rorqual.nn import Transformer
 
 
@@ -57,12 +58,12 @@ def rate(
         return found
 
     Coming.land = land  # type: ignore[method-assign]
-    torch.cuda.synchronize()
+    wait(engine)
     begun = time.perf_counter()
     for _ in range(steps):
         engine.step()
     worked = time.perf_counter() - begun - waited
-    torch.cuda.synchronize()
+    wait(engine)
     took = time.perf_counter() - begun
     Coming.land = genuine  # type: ignore[method-assign]
     tokens = count() - before
@@ -80,29 +81,30 @@ KINDS = {
 
 
 def main(
-    layers: int = 27, cases: tuple[tuple[int, int], ...] = ((1, 512), (32, 4096)), steps: int = 48
+    config: ModelConfig | None = None,
+    cases: tuple[tuple[int, int], ...] = ((1, 512), (32, 4096)),
+    steps: int = 48,
+    device: str = "cuda",
 ) -> None:
     """Plain decoding beside speculation, at acceptance 0, a half and 1 if greedy."""
-    config = lite(layers)
+    config = config or lite()
     begun = time.perf_counter()
-    model = Transformer(config.replace(mtp=(config.layers[-1],)), device="cuda", seed=0)
-    print(f"built {layers} layers in {time.perf_counter() - begun:.1f} s", flush=True)
+    model = Transformer(config.replace(mtp=(config.layers[-1],)), device=device, seed=0)
+    print(f"built {len(config.layers)} layers in {time.perf_counter() - begun:.1f} s", flush=True)
     for (batch, context), (kind, sampling) in itertools.product(cases, KINDS.items()):
         told = []
         shares = (0.0, 0.5, 1.0) if kind == "greedy" else (0.0,)
         for speculate, share in ((False, 0.0), *((True, s) for s in shares)):
-            engine = Engine(
-                model, prefix_cache=False, step_tokens=16384, memory=16 * 2**30, speculate=speculate
-            )
-            forced(engine, share)
             name = f"drafts {share:.0%} forced" if speculate else "plain"
+            options = {"prefix_cache": False, "speculate": speculate}
             try:
-                rate(engine, batch, context, 4, sampling)
-                speed, ms, host = rate(engine, batch, context, steps, sampling)
+                with Engine(model, step_tokens=16384, memory=16 * 2**30, **options) as engine:
+                    forced(engine, share)
+                    rate(engine, batch, context, 4, sampling)
+                    speed, ms, host = rate(engine, batch, context, steps, sampling)
                 told.append(f"{name} {speed:,.0f} tok/s, {ms:.2f} ms a pass (host {host:.2f})")
             except Exception:
                 told.append(f"{name} failed: {traceback.format_exc(limit=-3)}")
-            del engine
         print(f"{kind}, batch {batch}, context {context}: {'; '.join(told)}", flush=True)
 
 

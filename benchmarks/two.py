@@ -71,7 +71,7 @@ def main(with_profile: bool = False, direct: bool = True, layers: int = 27, step
 
 
 def _tidy() -> None:
-    """Give the memory of an engine back: its parts know each other."""
+    """Give the memory of a model and its engine back to the GPU."""
     gc.collect()
     torch.cuda.empty_cache()
 

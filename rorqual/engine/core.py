@@ -230,6 +230,7 @@ class Core:
         for request in plan.requests:
             if request.running and not request.finished:
                 self.scheduler.preempt(request)
+            request.handle._notify()
 
     def _arrive(self, passed: Pass) -> None:
         """The pass is no longer under way."""
@@ -329,6 +330,12 @@ class Core:
                 self.runner.wipe(request.pages[request.blocks :], request.ring)
             self.scheduler.drop(request)
             request.handle._notify()
+
+    def _release(self) -> None:
+        """The engine has ended: nothing that is still held of it, not even a handle, keeps its memory."""
+        with self._lock:
+            self._flight = None
+            self.runner.release()
 
     # -------------------------------------------------------------------------------------- cancel
 
@@ -433,7 +440,9 @@ class Core:
     def _wait(self, handle: Handle) -> None:
         """Until something new may have come for a handle: drive the engine, or wait for its thread."""
         with self._lock:
-            if self._thread is None:
+            if handle.done:  # and all of it has come, since it comes under this lock
+                handle._notify()
+            elif self._thread is None:
                 self.step()
-            elif not handle._ready and not handle.done:
+            elif not handle._ready:
                 self._progress.wait(timeout=1.0)

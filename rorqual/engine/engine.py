@@ -127,18 +127,23 @@ class Engine(Core):
         assert self.team is not None
         while not self.team.closed:
             self.step()
+        self._release()
 
     def close(self) -> None:
-        """End the engine, on all its ranks; requests under way are cancelled, and no more are taken."""
+        """End the engine, on all its ranks; requests under way are cancelled, and no more are taken. The memory of
+        its caches is free from then on."""
         self.stop()
         with self._lock:
             if self.team is not None:
                 self.team.close()
+                if self.team.closed:
+                    self._release()
                 return
             self._land()
             self._closed = True
             for request in self.scheduler.everyone():
                 self._cancel(request.handle)
+            self._release()
 
     def __enter__(self) -> Self:
         return self

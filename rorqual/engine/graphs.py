@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,14 +69,19 @@ class Graphs:
     """Decoding passes of a model, each recorded when first needed.
 
     A pass of S sequences with `width` tokens each runs in a graph of the next size in `SIZES`; what is too
-    many holds page 0 and is dropped. The page table's width counts in powers of two. `further` is MTP's part
-    of a pass, if there is to be one. On a CPU, for tests, passes run as they are, without a graph.
+    many holds page 0 and is dropped. The page table's width counts in powers of two. `forward` and `further` (MTP's
+    part of a pass, if there is to be one) are methods, whose owner is not kept alive by this. On a CPU, for tests,
+    passes run as they are, without a graph.
     """
 
     def __init__(
         self, page_size: int, forward: Forward, further: Further | None, left: Left, staging: Staging
     ) -> None:
-        self.page_size, self.forward, self.further = page_size, forward, further
+        # Their methods' owner has these graphs. Were it held here too, its caches would outlive it until the garbage
+        # collector comes, and that knows nothing of a GPU's memory.
+        self._forward = weakref.WeakMethod(forward)
+        self._further = None if further is None else weakref.WeakMethod(further)
+        self.page_size = page_size
         self.left, self.staging = left, staging
         self._made: dict[tuple[int, int, int], Recorded] = {}
         self._pool: Any = None
@@ -83,6 +89,11 @@ class Graphs:
     def fits(self, count: int) -> bool:
         """Whether there is a graph for so many sequences."""
         return count <= SIZES[-1]
+
+    @property
+    def newest(self) -> Recorded | None:
+        """The pass recorded last, for those who measure."""
+        return next(reversed(self._made.values()), None)
 
     def run(self, requests: Sequence[Request], width: int, least: tuple[int, int] = (1, 1)) -> Recorded:
         """The pass of these requests, each bringing its last token (and, if `width` is 2, its draft or a token in
@@ -139,19 +150,22 @@ class Graphs:
             group.end = int(laid.ends_S.max())
         step = PagedStep(laid.positions_N, [group], self.page_size)
         step.shared["slots", 1] = laid.slots_N
-        return laid, step, *self.forward(laid.ids_N[None], step)
+        forward = self._forward()
+        assert forward is not None
+        return laid, step, *forward(laid.ids_N[None], step)
 
     def _after(self, made: Recorded, offsets: Tensor) -> Tensor:
         """MTP's part of it."""
-        assert self.further is not None and made.following is not None and made.counts is not None
+        further = self._further() if self._further is not None else None
+        assert further is not None and made.following is not None and made.counts is not None
         columns = offsets[:-1] + (made.counts - 1)
-        return self.further(made.state, made.following.view(1, -1), made.step, columns)
+        return further(made.state, made.following.view(1, -1), made.step, columns)
 
     def _prepared(self, packed: Tensor, size: int, width: int) -> tuple[Tensor, Recorded]:
         """Memory that a pass is given from outside, and the pass run once."""
         offsets = torch.arange(0, size * width + 1, width, device=packed.device, dtype=torch.int32)
         made = Recorded(packed, *self._pass(packed, size, width, offsets), lambda: None)
-        if self.further is not None:
+        if self._further is not None:
             made.following = torch.zeros(size, width, dtype=torch.int64, device=packed.device)
             made.counts = torch.ones(size, dtype=torch.int64, device=packed.device)
         return offsets, made
@@ -177,7 +191,7 @@ class Graphs:
             with contextlib.suppress(Exception), apart(), compiled_ahead():
                 self._prepared(packed, size, width)
             offsets, made = self._prepared(packed, size, width)
-            if self.further is not None:
+            if self._further is not None:
                 self._after(made, offsets)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
@@ -186,7 +200,7 @@ class Graphs:
             made.laid, made.step, made.logits, made.state = self._pass(packed, size, width, offsets)
         self._pool = graph.pool()
         made.replay = graph.replay
-        if self.further is not None:
+        if self._further is not None:
             mtp = torch.cuda.CUDAGraph()
             with torch.cuda.graph(mtp, pool=self._pool, capture_error_mode="thread_local"):
                 made.drafting = self._after(made, offsets)

@@ -20,13 +20,12 @@ class Rehearsals:
     """The kinds of passes met so far: about how many tokens, with decodes beside the chunks or without, long chunks
     or short ones. Kernels are chosen by such things."""
 
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
+    def __init__(self) -> None:
         self._met: set[tuple[int, bool, bool]] = set()
 
-    def rehearse(self, plan: Plan) -> None:
-        """Compile what a pass of this plan's kind needs, if it is the first; the plan and all caches stay as they
-        are. Passes of decodes alone are rehearsed where their graphs are recorded."""
+    def rehearse(self, runner: Runner, plan: Plan) -> None:
+        """Compile what the runner needs for a pass of this plan's kind, if it is the first; the plan and all caches
+        stay as they are. Passes of decodes alone are rehearsed where their graphs are recorded."""
         counts = [count for _, count in plan.chunks]
         if not counts:
             return
@@ -34,7 +33,7 @@ class Rehearsals:
         if kind in self._met:
             return
         self._met.add(kind)
-        runner, model = self.runner, self.runner.model
+        model = runner.model
         nothing = Plan([_blank(r) for r in plan.decodes], [(_blank(r), count) for r, count in plan.chunks])
         with (
             contextlib.suppress(Exception),

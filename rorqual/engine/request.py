@@ -96,7 +96,8 @@ class Handle:
     """
 
     def __init__(self, engine: Core) -> None:
-        self._engine = engine
+        self._engine: Core | None = engine
+        """None once all of the answer has come: who keeps the handle then keeps no engine alive."""
         self._ready: deque[Delta] = deque()
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self.error: Exception | None = None
@@ -117,14 +118,17 @@ class Handle:
         while True:
             while self._ready:
                 yield self._ready.popleft()
-            if self.done and not self._ready:
+            engine = self._engine
+            if engine is not None:
+                engine._wait(self)
+            elif not self._ready:
                 break
-            self._engine._wait(self)
         if self.error is not None:
             raise self.error
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        self._engine.start()
+        if (engine := self._engine) is not None:
+            engine.start()
         here = (asyncio.get_running_loop(), asyncio.Event())
         self._waiters.append(here)
         try:
@@ -132,7 +136,7 @@ class Handle:
                 here[1].clear()
                 while self._ready:
                     yield self._ready.popleft()
-                if self.done and not self._ready:
+                if self._engine is None and not self._ready:
                     break
                 await here[1].wait()
         finally:
@@ -154,7 +158,8 @@ class Handle:
 
     def cancel(self) -> None:
         """Stop; the memory is free at once. What has come so far stays; the finish reason is "cancelled"."""
-        self._engine._cancel(self)
+        if (engine := self._engine) is not None:
+            engine._cancel(self)
 
     # ------------------------------------------------------------------------------ for the engine
 
@@ -162,6 +167,9 @@ class Handle:
         self._ready.append(delta)
 
     def _notify(self) -> None:
+        """Something came, or the answer has ended: then nothing more will be put here."""
+        if self.done:
+            self._engine = None
         for loop, event in list(self._waiters):
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
                 loop.call_soon_threadsafe(event.set)

@@ -142,7 +142,7 @@ class Runner:
         idle = 1  # a slot for idle rows of graphs
         self.sampler = Sampler(model.config.vocab, self.device, slots + idle)
         self._staging = Staging(self.device)
-        self._rehearsals = Rehearsals(self)
+        self._rehearsals = Rehearsals()
         there = self.sampler.newest_S
         self._left = Left(there, torch.zeros_like(there), torch.zeros_like(there))
         self.together: Together | None = None
@@ -153,6 +153,10 @@ class Runner:
         if self.device.type == "cuda" and self._by_rows:
             model.adjoin()
             self.graphs = self.new_graphs()
+
+    def release(self) -> None:
+        """Give the memory of caches and graphs back, whoever still knows this runner: no pass follows."""
+        self.stores, self.graphs = [], None
 
     def new_graphs(self) -> Graphs:
         """Graphs of this runner's decoding passes."""
@@ -228,7 +232,7 @@ class Runner:
     def _run(self, plan: Plan) -> Pass:
         """Any plan, as it comes."""
         if self.graphs is not None and self.device.type == "cuda":
-            self._rehearsals.rehearse(plan)
+            self._rehearsals.rehearse(self, plan)
         batch = lay_out(plan, self.page_size, self._staging, one_group_of_chunks=self.device.type == "cuda")
         for late, table in ((batch.late, self._left.newest_S), (batch.drafts, self._left.draft_S)):
             if late is not None:

@@ -111,9 +111,15 @@ def made(config: ModelConfig, dtype: torch.dtype) -> Model:
 
 
 KINDS = [f"{kind}-{dtype}" for dtype in ("bfloat16", "float32") for kind in ("gqa", "v3", "v32", "v4")]
+KINDS.append("v3-codes")
 
 
-@pytest.fixture(scope="module", params=[*KINDS, "v3-codes"])
+def of(kinds: list[str]) -> pytest.MarkDecorator:
+    """The test takes these of the large models."""
+    return pytest.mark.parametrize("large", kinds, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def large(request: pytest.FixtureRequest) -> Model:
     kind, dtype = request.param.split("-")
     if dtype != "codes":
@@ -162,10 +168,9 @@ def test_company(large: Model) -> None:
 
 
 @pytest.mark.gpu
+@of([kind for kind in KINDS if not kind.startswith("gqa")])  # that has no MTP module
 def test_drafts(large: Model) -> None:
     """With drafts, which bring two rows a request."""
-    if not len(large.mtp):
-        pytest.skip("no MTP module")
     engine = engine_for(large, speculate=True)
     handles = serve(engine, [words(random.randint(1, 100)) for _ in range(12)], 8, between=1)
     idle(engine)
@@ -204,10 +209,9 @@ def test_rows_of_a_forward_pass(large: Model) -> None:
 
 
 @pytest.mark.gpu
+@of([kind for kind in KINDS if not kind.endswith("float32")])  # of that it isn't sure
 def test_without_it_bits_do_change(large: Model) -> None:
     """The tests above would see a difference: plain passes differ in the last bits where products are in bf16."""
-    if large.dtype != torch.bfloat16:
-        pytest.skip("only of bf16 is it sure")
     engine = Engine(large, memory=2**30, max_requests=80)
     handles = serve(engine, [words(random.randint(20, 60)) for _ in range(40)], 6)
     with pytest.raises(AssertionError):

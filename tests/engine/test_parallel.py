@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rorqual.family import MLA, Layer, ModelConfig, MoE, Rope, SwiGLU
-from rorqual.nn import InputError, Transformer
+from rorqual.nn import InputError, Transformer, single
 from rorqual.nn.layout import Axis, Layout, apart
 from rorqual.nn.paged import Group, PagedStep, new_store
 from rorqual.nn.spread import spread
@@ -178,7 +178,6 @@ def test_quantised_blocks_are_cut_whole() -> None:
 
 def test_a_layer_that_is_cut_is_not_run_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that join a layer's parts would skip what adds the ranks up."""
-    single = pytest.importorskip("rorqual.nn.single")
 
     def fits(*_: object) -> bool:
         raise AssertionError("a layer of which other ranks hold parts was to be run by itself")

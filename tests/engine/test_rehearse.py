@@ -28,9 +28,9 @@ def test_nothing_of_anyones_is_touched(kind: str, monkeypatch: pytest.MonkeyPatc
     before = [{name: memory[1:].clone() for name, memory in store.items()} for store in engine.runner.stores]
     told = [(r.ids[:], r.pages[:], r.ring, r.held) for r in plan.requests]
     passes = len(runs)
-    rehearsals = rehearse.Rehearsals(engine.runner)
-    rehearsals.rehearse(plan)
-    rehearsals.rehearse(plan)
+    rehearsals = rehearse.Rehearsals()
+    rehearsals.rehearse(engine.runner, plan)
+    rehearsals.rehearse(engine.runner, plan)
     assert len(runs) == passes + 1, "one pass over nothing, the first time alone"
     assert [(r.ids, r.pages, r.ring, r.held) for r in plan.requests] == told
     for store, kept in zip(engine.runner.stores, before, strict=True):
@@ -46,4 +46,4 @@ def test_a_pass_that_fails_is_left_to_fail_for_real(monkeypatch: pytest.MonkeyPa
         raise RuntimeError("a kernel failed")
 
     monkeypatch.setattr(model, "run_paged", broken)
-    rehearse.Rehearsals(engine.runner).rehearse(engine.scheduler.plan())
+    rehearse.Rehearsals().rehearse(engine.runner, engine.scheduler.plan())
