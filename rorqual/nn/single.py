@@ -6,12 +6,13 @@ the brick's own way is taken.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rorqual.kernels import single, single_experts, single_mla
+from rorqual.kernels import single, single_experts, single_mla, single_ring
 from rorqual.kernels.experts import Weights
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.mode import is_invariant
@@ -105,9 +106,24 @@ def feed(brick: nn.Module, norm: RMSNorm, x_1ND: Tensor, ids_1N: Tensor) -> Tens
     )
     choice = chosen(logits_NE, router.bias, rule, table, ids_1N[0] if table is not None else None)
     y = single_experts.through_experts(
-        normed_ND, choice, *stacks, limit=e.limit, shared=shared, residual_1D=x_ND
+        normed_ND, choice, *stacks, limit=e.limit, shared=shared, residual_1D=x_ND, state=_state(brick, x_ND)
     )
     return y[None]
+
+
+_states: Any = weakref.WeakKeyDictionary()
+RING = True
+
+
+def _state(brick: MoE, x_ND: Tensor) -> single_ring.State | None:
+    width = brick.experts.gate.stack().codes.shape[1]
+    slots = brick.router.top_k + (0 if brick.shared is None else brick.shared.gate.weight.shape[0] // width)
+    if not RING or not single_ring.supported(x_ND, slots, width, x_ND.shape[1]):
+        return None
+    if brick not in _states:
+        _states[brick] = single_ring.new_state(slots, width, x_ND.device)
+    found: single_ring.State = _states[brick]
+    return found
 
 
 def _triple(layer: Linear) -> tuple[Tensor, Tensor | None, tuple[int, int] | None]:
