@@ -1,4 +1,5 @@
 """Temporary: a layer and the whole model with the ring and without."""
+
 import os, traceback
 import torch
 from benchmarks.kernels import chain
@@ -31,7 +32,13 @@ if not os.environ.get("CHECK"):
             try:
                 engine = Engine(model, prefix_cache=False, step_tokens=4096, memory=8 * 2**30)
                 decode(engine, 1, 512, 8)
-                print(kind, "ring", way.RING, f"{max(decode(engine, 1, 512)[0] for _ in range(2)):.0f} tok/s", flush=True)
+                print(
+                    kind,
+                    "ring",
+                    way.RING,
+                    f"{max(decode(engine, 1, 512)[0] for _ in range(2)):.0f} tok/s",
+                    flush=True,
+                )
                 del engine
             except Exception:
                 traceback.print_exc(limit=-4)

@@ -36,7 +36,7 @@ ODD: list[tuple[str, tuple[int, ...], float | None]] = [
     ("bf16", (9, 384, 3072, 1), None),
 ]
 """Kinds, experts, width, hidden and shared experts, and the limit."""
-RINGS: list[dict[str, Any]] = [{}, {"stages": 5}, {"stages": 4}, {"stages": 3}]
+RINGS: list[dict[str, Any]] = [{}, {"stages": 5}, {"stages": 4}, {"stages": 3}, {"stages": 4, "held": 2}]
 
 
 class Layer:

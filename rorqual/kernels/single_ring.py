@@ -99,7 +99,7 @@ def _power(by, POWERS: gl.constexpr):
 def _fetch(
     item, descriptors, room, ids, experts,
     W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
-    PART: gl.constexpr, WHICH: gl.constexpr,
+    HELD: gl.constexpr, PART: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """Ask for this program's item number `item` if it is of shared experts (WHICH 0), of routed ones (1), or always."""
     gate, up, down, common_gate, common_up, common_down = descriptors
@@ -136,7 +136,7 @@ def _fetch(
             tma.async_copy_global_to_shared(gate, [expert * W + row, run, 0], bar, first)
             tma.async_copy_global_to_shared(up, [expert * W + row, run, 0], bar, second)
     elif PART != 1:
-        item -= ups
+        item -= ups - HELD
         row = (p + item // (COMMON + K * ROUTED) * P) * 16
         item = item % (COMMON + K * ROUTED)
         if row < D:
@@ -260,12 +260,13 @@ def ring_kernel(
     gate_scale, up_scale, down_scale, common_gate_scale, common_up_scale, common_down_scale, common_s_row,
     residual, y, words, epochs, limit, experts,
     W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
-    UPS: gl.constexpr, DOWNS: gl.constexpr, POWERS: gl.constexpr, LIMIT: gl.constexpr, RESIDUAL: gl.constexpr,
+    HELD: gl.constexpr, UPS: gl.constexpr, DOWNS: gl.constexpr, POWERS: gl.constexpr, LIMIT: gl.constexpr, RESIDUAL: gl.constexpr,
     PART: gl.constexpr,
 ):  # fmt: skip
     """y `[D]` = the sum over experts of weight * down (swiglu(gate x, up x)), and the residual; by 8 warps.
 
-    UPS and DOWNS: items of a program in both products, at most, up to a power of two. PART: both products (0),
+    HELD: how many of the second product's first items have a place of their own, outside the ring, and are asked
+    for first. UPS and DOWNS: items of a program in both products, at most, up to a power of two. PART: both products (0),
     the first (1) or the second (2) alone.
     """
     CODES: gl.constexpr = gate.dtype == gl.float8e4nv
@@ -284,23 +285,31 @@ def ring_kernel(
     LINES: gl.constexpr = gl.NVMMASharedLayout(128, gate.dtype.primitive_bitwidth, rank=2)
     p = gl.program_id(0)
     P = gl.num_programs(0)
-    boxes = gl.allocate_shared_memory(gate.dtype, [2 * STAGES, 8, RUNS, RUN], gate.layout)
-    runs = boxes._reinterpret(gate.dtype, [2 * STAGES, 8 * RUNS, RUN], LINES)
+    boxes = gl.allocate_shared_memory(gate.dtype, [2 * STAGES + 2 * HELD, 8, RUNS, RUN], gate.layout)
+    runs = boxes._reinterpret(gate.dtype, [2 * STAGES + 2 * HELD, 8 * RUNS, RUN], LINES)
     x_columns = gl.allocate_shared_memory(gate.dtype, [UP_CHUNKS, N, RUN], LINES)
     x_steps = gl.allocate_shared_memory(gl.float32, [UP_CHUNKS, RUNS], PLAIN)
     columns = gl.allocate_shared_memory(gate.dtype, [2, N, RUN], LINES)
     steps = gl.allocate_shared_memory(gl.float32, [2, RUNS], PLAIN)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
+    full = gl.allocate_shared_memory(gl.int64, [STAGES + HELD, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES + HELD):
         mbarrier.init(full.index(i), count=1)
     descriptors = gate, up, down, common_gate, common_up, common_down
     room = boxes, full
     for item in range(STAGES):
-        _fetch(item, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, PART, 0)
+        _fetch(item, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 0)
+    if PART != 1:
+        for i in gl.static_range(HELD):
+            if p * 16 < D:
+                bar = full.index(STAGES + i)
+                mbarrier.expect(bar, 2 * gate.block_type.nbytes)
+                for half in gl.static_range(2):
+                    box = boxes.index(2 * (STAGES + i) + half)
+                    tma.async_copy_global_to_shared(common_down, [p * 16 + 8 * half, i * RUNS, 0], bar, box)
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
     for item in range(STAGES):
-        _fetch(item, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, PART, 1)
+        _fetch(item, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 1)
     tag = gl.load(epochs) & 0xFFFF
     if PART != 2:
         for chunk in gl.static_range(UP_CHUNKS):
@@ -352,7 +361,9 @@ def ring_kernel(
                 two = warpgroup_mma(runs.index(2 * stage + 1), right, none, use_acc=False, is_async=True)
                 one, two = warpgroup_mma_wait(0, deps=[one, two])
                 gl.thread_barrier()
-                _fetch(count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, PART, 2)
+                _fetch(
+                    count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 2
+                )
                 one = _met(one, RUNS)
                 two = _met(two, RUNS)
                 if CODES:
@@ -373,7 +384,6 @@ def ring_kernel(
             gl.store(words + line * W + channel, bits | tag)
     if PART != 1:
         kind: gl.constexpr = y.dtype.element_ty
-        begun = count
         for c in range((D // 16 - p + P - 1) // P):
             upper = zero
             lower = zero
@@ -384,7 +394,11 @@ def ring_kernel(
             gl.thread_barrier()
             for item in range(PER):
                 stage = count % STAGES
-                mbarrier.wait(full.index(stage), (count // STAGES) & 1)
+                phase = (count // STAGES) & 1
+                if item < HELD:
+                    stage = STAGES + item
+                    phase = 0
+                mbarrier.wait(full.index(stage), phase)
                 right = columns.index(item % 2).permute((1, 0))
                 one = warpgroup_mma(runs.index(2 * stage), right, none, use_acc=False, is_async=True)
                 two = warpgroup_mma(runs.index(2 * stage + 1), right, none, use_acc=False, is_async=True)
@@ -399,18 +413,33 @@ def ring_kernel(
                     fence_async_shared()
                 one, two = warpgroup_mma_wait(0, deps=[one, two])
                 gl.thread_barrier()
-                _fetch(count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, PART, 2)
+                if item >= HELD:
+                    _fetch(
+                        count + STAGES,
+                        descriptors,
+                        room,
+                        ids,
+                        experts,
+                        W,
+                        D,
+                        K,
+                        SHARED,
+                        STAGES,
+                        HELD,
+                        PART,
+                        2,
+                    )
+                    count += 1
                 one = _met(one, RUNS)
                 two = _met(two, RUNS)
                 if CODES:
-                    step = (steps.index(item % 2).load(ACROSS) * down_by.index(count - begun).load(ACROSS))[
+                    step = (steps.index(item % 2).load(ACROSS) * down_by.index(c * PER + item).load(ACROSS))[
                         None, :
                     ]
                     one *= step
                     two *= step
                 upper += gl.sum(one, 1)
                 lower += gl.sum(two, 1)
-                count += 1
             for half in gl.static_range(2):
                 total = lower if half else upper
                 channel = (p + c * P) * 16 + 8 * half + gl.arange(0, 8, EIGHT)
@@ -461,6 +490,7 @@ def launch(
     limit: float | None,
     powers: bool,
     stages: int = 6,
+    held: int = 0,
     part: int = 0,
 ) -> None:
     """y: the sum over experts, and the residual. `matrices`: gate, up `[E, W, D]`, down `[E, D, W]`, then the same of
@@ -473,7 +503,7 @@ def launch(
     downs = -(-hidden // 16 // PROGRAMS) * (-(-shared * width // depth) + chosen * -(-width // depth))
     ring_kernel[(PROGRAMS,)](
         *(boxes(m) for m in matrices), x_1D, *choice, *scales, scales[5].stride(-2), residual_1D, y_1D, *state,
-        limit or 0.0, count, W=width, D=hidden, K=chosen, SHARED=shared, STAGES=stages, UPS=_power_of_two(ups),
+        limit or 0.0, count, W=width, D=hidden, K=chosen, SHARED=shared, STAGES=stages, HELD=held, UPS=_power_of_two(ups),
         DOWNS=_power_of_two(downs), POWERS=powers, LIMIT=limit is not None, RESIDUAL=residual_1D is not None,
         PART=part, num_warps=8, launch_pdl=True,
     )  # fmt: skip
