@@ -34,9 +34,13 @@ ODD: list[tuple[str, tuple[int, ...], float | None]] = [
     ("powers", (9, 384, 3072, 1), None),
     ("fp8", (9, 384, 3072, 2), 1.0),
     ("bf16", (9, 384, 3072, 1), None),
+    ("bf16", (9, 2048, 7168, 1), None),
+    ("fp8", (9, 2048, 7168, 1), None),
 ]
 """Kinds, experts, width, hidden and shared experts, and the limit."""
-RINGS: list[dict[str, Any]] = [{}, {"stages": 5}, {"stages": 4}, {"stages": 3}, {"stages": 4, "held": 2}]
+RINGS: list[dict[str, Any]] = [{}] + [
+    {"how": {"STAGES": stages, "HELD": held}} for stages, held in ((6, 0), (5, 0), (3, 0), (4, 2))
+]
 
 
 class Layer:
@@ -199,14 +203,18 @@ def main() -> None:
         return
     if os.environ.get("SWEEP"):
         rings += [{"part": 1}, {"part": 2}]
-    for kind in KINDS:
-        layers = [Layer(kind) for _ in range(LAYERS)]
-        base = timed(layers, None, alone=True)
-        for ring in rings:
-            took = guarded(f"{kind} {ring}", lambda ring=ring, layers=layers: timed(layers, ring))  # type: ignore[misc]
-            if took is not None:
-                share = layers[0].bytes() / READ * 1e6 / (took - base)
-                print(f"{kind} {ring}: {took - base:.1f} us and {base:.1f} in front, {share:.0%}", flush=True)
+    for shape, tried in (((24, 1408, 2048, 2), rings), ((9, 2048, 7168, 1), [None, {}])):
+        for kind in KINDS:
+            layers = [Layer(kind, *shape) for _ in range(LAYERS)]
+            base = timed(layers, None, alone=True)
+            for ring in tried:
+                took = guarded(f"{kind} {ring}", lambda ring=ring, layers=layers: timed(layers, ring))  # type: ignore[misc]
+                if took is not None:
+                    share = layers[0].bytes() / READ * 1e6 / (took - base)
+                    print(
+                        f"{kind} {shape} {ring}: {took - base:.1f} us and {base:.1f} in front, {share:.0%}",
+                        flush=True,
+                    )
     print(f"{time.perf_counter() - begun:.0f} s")
 
 
