@@ -37,6 +37,8 @@ ITEM = 2 * 8 * RUNS * 128
 """Bytes of an item: two boxes."""
 ROOM = 220 * 1024
 """Bytes of shared memory that a program takes at most; what is left over lets small kernels begin beside it."""
+COPIES = 8
+"""Copies of the words: all programs read the same ones at the same time, and a line of L2 serves few at once."""
 PROGRAMS = 128
 """Programs: they divide the widths of DeepSeek's models, which 132 does not."""
 
@@ -47,7 +49,7 @@ State = tuple[Tensor, Tensor]
 def new_state(slots: int, width: int, device: torch.device) -> State:
     """For experts of `width` channels, `slots` of them a token. Launches that may run at the same time, in two streams,
     must not share one."""
-    words = torch.zeros(slots * width, dtype=torch.int32, device=device)
+    words = torch.zeros(COPIES * slots * width, dtype=torch.int32, device=device)
     return words, torch.ones(1, dtype=torch.int32, device=device)
 
 
@@ -94,7 +96,7 @@ def launch(
         *(boxes(m) for m in matrices), x_1D, *choice, *scales, scales[5].stride(-2), residual_1D, y_1D, *state,
         limit or 0.0, count, W=width, D=hidden, K=chosen, SHARED=shared, UPS=_power_of_two(ups),
         DOWNS=_power_of_two(downs), POWERS=powers, LIMIT=limit is not None, RESIDUAL=residual_1D is not None,
-        PART=part, num_warps=8, launch_pdl=True, **(how or plans),
+        COPIES=COPIES, PART=part, num_warps=8, launch_pdl=True, **(how or plans),
     )  # fmt: skip
 
 

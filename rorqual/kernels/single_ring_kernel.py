@@ -48,6 +48,22 @@ READY:
 """)
 """Four words as read before, read again until all are of this launch; each thread for itself. What has not come after
 seconds never will: an error then is better than a GPU that hangs."""
+PEEK = gl.constexpr("""
+{
+.reg .pred p;
+.reg .b64 at;
+setp.ne.b32 p, $16, 0;
+mov.b32 $0, $12;
+mov.b32 $1, $12;
+mov.b32 $2, $12;
+mov.b32 $3, $12;
+cvt.s64.s32 at, $4;
+add.s64 at, at, $8;
+@p ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [at];
+}
+""")
+"""Four words as they are now; where there are none, ones of this launch."""
+PEEK_OPERANDS = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,l,l,l,l,r,r,r,r,r,r,r,r")
 WAIT_OPERANDS = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,l,l,l,l,r,r,r,r")
 
 
@@ -124,20 +140,33 @@ def _fetch(
 
 
 @gluon.jit
+def _part(item, W: gl.constexpr, RUN: gl.constexpr, RUNS: gl.constexpr, SHARED: gl.constexpr):
+    """The first run of an item of the second product, in its experts' row, and how many runs of it there are."""
+    COMMON: gl.constexpr = (SHARED * W + RUNS * RUN - 1) // (RUNS * RUN)
+    ROUTED: gl.constexpr = (W + RUNS * RUN - 1) // (RUNS * RUN)
+    common = item < COMMON
+    start = gl.where(common, item, (item - COMMON) % ROUTED) * RUNS
+    return start, gl.where(common, SHARED * W // RUN, W // RUN) - start
+
+
+@gluon.jit
 def _words(
     words, item, tag, W: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, RUNS: gl.constexpr, RUN: gl.constexpr,
-    COMMON: gl.constexpr, ROUTED: gl.constexpr, LAYOUT: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Where an item of the second product finds its part of inner `[RUNS, RUN]`, and what lies there now."""
-    common = item < COMMON
-    begin = gl.where(common, K * W, (item - COMMON) // ROUTED * W)
-    start = gl.where(common, item, (item - COMMON) % ROUTED) * RUNS
-    run = start + gl.arange(0, RUNS, gl.SliceLayout(1, LAYOUT))
-    lane = gl.arange(0, RUN, gl.SliceLayout(0, LAYOUT))
-    at = begin + run[:, None] * RUN + lane[None, :]
-    inside = run < gl.where(common, SHARED * W // RUN, W // RUN)
-    found = gl.load(words + at, inside[:, None], other=tag, volatile=True)
-    return found, at * 4
+    COMMON: gl.constexpr = (SHARED * W + RUNS * RUN - 1) // (RUNS * RUN)
+    ROUTED: gl.constexpr = (W + RUNS * RUN - 1) // (RUNS * RUN)
+    begin = gl.where(item < COMMON, K * W, (item - COMMON) // ROUTED * W)
+    start, many = _part(item, W, RUN, RUNS, SHARED)
+    run = gl.arange(0, RUNS, gl.SliceLayout(1, LAYOUT))[:, None]
+    lane = gl.arange(0, RUN, gl.SliceLayout(0, LAYOUT))[None, :]
+    at = 4 * (begin + (start + run) * RUN + lane)
+    inside, at = gl.broadcast((run < many).to(gl.int32), at)
+    found = gl.inline_asm_elementwise(
+        PEEK, PEEK_OPERANDS, [at, words.to(gl.int64), tag, inside], gl.int32, is_pure=False, pack=4
+    )
+    return found, at
 
 
 @gluon.jit
@@ -160,21 +189,23 @@ def _lay(row, columns, steps):
         power = gl.maximum(gl.max(gl.abs(row), 1).to(gl.int32, bitcast=True) >> 23, 16)
         row = row * ((261 - power) << 23).to(gl.float32, bitcast=True)[:, None]
         digit = row.to(kind)
-        columns.slice(0, RUNS).store(digit)
-        columns.slice(RUNS, RUNS).store(((row - digit.to(gl.float32)) * 16.0).to(kind))
+        digits = gl.join(digit, ((row - digit.to(gl.float32)) * 16.0).to(kind))
+        columns.store(digits.permute([2, 0, 1]).reshape([2 * RUNS, row.shape[1]]))
         steps.store(((power - 7) << 23).to(gl.float32, bitcast=True))
     else:
         columns.store(row.to(kind))
 
 
 @gluon.jit
-def _met(product, RUNS: gl.constexpr):
-    """Of the products of 8 * RUNS runs with all columns `[8 RUNS, N]` those of a run with its own: `[8, RUNS]`."""
+def _met(product, many, RUNS: gl.constexpr):
+    """Of the products of 8 * RUNS runs with all columns `[8 RUNS, N]` those of a run with its own: `[8, RUNS]`; of the
+    first `many` runs. (What lies where a box reaches beyond its matrix may be no number.)"""
     LAYOUT: gl.constexpr = product.type.layout
-    m = gl.arange(0, 8 * RUNS, gl.SliceLayout(1, LAYOUT))
+    m = gl.arange(0, 8 * RUNS, gl.SliceLayout(1, LAYOUT)) % RUNS
     n = gl.arange(0, product.shape[1], gl.SliceLayout(0, LAYOUT))
     product *= gl.where(n < RUNS, 1.0, 0.0625)[None, :]
-    return gl.sum(gl.where((m % RUNS)[:, None] == (n % RUNS)[None, :], product, 0.0), 1).reshape([8, RUNS])
+    m = gl.where(m < many, m, RUNS)
+    return gl.sum(gl.where(m[:, None] == (n % RUNS)[None, :], product, 0.0), 1).reshape([8, RUNS])
 
 
 @gluon.jit
@@ -227,7 +258,7 @@ def ring_kernel(
     residual, y, words, epochs, limit, experts,
     W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
     HELD: gl.constexpr, UPS: gl.constexpr, DOWNS: gl.constexpr, POWERS: gl.constexpr, LIMIT: gl.constexpr,
-    RESIDUAL: gl.constexpr, PART: gl.constexpr,
+    COPIES: gl.constexpr, RESIDUAL: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """y `[D]` = the sum over experts of weight * down (swiglu(gate x, up x)), and the residual; by 8 warps.
 
@@ -305,7 +336,7 @@ def ring_kernel(
     fence_async_shared()
     gl.thread_barrier()
     none = gl.zeros([8 * RUNS, N], gl.float32, MMA)
-    zero = gl.sum(_met(none, RUNS), 1)
+    zero = gl.sum(_met(none, RUNS, RUNS), 1)
     EIGHT: gl.constexpr = zero.type.layout
     ACROSS: gl.constexpr = gl.SliceLayout(0, EIGHT.parent)
     count = 0
@@ -330,8 +361,8 @@ def ring_kernel(
                 _fetch(
                     count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 2
                 )  # fmt: skip
-                one = _met(one, RUNS)
-                two = _met(two, RUNS)
+                one = _met(one, D // RUN - chunk * RUNS, RUNS)
+                two = _met(two, D // RUN - chunk * RUNS, RUNS)
                 if CODES:
                     step = x_steps.index(chunk).load(ACROSS)
                     one *= (step * up_by.index(2 * count).load(ACROSS))[None, :]
@@ -347,48 +378,63 @@ def ring_kernel(
             bits = inner.to(gl.bfloat16).to(gl.int16, bitcast=True).to(gl.int32) << 16
             line = gl.where(slot < SHARED, K + slot, k)
             channel = tile % (W // 8) * 8 + gl.arange(0, 8, EIGHT)
-            gl.store(words + line * W + channel, bits | tag)
+            copy = gl.arange(0, RUNS, ACROSS)
+            to = words + (line * W + channel)[:, None] + copy[None, :] * ((K + SHARED) * W)
+            word, to = gl.broadcast((bits | tag)[:, None], to)
+            gl.store(to, word, (copy < COPIES)[None, :])
     if PART != 1:
         kind: gl.constexpr = y.dtype.element_ty
+        words += p % COPIES * ((K + SHARED) * W)
         for c in range((D // 16 - p + P - 1) // P):
             upper = zero
             lower = zero
-            found, at = _words(words, 0, tag, W, K, SHARED, RUNS, RUN, COMMON, ROUTED, FLAT)
+            # Words are looked up two items ahead, by turns into two sets of registers.
+            found, at = _words(words, 0, tag, W, K, SHARED, RUNS, RUN, FLAT)
+            even, even_at = _words(words, gl.minimum(1, PER - 1), tag, W, K, SHARED, RUNS, RUN, FLAT)
+            odd, odd_at = _words(words, gl.minimum(2, PER - 1), tag, W, K, SHARED, RUNS, RUN, FLAT)
             _lay(_settled(found, at, words, tag), columns.index(0), steps.index(0))
-            found, at = _words(words, 1, tag, W, K, SHARED, RUNS, RUN, COMMON, ROUTED, FLAT)
             fence_async_shared()
             gl.thread_barrier()
-            for item in range(PER):
-                stage = count % STAGES
-                phase = (count // STAGES) & 1
-                if item < HELD:
-                    stage = STAGES + item
-                    phase = 0
-                mbarrier.wait(full.index(stage), phase)
-                right = columns.index(item % 2).permute((1, 0))
-                one = warpgroup_mma(runs.index(2 * stage), right, none, use_acc=False, is_async=True)
-                two = warpgroup_mma(runs.index(2 * stage + 1), right, none, use_acc=False, is_async=True)
-                if item + 1 < PER:  # the row of the next item
-                    other = (item + 1) % 2
-                    _lay(_settled(found, at, words, tag), columns.index(other), steps.index(other))
-                    after = gl.minimum(item + 2, PER - 1)
-                    found, at = _words(words, after, tag, W, K, SHARED, RUNS, RUN, COMMON, ROUTED, FLAT)
-                    fence_async_shared()
-                one, two = warpgroup_mma_wait(0, deps=[one, two])
-                gl.thread_barrier()
-                if item >= HELD:
-                    _fetch(
-                        count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 2
-                    )  # fmt: skip
-                    count += 1
-                one = _met(one, RUNS)
-                two = _met(two, RUNS)
-                if CODES:
-                    step = steps.index(item % 2).load(ACROSS) * down_by.index(c * PER + item).load(ACROSS)
-                    one *= step[None, :]
-                    two *= step[None, :]
-                upper += gl.sum(one, 1)
-                lower += gl.sum(two, 1)
+            for pair in range((PER + 1) // 2):
+                for turn in gl.static_range(2):
+                    item = 2 * pair + turn
+                    if item < PER:
+                        stage = count % STAGES
+                        phase = (count // STAGES) & 1
+                        if item < HELD:
+                            stage = STAGES + item
+                            phase = 0
+                        mbarrier.wait(full.index(stage), phase)
+                        right = columns.index(turn).permute((1, 0))
+                        one = warpgroup_mma(runs.index(2 * stage), right, none, use_acc=False, is_async=True)
+                        two = warpgroup_mma(
+                            runs.index(2 * stage + 1), right, none, use_acc=False, is_async=True
+                        )
+                        after = gl.minimum(item + 3, PER - 1)
+                        if item + 1 < PER:  # the row of the next item
+                            if turn == 0:
+                                _lay(_settled(even, even_at, words, tag), columns.index(1), steps.index(1))
+                                even, even_at = _words(words, after, tag, W, K, SHARED, RUNS, RUN, FLAT)
+                            else:
+                                _lay(_settled(odd, odd_at, words, tag), columns.index(0), steps.index(0))
+                                odd, odd_at = _words(words, after, tag, W, K, SHARED, RUNS, RUN, FLAT)
+                            fence_async_shared()
+                        one, two = warpgroup_mma_wait(0, deps=[one, two])
+                        gl.thread_barrier()
+                        if item >= HELD:
+                            _fetch(
+                                count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 2
+                            )  # fmt: skip
+                            count += 1
+                        start, many = _part(item, W, RUN, RUNS, SHARED)
+                        one = _met(one, many, RUNS)
+                        two = _met(two, many, RUNS)
+                        if CODES:
+                            step = steps.index(turn).load(ACROSS) * down_by.index(c * PER + item).load(ACROSS)
+                            one *= step[None, :]
+                            two *= step[None, :]
+                        upper += gl.sum(one, 1)
+                        lower += gl.sum(two, 1)
             for half in gl.static_range(2):
                 total = lower if half else upper
                 channel = (p + c * P) * 16 + 8 * half + gl.arange(0, 8, EIGHT)
