@@ -39,7 +39,7 @@ ODD: list[tuple[str, tuple[int, ...], float | None]] = [
 ]
 """Kinds, experts, width, hidden and shared experts, and the limit."""
 RINGS: list[dict[str, Any]] = [{}] + [
-    {"how": {"STAGES": stages, "HELD": held}} for stages, held in ((6, 0), (5, 0), (3, 0), (4, 2))
+    {"how": {"STAGES": stages, "HELD": held}} for stages, held in ((6, 0), (5, 0), (4, 0), (4, 1), (4, 2))
 ]
 
 

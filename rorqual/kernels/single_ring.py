@@ -35,8 +35,11 @@ RUNS = 16
 """Runs of 128 bytes in a row of a box."""
 ITEM = 2 * 8 * RUNS * 128
 """Bytes of an item: two boxes."""
-ROOM = 220 * 1024
-"""Bytes of shared memory that a program takes at most; what is left over lets small kernels begin beside it."""
+ROOM = 190 * 1024
+"""Bytes of shared memory that a program takes at most. The kernel in front has the rest: while it runs, the ring is
+filled with the shared experts' boxes."""
+REGISTERS = 128
+"""Registers of a thread at most, for the same reason."""
 COPIES = 8
 """Copies of the words: all programs read the same ones at the same time, and a line of L2 serves few at once."""
 PROGRAMS = 128
@@ -96,7 +99,7 @@ def launch(
         *(boxes(m) for m in matrices), x_1D, *choice, *scales, scales[5].stride(-2), residual_1D, y_1D, *state,
         limit or 0.0, count, W=width, D=hidden, K=chosen, SHARED=shared, UPS=_power_of_two(ups),
         DOWNS=_power_of_two(downs), POWERS=powers, LIMIT=limit is not None, RESIDUAL=residual_1D is not None,
-        COPIES=COPIES, PART=part, num_warps=8, launch_pdl=True, **(how or plans),
+        COPIES=COPIES, PART=part, num_warps=8, launch_pdl=True, maxnreg=REGISTERS, **(how or plans),
     )  # fmt: skip
 
 
