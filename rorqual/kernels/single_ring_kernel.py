@@ -188,8 +188,12 @@ def _lay(row, columns, steps):
         # A power of two, so that the largest number lies between 128 and 256.
         power = gl.maximum(gl.max(gl.abs(row), 1).to(gl.int32, bitcast=True) >> 23, 16)
         row = row * ((261 - power) << 23).to(gl.float32, bitcast=True)[:, None]
-        digit = row.to(kind)
-        digits = gl.join(digit, ((row - digit.to(gl.float32)) * 16.0).to(kind))
+        # The first digit by arithmetic: read back from its code, ptxas 12.8 takes half of them from a register that
+        # was never written. Four bits, or multiples of 2^-9 where E4M3 has no more.
+        bits = row.to(gl.int32, bitcast=True)
+        whole = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576).to(gl.float32, bitcast=True)
+        digit = gl.where(gl.abs(row) < 0.015625, (row + 24576.0) - 24576.0, whole)
+        digits = gl.join(digit.to(kind), ((row - digit) * 16.0).to(kind))
         columns.store(digits.permute([2, 0, 1]).reshape([2 * RUNS, row.shape[1]]))
         steps.store(((power - 7) << 23).to(gl.float32, bitcast=True))
     else:
