@@ -139,6 +139,15 @@ def check(layer: Layer, ring: dict[str, Any] | None, limit: float | None = None)
         f"check {layer.kind} W{layer.width} D{layer.hidden} F{layer.shared} {ring}: {error:.1e} same {same} {good}",
         flush=True,
     )
+    if good != "ok":
+        words = (layer.state[0] >> 16).to(torch.int16).view(torch.bfloat16).view(-1, layer.width)
+        lost = (~words.isfinite()).sum(1).tolist()
+        print(
+            "not finite:",
+            (~ys[0].isfinite()).sum().item(),
+            "of y, and of inner by slot",
+            lost[: 6 + layer.shared],
+        )
 
 
 def timed(layers: list[Layer], ring: dict[str, Any] | None, alone: bool = False) -> float:

@@ -29,6 +29,7 @@ BY_ROWS = 2
 BY_TILES = 256
 """Tokens up to which the matrix's inner axis is shared among programs; beyond, PyTorch's product is used."""
 CHOOSING_WARPS = 1
+AHEAD = True
 
 
 @dataclass(frozen=True)
@@ -197,12 +198,16 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     E: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, GROUPS: tl.constexpr,
     KEEP: tl.constexpr, TOP2: tl.constexpr, NORMALIZE: tl.constexpr, BIASED: tl.constexpr,
     HASHED: tl.constexpr, LOGITS: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr,
-    CHAINED: tl.constexpr,
+    CHAINED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Experts of token `program_id(0)` from its logits, which lie in `PARTS` summands `[PARTS, N, E]`."""
+    """Experts of token `program_id(0)` from its logits, which lie in `PARTS` summands `[PARTS, N, E]`. AHEAD: the
+    next kernel may start at once; it asks for weights that need no choice while this one still waits."""
     if CHAINED:
+        if AHEAD:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if not AHEAD:
+            tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0)
     # A row of the tile is a group of experts.
     g = tl.arange(0, GP)[:, None]
@@ -312,7 +317,7 @@ def _logits(x_ND: Tensor, weight_ED: Tensor, shape: Plan | None, early: bool) ->
 
 def _choose(
     parts: Tensor, bias_E: Tensor | None, rule: Rule, ids_NK: Tensor, weights_NK: Tensor, table_VK: Tensor | None,
-    token_N: Tensor | None, logits_NE: Tensor | None,
+    token_N: Tensor | None, logits_NE: Tensor | None, ahead: bool = False,
 ) -> None:  # fmt: skip
     """The second launch: ids and weights from logits in summands `[parts, N, E]`."""
     _, tokens, experts = parts.shape
@@ -341,6 +346,7 @@ def _choose(
         SP=triton.next_power_of_2(experts // rule.groups),
         KP=triton.next_power_of_2(rule.top_k),
         num_warps=CHOOSING_WARPS,
+        AHEAD=ahead,
         **chained(parts, tokens),
     )
 
@@ -353,7 +359,7 @@ def chosen(
     shape = (logits_NE.shape[0], rule.top_k)
     ids_NK = torch.empty(shape, dtype=torch.int32, device=logits_NE.device)
     weights_NK = torch.empty(shape, dtype=torch.float32, device=logits_NE.device)
-    _choose(logits_NE[None], bias_E, rule, ids_NK, weights_NK, table_VK, token_N, None)
+    _choose(logits_NE[None], bias_E, rule, ids_NK, weights_NK, table_VK, token_N, None, ahead=AHEAD)
     return ids_NK, weights_NK
 
 
