@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from rorqual.kernels import experts_gluon_down, experts_run, experts_triton
+from rorqual.kernels import experts_run
 from rorqual.kernels.experts import Plan, Shared, Tiles, Weights, fast, plan, reference
 from rorqual.kernels.quant import FP8
 
@@ -315,96 +315,10 @@ def sweep(layers: dict[bool, Layer], until: float) -> None:
             print(f"sweep {name} {'fp8' if fp8 else 'bf16'} N{tokens}: {tops}", flush=True)
 
 
-# ------------------------------------------------------------------------------------- raw products
+# ------------------------------------------------------------------------------------- Gluon's forms
 
 
-GROUPED = ((8, 4096, 4096, 7168), (64, 1024, 2816, 2048), (64, 1024, 2048, 1408))
-"""Experts, rows each, out, in: DeepGEMM's shapes."""
-
-
-def grouped(
-    experts: int, rows: int, out: int, depth: int, tiles: Iterable[Tiles], gluon: bool = False
-) -> None:
-    """The FP8 grouped product alone."""
-    w = matrices(experts, out, depth, True)
-    assert w.scale is not None
-    places = experts * rows
-    codes = torch.randn(places, depth, device="cuda").to(FP8)
-    scales = torch.rand(places, depth // 128, device="cuda")
-    ids = torch.arange(experts, device="cuda", dtype=torch.int32).repeat_interleave(rows)
-    found = []
-    for t in tiles:
-        y = torch.full((places, out), float("nan"), device="cuda", dtype=torch.bfloat16)
-        count = places // t.rows + experts
-        order = torch.empty(places, device="cuda", dtype=torch.int32)
-        table = torch.empty(3, count, device="cuda", dtype=torch.int32)
-        experts_triton.sort_kernel[(experts,)](
-            ids, order, table, codes, codes, scales, places, places, experts, 0, count, 0,
-            ROWS=t.rows, CHUNK=4096, GROUPS=64, PDL=False, num_warps=8,
-        )  # fmt: skip
-
-        taken = torch.zeros(1, device="cuda", dtype=torch.int32)
-
-        def run(
-            t: Tiles = t,
-            order: Tensor = order,
-            table: Tensor = table,
-            count: int = count,
-            y: Tensor = y,
-            taken: Tensor = taken,
-        ) -> None:
-            if gluon:
-                experts_gluon_down.down(
-                    codes, scales, order, table, (w.codes, w.scale), (w.codes[0], w.scale[0]), y, taken.zero_(), 0, 0,
-                    t.rows // 64, t.stages,
-                )  # fmt: skip
-                return
-            experts_triton.down_kernel[(count * (out // t.out),)](
-                codes, scales, order, table, w.codes, w.scale, w.codes, w.scale, y, experts, count, depth, depth, out,
-                ROWS=t.rows, OUT=t.out, DEPTH=t.depth, THIN=t.thin, FP8=True, CODES=True, EVEN=True, PDL=False,
-                num_warps=t.warps, num_stages=t.stages,
-            )  # fmt: skip
-
-        try:
-            run()
-        except Exception as error:
-            if "out of resource" not in str(error):
-                print("  grouped", t, str(error)[-300:])
-            continue
-        some = torch.randint(places, (64,), device="cuda").tolist()
-        a = codes[some].float().unflatten(1, (-1, 128)) * scales[some][..., None]
-        expected = torch.stack(
-            [w.matrix(torch.float32, p // rows) @ r for p, r in zip(some, a.flatten(1), strict=True)]
-        )
-        error = ((y[some].float() - expected).norm() / expected.norm()).item()
-        if not error < 0.01 or not bool(y.isfinite().all()):
-            print(f"  grouped WRONG {t} {error}")
-        found.append((do_bench(run, warmup=5, rep=30, return_mode="median") / 1e3, t))
-    found.sort(key=lambda r: r[0])
-    work = 2.0 * places * out * depth
-    tops = "; ".join(f"{work / s / 1e12:.0f} {t.rows}/{t.out}/{t.warps}w{t.stages}s" for s, t in found[:4])
-    print(
-        f"grouped fp8 {'gluon ' if gluon else ''}{experts}x{rows}x{out}x{depth} TF: {tops}",
-        end="",
-        flush=True,
-    )
-    try:
-        import deep_gemm
-    except ImportError:
-        print(flush=True)
-        return
-    y = torch.empty(places, out, device="cuda", dtype=torch.bfloat16)
-    beside = lambda: deep_gemm.m_grouped_fp8_gemm_nt_contiguous(  # noqa: E731
-        (codes, scales), (w.codes, w.scale), y, ids, disable_ue8m0_cast=True
-    )
-    beside()
-    print(
-        f"   deep_gemm {work / do_bench(beside, warmup=5, rep=30, return_mode='median') / 1e9:.0f}",
-        flush=True,
-    )
-
-
-CUTS = [(False, 128, 4), (False, 192, 3), (True, 128, 4), (True, 128, 6), (True, 192, 4)]
+CUTS = [(False, 128, 4), (False, 192, 3), (True, 128, 4)]
 
 
 def gluon_plan(fp8: bool, rows: int, stages: int) -> Plan:
@@ -423,9 +337,6 @@ def in_gluon() -> None:
         experts_run.PDL = False
         guarded("breakdown", lambda: breakdown(layer, 8192, how=how))  # noqa: B023
         experts_run.PDL = True
-        if fp8:
-            for sizes in GROUPED:
-                guarded("grouped", lambda: grouped(*sizes, [how.down], gluon=True))  # noqa: B023
 
 
 def bounded(target: Callable[[], None], seconds: float) -> None:
@@ -513,9 +424,6 @@ def main() -> None:
     bounded(in_gluon, 25)
     print(f"{time.monotonic() - began:.0f} s", flush=True)
     if not sweeping:
-        for sizes in GROUPED:
-            tile = plan(8192, 6, 64, True, False, True).down
-            guarded("grouped", lambda: grouped(*sizes, [tile], gluon=True))  # noqa: B023
         guarded("torch grouped", lambda: torch_grouped(Layer(LITE, False), 8192))
     for fp8 in (True, False):
         show(Layer(V3, fp8), (1, 64, 4096))

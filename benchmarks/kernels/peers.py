@@ -210,15 +210,14 @@ def dense() -> None:
 
 
 def grouped() -> None:
-    """FP8 grouped products alone (the line of benchmarks.kernels.experts), then torch's in bf16."""
+    """FP8 grouped products (the lines of benchmarks.kernels.grouped), then torch's in bf16."""
     from triton.testing import do_bench
 
-    from benchmarks.kernels import experts
+    from benchmarks.kernels import grouped as ours
 
-    for shape in experts.GROUPED:
-        tile = experts.plan(8192, 6, 64, True, False, True).down
-        guarded(f"grouped {shape}", partial(experts.grouped, *shape, [tile], gluon=True))
-    for count, rows, out, width in experts.GROUPED:
+    for shape in ours.SHAPES:
+        guarded(f"grouped {shape}", partial(ours.compare, *shape))
+    for count, rows, out, width in ours.SHAPES:
         x = torch.randn(count * rows, width, device="cuda", dtype=torch.bfloat16)
         w = torch.randn(count, out, width, device="cuda", dtype=torch.bfloat16)
         ends = torch.arange(1, count + 1, device="cuda", dtype=torch.int32) * rows

@@ -14,6 +14,7 @@ from rorqual.engine.loop import Completion, Delta
 from rorqual.engine.prompts import answers_of, is_batch
 from rorqual.engine.request import Handle
 from rorqual.engine.sampling import Sampling, brief
+from rorqual.kernels.ahead import prepare
 from rorqual.nn import InputError, Transformer
 from rorqual.nn.layout import Layout
 from rorqual.nn.paged import page_bytes, ring_bytes
@@ -66,6 +67,8 @@ class Engine(Core):
             raise InputError(f"Engine takes a model, as rorqual.load(path) gives one, not {model!r:.80}")
         layout = _laid_out(model, layout, speculate, invariant)
         cpu = model.device.type == "cpu"
+        if not cpu:
+            prepare()
         slots = _whole("max_requests", max_requests, 32 if cpu else 256)
         if slots > MOST_REQUESTS:
             raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from rorqual.engine.packed import FIELDS, Laid, Left, fields, lay, numbers
 from rorqual.engine.request import Request
 from rorqual.engine.staging import Staging
 from rorqual.kernels.ahead import compiled_ahead
+from rorqual.kernels.single_ring import Rings
 from rorqual.nn.layout import apart
 from rorqual.nn.paged import Group, PagedStep
 
@@ -65,6 +67,12 @@ class Recorded:
     replay_mtp: Callable[[], None] | None = None
 
 
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """The stream that passes run on before they are recorded: always the same, since cuBLAS keeps 32 MB for each."""
+    return torch.cuda.Stream(device)
+
+
 class Graphs:
     """Decoding passes of a model, each recorded when first needed.
 
@@ -83,6 +91,7 @@ class Graphs:
         self._further = None if further is None else weakref.WeakMethod(further)
         self.page_size = page_size
         self.left, self.staging = left, staging
+        self._rings = Rings.claim(left.newest_S.device)
         self._made: dict[tuple[int, int, int], Recorded] = {}
         self._pool: Any = None
 
@@ -150,6 +159,7 @@ class Graphs:
             group.end = int(laid.ends_S.max())
         step = PagedStep(laid.positions_N, [group], self.page_size)
         step.shared["slots", 1] = laid.slots_N
+        step.shared["rings"] = self._rings
         forward = self._forward()
         assert forward is not None
         return laid, step, *forward(laid.ids_N[None], step)
@@ -185,7 +195,7 @@ class Graphs:
     def _record(self, packed: Tensor, size: int, width: int) -> Recorded:
         # What runs before recording compiles kernels and makes what they keep; `packed` is blank, so that no
         # live page is written to.
-        side = torch.cuda.Stream()
+        side = _aside(packed.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             with contextlib.suppress(Exception), apart(), compiled_ahead():

@@ -35,16 +35,15 @@ class Rehearsals:
         self._met.add(kind)
         model = runner.model
         nothing = Plan([_blank(r) for r in plan.decodes], [(_blank(r), count) for r, count in plan.chunks])
-        with (
-            contextlib.suppress(Exception),
-            apart(),
-            compiled_ahead(),
-        ):  # what is wrong with the pass it will say itself
+        # What is wrong with the pass it will say itself.
+        with contextlib.suppress(Exception), apart(), compiled_ahead() as nothing_runs:
             batch = lay_out(nothing, runner.page_size, runner._staging, one_group_of_chunks=True)
             state = model.run_paged(batch.ids_N[None], batch.step, runner.stores)
-            model.logits(model.finish(state[:, batch.columns])[0])
+            logits = model.logits(model.finish(state[:, batch.columns])[0])
+            if nothing_runs:
+                runner.sampler.rehearse(logits[: len(batch.drawing)], [r.slot for r in batch.drawing])
 
 
 def _blank(request: Request) -> Request:
     """One of the same lengths that holds page 0 and ring 0, which belong to nobody."""
-    return replace(request, ids=[0] * len(request.ids), pages=[0] * len(request.pages), ring=0, slot=0)
+    return replace(request, ids=[0] * len(request.ids), pages=[0] * len(request.pages), ring=0)

@@ -259,6 +259,11 @@ class Sampler:
             bits_RW=mask, penalties=penalised, **options,
         )  # fmt: skip
 
+    def rehearse(self, logits_RV: Tensor, slots_R: Slots) -> None:
+        """Launch the kernels of `take`, if it has any: for `compiled_ahead`, which has them compiled and not run."""
+        if fused.supported(logits_RV):
+            self._fused(logits_RV, self._plan(slots_R), None, saw=True)
+
     @property
     def _tables(self) -> fused.Tables:
         kept = self._knobs_SK, self._key_S, self._drawn_S, self._unsound_S, self.newest_S

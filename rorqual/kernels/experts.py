@@ -239,6 +239,9 @@ def plan(tokens: int, chosen: int, count: int, fp8: bool, fixed: bool, gluon: bo
     full = mean + 1.5 * mean**0.5  # few experts have more pairs than that
     if fp8 and tokens * chosen < count:
         return Plan(Tiles(16, 64, 128, 8, 3, True), Tiles(16, 64, 128, 4, 4, True), codes=True)
+    if fp8 and gluon and not fixed and full > 32:  # as below, Gluon's add shared experts up before they round
+        tile = Tiles(128, 256, 128, 4, 4, False)
+        return Plan(tile, tile, codes=True, gluon=True)
     if fp8 and full <= 16:
         return Plan(Tiles(16, 64, 128, 4, 4, True), Tiles(16, 128, 128, 8, 4, True), codes=True)
     if fp8 and full <= 32:
@@ -255,9 +258,9 @@ def plan(tokens: int, chosen: int, count: int, fp8: bool, fixed: bool, gluon: bo
         return Plan(Tiles(64, 64, 128, 4, 3, True), Tiles(64, 128, 128, 4, 3, True), codes=True)
     if gluon and not fixed:  # these add shared experts up before they round
         # Tiles of 192 pairs ask the cache for less, but more of an expert's last one is empty.
-        rows, stages = (192, 4 if fp8 else 3) if mean >= LARGE else (128, 6 if fp8 else 4)
-        tile = Tiles(rows, 128, 128 if fp8 else 64, 4, stages, False)
-        return Plan(tile, tile, codes=fp8, gluon=True)
+        rows, stages = (192, 3) if mean >= LARGE else (128, 4)
+        tile = Tiles(rows, 256, 64, 4, stages, False)
+        return Plan(tile, tile, gluon=True)
     if fp8:
         return Plan(Tiles(64, 64, 128, 4, 4, False), Tiles(64, 128, 128, 4, 4, False), codes=True)
     return Plan(Tiles(128, 128, 64, 8, 4, False), Tiles(128, 256, 64, 8, 4, False))

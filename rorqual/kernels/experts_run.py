@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rorqual.kernels import experts_few, experts_gluon, experts_gluon16, experts_gluon_down, experts_triton
+from rorqual.kernels import (
+    experts_few,
+    experts_gather,
+    experts_gluon,
+    experts_gluon16,
+    experts_gluon_down,
+    experts_triton,
+)
 from rorqual.kernels.gpu import triton
 from rorqual.kernels.held import held_scale
 from rorqual.kernels.quant import FP8
@@ -125,9 +132,9 @@ def run_sorted(b: Batch, how: Plan) -> Tensor:
     groups = b.x.numel() // 128 if b.fp8 and not how.gluon else 0
     codes = b.x.new_empty(b.x.shape, dtype=FP8) if groups else b.x
     scales = b.x.new_empty(groups, dtype=torch.float32)
-    places = taken = order
-    if b.pairs > ONE_CHUNK or how.gluon:
-        taken = b.ids.new_empty(2, dtype=torch.int32)
+    taken = b.ids.new_empty(2, dtype=torch.int32)
+    places = None
+    if b.pairs > ONE_CHUNK or (how.gluon and not b.fp8):
         places = place(b, rows, order, table, codes, scales, taken)
     else:
         chunk = max(16, triton.next_power_of_2(b.pairs))
@@ -137,10 +144,12 @@ def run_sorted(b: Batch, how: Plan) -> Tensor:
         )  # fmt: skip
     inner = b.x.new_empty(len(order), b.width, dtype=FP8 if how.codes else b.x.dtype)
     inner_scales = b.x.new_empty((len(order), b.width // 128) if how.codes else (1,), dtype=torch.float32)
-    extra = min(b.extra, 1) if how.gluon else b.extra  # there the products add the shared experts up
+    # Gluon's products add the shared experts up.
+    extra = min(b.extra, 1) if how.gluon else b.extra
     parts = b.x.new_empty(b.pairs + extra * b.tokens, b.hidden)
     if how.gluon:
-        _gluon_products(b, how, order, places, table, taken, inner, inner_scales, parts)
+        x, scales = _by_place(b, order, places, taken)
+        _gluon_products(b, how, x, scales, order, table, taken, inner, inner_scales, parts)
     else:
         _products(b, how, order, table, codes, scales, inner, inner_scales, parts)
     y_ND = torch.empty_like(b.x)
@@ -156,8 +165,8 @@ def run_sorted(b: Batch, how: Plan) -> Tensor:
 def place(
     b: Batch, rows: int, order: Tensor, table: Tensor, codes: Tensor, scales: Tensor, taken: Tensor
 ) -> Tensor:
-    """Write order and table, zero `taken`, and write codes and scales if there is room for them; the place of every
-    pair."""
+    """Write order and table, zero two of `taken`, and write codes and scales if there is room for them; the place of
+    every pair."""
     bins = triton.next_power_of_2(b.count + 1)
     chunks, groups = triton.cdiv(b.pairs, PLACED), scales.numel()
     counts = b.ids.new_empty(chunks + 1, bins, dtype=torch.int32)
@@ -209,42 +218,73 @@ def _products(
     )  # fmt: skip
 
 
+def _by_place(b: Batch, order: Tensor, places: Tensor | None, taken: Tensor) -> tuple[Tensor, Tensor]:
+    """x's rows in the experts' order; with FP8 codes, and once more by token for shared experts, and their scales.
+    Without places `taken` is zeroed here."""
+    read = b.pairs + (b.tokens if b.fp8 else 0)
+    x = b.x.new_empty(read, b.hidden, dtype=FP8 if b.fp8 else b.x.dtype)
+    scales = b.x.new_empty((read, b.hidden // 128) if b.fp8 else (1,), dtype=torch.float32)
+    across = triton.cdiv(b.hidden, 2048)
+    if places is None:
+        experts_gather.gather_kernel[(read, across)](
+            b.x, order, x, scales, taken, b.pairs, b.tokens, b.hidden, K=b.chosen, GROUPS=16, num_warps=4, **b.launch
+        )  # fmt: skip
+    else:
+        experts_triton.spread_kernel[(b.tokens, across)](
+            b.x,
+            places,
+            x,
+            scales,
+            b.pairs,
+            b.hidden,
+            K=b.chosen,
+            GROUPS=16,
+            FP8=b.fp8,
+            num_warps=4,
+            **b.launch,
+        )
+    return x, scales
+
+
 def _gluon_products(
     b: Batch,
     how: Plan,
+    x: Tensor,
+    scales: Tensor,
     order: Tensor,
-    places: Tensor,
     table: Tensor,
     taken: Tensor,
     inner: Tensor,
     inner_scales: Tensor,
     parts: Tensor,
 ) -> None:
-    """The same in Gluon, whose copies read rows that lie side by side: x is spread into the experts' order, and for
-    shared experts, with FP8, coded once more by token."""
-    read = b.pairs + (b.tokens if b.fp8 else 0)
-    x = b.x.new_empty(read, b.hidden, dtype=inner.dtype)
-    scales = b.x.new_empty((read, b.hidden // 128) if b.fp8 else (1,), dtype=torch.float32)
-    experts_triton.spread_kernel[(b.tokens, triton.cdiv(b.hidden, 2048))](
-        b.x, places, x, scales, b.pairs, b.hidden, K=b.chosen, GROUPS=16, FP8=b.fp8, num_warps=4, **b.launch
-    )
+    """The same in Gluon, whose copies read rows that lie side by side."""
     routed = [(w.codes, _scale(w)) for w in b.routed]
     shared = [(w.codes.flatten(0, -2), _scale(w)) for w in b.shared]
-    groups, first, second = how.up.rows // 64, how.up.stages, how.down.stages
+    rows, first, second = how.up.rows, how.up.stages, how.down.stages
     if b.fp8:
         experts_gluon.gate_up(
             x, scales, b.weights, order, table, (routed[0], routed[1]), (shared[0], shared[1]), inner, inner_scales,
-            taken, b.limit, b.tokens, groups, first,
+            taken, b.limit, b.tokens, first,
         )  # fmt: skip
         experts_gluon_down.down(
-            inner, inner_scales, order, table, routed[2], shared[2], parts, taken[1:], b.tokens, b.extra, groups,
+            inner,
+            inner_scales,
+            order,
+            table,
+            routed[2],
+            shared[2],
+            parts,
+            taken[1:],
+            b.tokens,
+            b.extra,
             second,
-        )  # fmt: skip
+        )
     else:
         experts_gluon16.gate_up(
             x, b.x, b.weights, order, table, (routed[0], routed[1]), (shared[0], shared[1]), inner, taken, b.limit,
-            b.extra, groups, first,
+            b.extra, rows // 64, first,
         )  # fmt: skip
         experts_gluon16.down(
-            inner, order, table, routed[2], shared[2], parts, taken[1:], b.tokens, b.extra, groups, second
+            inner, order, table, routed[2], shared[2], parts, taken[1:], b.tokens, b.extra, rows // 64, second
         )

@@ -44,6 +44,7 @@ __all__ = [
     "COUNTS",
     "Held",
     "TensorDescriptor",
+    "described",
     "descriptor",
     "expect",
     "fence_async_shared",
@@ -65,6 +66,12 @@ __all__ = [
 
 COUNTS = ("tiles", "items", "across", "pairs", "tokens", "experts", "shared")
 """Arguments whose values make no variant of a kernel: batches of every size run the same code."""
+
+
+@gluon.jit
+def described(tiles_ptr, tiles, tile):
+    """A tile's expert, below 0 for none, and where its pairs begin and end."""
+    return gl.load(tiles_ptr + tile), gl.load(tiles_ptr + tiles + tile), gl.load(tiles_ptr + 2 * tiles + tile)
 
 
 @gluon.jit
@@ -132,7 +139,8 @@ def make_room(x_desc, w_desc, MATRICES: gl.constexpr, GROUPS: gl.constexpr, STAG
     when it is free again."""
     OUT: gl.constexpr = w_desc.block_type.shape[0]
     DEPTH: gl.constexpr = w_desc.block_type.shape[1]
-    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [GROUPS * STAGES, 64, DEPTH], x_desc.layout)
+    ROWS: gl.constexpr = x_desc.block_type.shape[0]
+    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [GROUPS * STAGES, ROWS, DEPTH], x_desc.layout)
     w_tiles = gl.allocate_shared_memory(w_desc.dtype, [MATRICES * STAGES, OUT, DEPTH], w_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -17,13 +17,14 @@ barrier stands between the products. The shared experts come first: their matric
 kernels in front have ended. The routed ones follow in the same order in both products, so that what the second one
 begins with was ready long ago.
 
-All programs must be on the GPU at once, one a multiprocessor: `supported` and `State` see to that.
+All programs must be on the GPU at once, one a multiprocessor: `supported` and `Rings` see to that.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import weakref
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,10 +51,38 @@ State = tuple[Tensor, Tensor]
 
 
 def new_state(slots: int, width: int, device: torch.device) -> State:
-    """For experts of `width` channels, `slots` of them a token. Launches that may run at the same time, in two streams,
-    must not share one."""
-    words = torch.zeros(COPIES * slots * width, dtype=torch.int32, device=device)
-    return words, torch.ones(1, dtype=torch.int32, device=device)
+    """For experts of `width` channels, `slots` of them a token. Launches that may run at the same time must not share
+    one."""
+    with torch.inference_mode(False):
+        words = torch.zeros(COPIES * slots * width, dtype=torch.int32, device=device)
+        return words, torch.ones(1, dtype=torch.int32, device=device)
+
+
+class Rings:
+    """The states of whoever runs one pass after another on a GPU. Nobody else there has any (`claim`): two launches
+    at a time, each with a part of its programs on the GPU, would wait for ever."""
+
+    _claimed: ClassVar[weakref.WeakValueDictionary[torch.device, Rings]] = weakref.WeakValueDictionary()
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, int], State] = {}
+
+    @classmethod
+    def claim(cls, device: torch.device) -> Rings | None:
+        """New ones, or None as long as somebody else has some on this device, or it is none that could use them."""
+        if device.type != "cuda" or device in cls._claimed:
+            return None
+        made = cls._claimed[device] = cls()
+        return made
+
+    def of(self, x_1D: Tensor, slots: int, width: int) -> State | None:
+        """The state of a shape; None if the kernel does not take it, or if a graph is being recorded and the shape has
+        not been met before (its words must be there when the graph is replayed)."""
+        if (slots, width) not in self._made:
+            if not supported(x_1D, slots, width, x_1D.shape[1]) or torch.cuda.is_current_stream_capturing():
+                return None
+            self._made[slots, width] = new_state(slots, width, x_1D.device)
+        return self._made[slots, width]
 
 
 def supported(x: Tensor, slots: int, width: int, hidden: int) -> bool:

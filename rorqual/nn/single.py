@@ -6,7 +6,6 @@ the brick's own way is taken.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -26,6 +25,9 @@ from rorqual.nn.step import Step
 
 ON = True
 """Whether passes of one token take this way."""
+
+RING = True
+"""Whether its experts are one launch, where they can be."""
 
 ASK = 1
 """What kernels that have little to read ask to be brought into L2 for those to come: nothing (0), the weight of `o`
@@ -86,7 +88,9 @@ def attend(
     return y[None]
 
 
-def feed(brick: nn.Module, norm: RMSNorm, x_1ND: Tensor, ids_1N: Tensor) -> Tensor | None:
+def feed(
+    brick: nn.Module, norm: RMSNorm, x_1ND: Tensor, ids_1N: Tensor, step: Step | None = None
+) -> Tensor | None:
     """x + experts(norm(x)), of one token."""
     if not isinstance(brick, MoE):
         return None
@@ -106,23 +110,19 @@ def feed(brick: nn.Module, norm: RMSNorm, x_1ND: Tensor, ids_1N: Tensor) -> Tens
     )
     choice = chosen(logits_NE, router.bias, rule, table, ids_1N[0] if table is not None else None)
     y = single_experts.through_experts(
-        normed_ND, choice, *stacks, limit=e.limit, shared=shared, residual_1D=x_ND, state=_state(brick, x_ND)
+        normed_ND, choice, *stacks, limit=e.limit, shared=shared, residual_1D=x_ND, state=_state(brick, x_ND, step)
     )
     return y[None]
 
 
-_states: Any = weakref.WeakKeyDictionary()
-RING = True
-
-
-def _state(brick: MoE, x_ND: Tensor) -> single_ring.State | None:
+def _state(brick: MoE, x_ND: Tensor, step: Step | None) -> single_ring.State | None:
+    """What the experts' form in one launch keeps; None where it isn't to be taken."""
+    rings = step.shared.get("rings") if RING and isinstance(step, PagedStep) else None
+    if rings is None:
+        return None
     width = brick.experts.gate.stack().codes.shape[1]
     slots = brick.router.top_k + (0 if brick.shared is None else brick.shared.gate.weight.shape[0] // width)
-    if not RING or not single_ring.supported(x_ND, slots, width, x_ND.shape[1]):
-        return None
-    if brick not in _states:
-        _states[brick] = single_ring.new_state(slots, width, x_ND.device)
-    found: single_ring.State = _states[brick]
+    found: single_ring.State | None = rings.of(x_ND, slots, width)
     return found
 
 

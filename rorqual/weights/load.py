@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rorqual.family import ModelConfig
 from rorqual.family.hub import from_hub
+from rorqual.kernels.ahead import prepare
 from rorqual.kernels.quant import FP4_BLOCK, dequantize_fp4, dequantize_fp8
 from rorqual.nn import Transformer
 from rorqual.nn.linear import Matrix
@@ -71,6 +72,8 @@ def load(
     path, device = Path(path), usable(device)
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype must be a float type such as torch.bfloat16, got {dtype}")
+    if device.type == "cuda":
+        prepare()
     # Parameters made in inference mode could never be trained.
     with _refusing(path), torch.inference_mode(False):
         if path.suffix.lower() == ".gguf":

@@ -28,10 +28,17 @@ def test_nothing_of_anyones_is_touched(kind: str, monkeypatch: pytest.MonkeyPatc
     before = [{name: memory[1:].clone() for name, memory in store.items()} for store in engine.runner.stores]
     told = [(r.ids[:], r.pages[:], r.ring, r.held) for r in plan.requests]
     passes = len(runs)
+    drawn: list[tuple[int, list[int]]] = []
+    sampler = engine.runner.sampler
+    monkeypatch.setattr(sampler, "rehearse", lambda logits, slots: drawn.append((len(logits), slots)))
+    tables = torch.stack((sampler.newest_S, sampler._drawn_S, sampler._unsound_S))
     rehearsals = rehearse.Rehearsals()
     rehearsals.rehearse(engine.runner, plan)
     rehearsals.rehearse(engine.runner, plan)
     assert len(runs) == passes + 1, "one pass over nothing, the first time alone"
+    ending = [r for r, count in plan.chunks if r.held + count == len(r.ids)]
+    assert drawn == [(len(plan.decodes) + len(ending), [r.slot for r in (*plan.decodes, *ending)])]
+    assert torch.equal(tables, torch.stack((sampler.newest_S, sampler._drawn_S, sampler._unsound_S)))
     assert [(r.ids, r.pages, r.ring, r.held) for r in plan.requests] == told
     for store, kept in zip(engine.runner.stores, before, strict=True):
         assert all(torch.equal(memory[1:], kept[name]) for name, memory in store.items())

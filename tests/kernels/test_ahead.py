@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rorqual.kernels.ahead import compiled_ahead
+from rorqual.kernels.ahead import compiled_ahead, prepare
 from rorqual.kernels.gpu import tl, triton
 
 jit = pytest.importorskip("triton.runtime.jit")
@@ -49,6 +52,36 @@ def test_new_memory_is_zero_inside() -> None:
             torch.empty_strided((10, 100), (100, 1), dtype=torch.int32),
         ]
         assert not any(t.any() for t in made)
+
+
+def test_preparations_are_made_once() -> None:
+    threads = prepare()
+    assert prepare() is threads
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert pytest.importorskip("triton.runtime.cache").triton_key.cache_info().currsize == 1
+
+
+def test_nothing_heavy_is_imported() -> None:
+    """The first token of a process would wait for it: PyTorch's compiler takes seconds to import."""
+    said = subprocess.run(
+        [sys.executable, "-c", LIGHT],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert said.stdout.split() == ["True", "False"], said.stdout + said.stderr
+
+
+LIGHT = """
+import sys, torch
+from rorqual.kernels.ahead import compiled_ahead
+with compiled_ahead() as ahead:
+    torch.nn.functional.linear(torch.empty(2, 3), torch.ones(4, 3)).new_empty(5)
+print(ahead, "torch._dynamo" in sys.modules)
+"""
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from torch import Tensor
 from rorqual.kernels import experts as op
 from rorqual.kernels import experts_run, gluon_rings
 from rorqual.kernels.experts import Plan, Shared, Tiles, Weights, fast, reference
+from rorqual.kernels.experts_gather import gather_kernel
 from rorqual.kernels.experts_triton import count_kernel, place_kernel, scan_kernel, sort_kernel, spread_kernel
 from rorqual.kernels.quant import dequantize_fp8, quantize_fp8
 from tests.interpreter import repair
@@ -197,13 +198,17 @@ def test_fp8(device: torch.device, form: str) -> None:
 
 
 @pytest.mark.parametrize("limit, shared", [(None, 2), (0.5, 0)])
-@pytest.mark.parametrize(
-    "codes, rows, stages", [(False, 128, 4), (False, 192, 3), (True, 128, 4), (True, 192, 4)]
-)
+@pytest.mark.parametrize("codes, rows, stages", [(False, 128, 4), (False, 192, 3), (True, 128, 4)])
 def test_gluon(
-    device: torch.device, codes: bool, rows: int, stages: int, limit: float | None, shared: int
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    codes: bool,
+    rows: int,
+    stages: int,
+    limit: float | None,
+    shared: int,
 ) -> None:
-    """Several tiles of an expert, one of few pairs, one of none."""
+    """Several tiles of an expert, one of few pairs, one of none; pairs sorted in one launch and in several."""
     *args, common = case(device, 300, 2, 4, 512, 256, shared, dtype=torch.bfloat16, codes=codes)
     x, ids = args[:2]
     if not gluon_rings.supported(x, 256, 512):
@@ -212,9 +217,12 @@ def test_gluon(
     ids[5] = -1
     ids[7, 0] = 2
     tile = Tiles(rows, 128, 128, 4, stages, False)
-    y = fast(*args, limit=limit, shared=common, how=Plan(tile, tile, codes=codes, gluon=True))
+    how = Plan(tile, tile, codes=codes, gluon=True)
+    y = fast(*args, limit=limit, shared=common, how=how)
     expected = exact(*args, common, limit, quantized=codes)
     close(y, expected, 2e-2)
+    monkeypatch.setattr(experts_run, "ONE_CHUNK", 4)
+    assert torch.equal(fast(*args, limit=limit, shared=common, how=how), y)
 
 
 @pytest.mark.parametrize("chunks", [False, True])
@@ -287,6 +295,27 @@ def test_spread(device: torch.device, fp8: bool) -> None:
         expected = dequantize_fp8(*quantize_fp8(expected, (1, 128)), (1, 128), torch.float32)
         spread = dequantize_fp8(spread, scales, (1, 128), torch.float32)
     assert torch.equal(spread, expected)
+
+
+def test_gather(device: torch.device) -> None:
+    """Rows by place, then by token, quantised; a place of no pair may hold anything that is finite."""
+    tokens, chosen, hidden = 5, 2, 256
+    x = torch.randn(tokens, hidden).to(device)
+    pairs = tokens * chosen
+    order = torch.randperm(pairs).int()
+    wanted = torch.cat([x.cpu()[order // chosen], x.cpu()]).to(device)
+    order[pairs - 1] = 2**30
+    codes = torch.zeros(pairs + tokens, hidden, device=device).to(torch.float8_e4m3fn)
+    scales = torch.zeros(pairs + tokens, hidden // 128, device=device)
+    taken = torch.full((2,), 7, dtype=torch.int32, device=device)
+    gather_kernel[(pairs + tokens, 1)](
+        x, order.to(device), codes, scales, taken, pairs, tokens, hidden, K=chosen, GROUPS=4, PDL=False
+    )
+    got = dequantize_fp8(codes, scales, (1, 128), torch.float32)
+    expected = dequantize_fp8(*quantize_fp8(wanted, (1, 128)), (1, 128), torch.float32)
+    real = [row for row in range(pairs + tokens) if row != pairs - 1]
+    assert torch.equal(got[real], expected[real]) and bool(got.isfinite().all())
+    assert taken.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("codes", [False, True])
