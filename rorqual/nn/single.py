@@ -110,7 +110,13 @@ def feed(
     )
     choice = chosen(logits_NE, router.bias, rule, table, ids_1N[0] if table is not None else None)
     y = single_experts.through_experts(
-        normed_ND, choice, *stacks, limit=e.limit, shared=shared, residual_1D=x_ND, state=_state(brick, x_ND, step)
+        normed_ND,
+        choice,
+        *stacks,
+        limit=e.limit,
+        shared=shared,
+        residual_1D=x_ND,
+        state=_state(brick, x_ND, step),
     )
     return y[None]
 
