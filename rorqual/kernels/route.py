@@ -29,7 +29,6 @@ BY_ROWS = 2
 BY_TILES = 256
 """Tokens up to which the matrix's inner axis is shared among programs; beyond, PyTorch's product is used."""
 CHOOSING_WARPS = 1
-AHEAD = True
 
 
 @dataclass(frozen=True)
@@ -353,13 +352,14 @@ def _choose(
 
 def chosen(
     logits_NE: Tensor, bias_E: Tensor | None, rule: Rule, table_VK: Tensor | None = None,
-    token_N: Tensor | None = None,
+    token_N: Tensor | None = None, ahead: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`route` from logits that are at hand, fp32 without gaps, on a GPU."""
+    """`route` from logits that are at hand, fp32 without gaps, on a GPU. `ahead`: the next kernel may start before
+    the logits are there; it must wait itself before it reads the choice."""
     shape = (logits_NE.shape[0], rule.top_k)
     ids_NK = torch.empty(shape, dtype=torch.int32, device=logits_NE.device)
     weights_NK = torch.empty(shape, dtype=torch.float32, device=logits_NE.device)
-    _choose(logits_NE[None], bias_E, rule, ids_NK, weights_NK, table_VK, token_N, None, ahead=AHEAD)
+    _choose(logits_NE[None], bias_E, rule, ids_NK, weights_NK, table_VK, token_N, None, ahead)
     return ids_NK, weights_NK
 
 

@@ -75,18 +75,25 @@ class Rings:
         made = cls._claimed[device] = cls()
         return made
 
-    def of(self, x_1D: Tensor, slots: int, width: int) -> State | None:
-        """The state of a shape; None if the kernel does not take it, or if a graph is being recorded and the shape has
-        not been met before (its words must be there when the graph is replayed)."""
+    def of(self, x_1D: Tensor, slots: int, width: int, codes: bool) -> State | None:
+        """The state of a shape; None if the kernel does not take it or is slower, or if a graph is being recorded and
+        the shape has not been met before (its words must be there when the graph is replayed).
+
+        Slower is bf16 whose second product has more than 16 channels a program: 153 us for 140 at V3's sizes, where
+        FP8 takes 84 for 103."""
         if (slots, width) not in self._made:
-            if not supported(x_1D, slots, width, x_1D.shape[1]) or torch.cuda.is_current_stream_capturing():
+            hidden = x_1D.shape[1]
+            if not supported(x_1D, slots, width, hidden) or not (codes or hidden <= 16 * PROGRAMS):
+                return None
+            if torch.cuda.is_current_stream_capturing():
                 return None
             self._made[slots, width] = new_state(slots, width, x_1D.device)
         return self._made[slots, width]
 
 
 def supported(x: Tensor, slots: int, width: int, hidden: int) -> bool:
-    """Whether the kernel takes `slots` experts of such sizes, on the device of x."""
+    """Whether the kernel takes `slots` experts of such sizes, on the device of x (whole: where several processes
+    share its multiprocessors, by MPS, not all programs may be there at once)."""
     return (
         AVAILABLE
         and x.is_cuda

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rorqual.kernels import single, single_experts, single_mla, single_ring
-from rorqual.kernels.experts import Weights
+from rorqual.kernels.experts import Shared, Weights
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.mode import is_invariant
 from rorqual.kernels.route import Rule, chosen
@@ -108,27 +108,27 @@ def feed(
     (logits_NE,) = single.rows(
         x_ND, [router.weight], [None], by, normed_ND=normed_ND, out_dtype=torch.float32
     )
-    choice = chosen(logits_NE, router.bias, rule, table, ids_1N[0] if table is not None else None)
+    state = _state(brick, x_ND, stacks, shared, step)
+    token = ids_1N[0] if table is not None else None
+    # Experts that may start early ask for matrices that need no choice; in bf16 two launches gain nothing by it.
+    ahead = state is not None or stacks[0].scale is not None
+    choice = chosen(logits_NE, router.bias, rule, table, token, ahead)
     y = single_experts.through_experts(
-        normed_ND,
-        choice,
-        *stacks,
-        limit=e.limit,
-        shared=shared,
-        residual_1D=x_ND,
-        state=_state(brick, x_ND, step),
+        normed_ND, choice, *stacks, limit=e.limit, shared=shared, residual_1D=x_ND, state=state
     )
     return y[None]
 
 
-def _state(brick: MoE, x_ND: Tensor, step: Step | None) -> single_ring.State | None:
+def _state(
+    brick: MoE, x_ND: Tensor, stacks: tuple[Weights, ...], shared: Shared | None, step: Step | None
+) -> single_ring.State | None:
     """What the experts' form in one launch keeps; None where it isn't to be taken."""
     rings = step.shared.get("rings") if RING and isinstance(step, PagedStep) else None
-    if rings is None:
+    if rings is None or any(w.codes.data_ptr() % 16 for w in (*stacks, *(shared or ()))):
         return None
-    width = brick.experts.gate.stack().codes.shape[1]
-    slots = brick.router.top_k + (0 if brick.shared is None else brick.shared.gate.weight.shape[0] // width)
-    found: single_ring.State | None = rings.of(x_ND, slots, width)
+    width = stacks[0].codes.shape[1]
+    slots = brick.router.top_k + (0 if shared is None else shared[0].codes.shape[0] // width)
+    found: single_ring.State | None = rings.of(x_ND, slots, width, stacks[0].scale is not None)
     return found
 
 
