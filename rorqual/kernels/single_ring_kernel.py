@@ -432,7 +432,7 @@ def ring_kernel(
                                 count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 2
                             )  # fmt: skip
                             count += 1
-                        start, many = _part(item, W, RUN, RUNS, SHARED)
+                        _, many = _part(item, W, RUN, RUNS, SHARED)
                         one = _met(one, many, RUNS)
                         two = _met(two, many, RUNS)
                         if CODES:
