@@ -17,6 +17,7 @@ from rorqual.engine.packed import FIELDS, Laid, Left, fields, lay, numbers
 from rorqual.engine.request import Request
 from rorqual.engine.staging import Staging
 from rorqual.kernels.ahead import compiled_ahead
+from rorqual.kernels.single_ring import Rings
 from rorqual.nn.layout import apart
 from rorqual.nn.paged import Group, PagedStep
 
@@ -90,6 +91,7 @@ class Graphs:
         self._further = None if further is None else weakref.WeakMethod(further)
         self.page_size = page_size
         self.left, self.staging = left, staging
+        self._rings = Rings.claim(left.newest_S.device)
         self._made: dict[tuple[int, int, int], Recorded] = {}
         self._pool: Any = None
 
@@ -157,6 +159,7 @@ class Graphs:
             group.end = int(laid.ends_S.max())
         step = PagedStep(laid.positions_N, [group], self.page_size)
         step.shared["slots", 1] = laid.slots_N
+        step.shared["rings"] = self._rings
         forward = self._forward()
         assert forward is not None
         return laid, step, *forward(laid.ids_N[None], step)

@@ -43,6 +43,7 @@ __all__ = [
     "AVAILABLE",
     "COUNTS",
     "Held",
+    "TensorDescriptor",
     "described",
     "descriptor",
     "expect",
