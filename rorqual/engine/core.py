@@ -316,7 +316,7 @@ class Core:
             )
             request.blocks += 1
             if request.blocks == whole and request.held + request.loose - whole * size <= ROLLBACK - 2:
-                copy = self.pages.room_for_copy(request.pages[whole - 1])
+                copy = self.pages.room_for_copy(request.block_name)
                 if copy:
                     self.runner.copy_ring(request.ring, copy)
 
