@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -65,6 +66,10 @@ class Recorded:
     drafting: Tensor | None = None
     """MTP's logits `[S, V]`, once it has run."""
     replay_mtp: Callable[[], None] | None = None
+
+
+_RECORDING = threading.Lock()
+"""One recording at a time: engines share the streams for it."""
 
 
 @functools.cache
@@ -193,6 +198,10 @@ class Graphs:
         return made
 
     def _record(self, packed: Tensor, size: int, width: int) -> Recorded:
+        with _RECORDING:
+            return self._recorded(packed, size, width)
+
+    def _recorded(self, packed: Tensor, size: int, width: int) -> Recorded:
         # What runs before recording compiles kernels and makes what they keep; `packed` is blank, so that no
         # live page is written to.
         side = _aside(packed.device)

@@ -190,6 +190,8 @@ def supported(x: Tensor, codes_OD: Tensor) -> bool:
     return (
         AVAILABLE
         and x.is_cuda
+        and x.dtype == codes_OD.dtype == torch.float8_e4m3fn
+        and x.stride(1) == codes_OD.stride(1) == 1
         and torch.cuda.get_device_capability(x.device)[0] == 9
         and codes_OD.shape[1] % 128 == 0
         and all(t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, codes_OD))
