@@ -88,7 +88,13 @@ class Graphs:
     """
 
     def __init__(
-        self, page_size: int, forward: Forward, further: Further | None, left: Left, staging: Staging
+        self,
+        page_size: int,
+        forward: Forward,
+        further: Further | None,
+        left: Left,
+        staging: Staging,
+        rings: Rings | None = None,
     ) -> None:
         # Their methods' owner has these graphs. Were it held here too, its caches would outlive it until the garbage
         # collector comes, and that knows nothing of a GPU's memory.
@@ -96,7 +102,7 @@ class Graphs:
         self._further = None if further is None else weakref.WeakMethod(further)
         self.page_size = page_size
         self.left, self.staging = left, staging
-        self._rings = Rings.claim(left.newest_S.device)
+        self._rings = rings
         self._made: dict[tuple[int, int, int], Recorded] = {}
         self._pool: Any = None
 

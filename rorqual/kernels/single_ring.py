@@ -23,6 +23,7 @@ All programs must be on the GPU at once, one a multiprocessor: `supported` and `
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from typing import Any, ClassVar
 
@@ -62,6 +63,7 @@ class Rings:
     """The states of whoever runs one pass after another on a GPU. Nobody else there has any (`claim`): two launches
     at a time, each with a part of its programs on the GPU, would wait for ever."""
 
+    _lock: ClassVar[threading.Lock] = threading.Lock()
     _claimed: ClassVar[weakref.WeakValueDictionary[torch.device, Rings]] = weakref.WeakValueDictionary()
 
     def __init__(self) -> None:
@@ -70,10 +72,11 @@ class Rings:
     @classmethod
     def claim(cls, device: torch.device) -> Rings | None:
         """New ones, or None as long as somebody else has some on this device, or it is none that could use them."""
-        if device.type != "cuda" or device in cls._claimed:
-            return None
-        made = cls._claimed[device] = cls()
-        return made
+        with cls._lock:
+            if device.type != "cuda" or device in cls._claimed:
+                return None
+            made = cls._claimed[device] = cls()
+            return made
 
     def of(self, x_1D: Tensor, slots: int, width: int, codes: bool) -> State | None:
         """The state of a shape; None if the kernel does not take it or is slower, or if a graph is being recorded and

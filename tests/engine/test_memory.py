@@ -16,6 +16,7 @@ import torch
 from rorqual import Sampling
 from rorqual.engine import Engine
 from rorqual.engine.loop import Answer
+from rorqual.kernels.single_ring import Rings
 from rorqual.model import Model
 from tests.engine.conftest import MEMBERS, build
 from tests.engine.test_engine import as_on_a_gpu, engine_of
@@ -186,3 +187,29 @@ def test_an_iterator_that_waits_keeps_nothing() -> None:
     del engine
     assert parts[0]() is None
     assert len(list(stream)) == 5
+
+
+def test_one_engine_a_gpu_has_the_rings() -> None:
+    """Two launches at a time whose programs wait for each other would never end."""
+    here, there = torch.device("cuda", 6), torch.device("cuda", 7)
+    first = Rings.claim(here)
+    assert first is not None and Rings.claim(here) is None and Rings.claim(there) is not None
+    del first
+    assert Rings.claim(here) is not None
+    assert Rings.claim(torch.device("cpu")) is None
+
+
+def test_rings_outlast_a_change_of_weights() -> None:
+    engine = engine_of(build("v3"), 200)
+    as_on_a_gpu(engine)
+    engine.runner._rings = Rings.claim(torch.device("cuda", 6))
+    engine.runner.graphs = engine.runner.new_graphs()
+    assert engine.runner.graphs._rings is not None
+    engine.submit([5, 6], GREEDY).result()
+    engine.model.embed.weight.data = engine.model.embed.weight.data.clone()  # at another place
+    engine.weights_changed()
+    assert engine.runner.graphs is not None and engine.runner.graphs._rings is engine.runner._rings
+    engine.submit([5, 6], GREEDY).result()
+    engine.close()
+    gc.collect()  # what stands for a recorded graph on a CPU knows itself
+    assert Rings.claim(torch.device("cuda", 6)) is not None
