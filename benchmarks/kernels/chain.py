@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.timing import replays_us
 from benchmarks.lite import READ, decode, lite, quantise
 from rorqual.engine.engine import Engine
 from rorqual.kernels import single, single_experts, single_mla
 from rorqual.kernels.route import Rule, chosen
+from rorqual.kernels.single_ring import Rings
 from rorqual.nn import Transformer
 from rorqual.nn import single as way
 from rorqual.nn.paged import Group, PagedStep, new_store
@@ -46,6 +48,7 @@ class Pass:
         self.table = torch.arange(1, BLOCKS + 1, device=device, dtype=torch.int32)[None]
         self.ends = torch.tensor([CONTEXT], device=device, dtype=torch.int32)
         self.rings = torch.zeros_like(self.ends)
+        self.rings = Rings()
         self.offsets = torch.tensor([0, 1], dtype=torch.int32, device=device)
 
     def step(self) -> PagedStep:
@@ -53,7 +56,9 @@ class Pass:
         group = Group(
             slice(0, 1), [], [], 1, BLOCKS * PAGE, self.table, self.rings, self.ends, self.offsets, True
         )
-        return PagedStep(self.positions, [group], PAGE)
+        step = PagedStep(self.positions, [group], PAGE)
+        step.shared["rings"] = self.rings
+        return step
 
     def run(self, x: Tensor, step: PagedStep, rounds: int = 1) -> Tensor:
         """x `[1, 1, D]` through the mixture layers, `rounds` times."""
@@ -71,17 +76,9 @@ def replayed(run: Callable[[], Any], replays: int = 15) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = run()
-    for _ in range(3):
-        graph.replay()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * replays)]
-    for i in range(replays):
-        marks[2 * i].record()
-        graph.replay()
-        marks[2 * i + 1].record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in zip(marks[::2], marks[1::2], strict=True))
+    took = replays_us(graph, replays)
     del kept
-    return times[len(times) // 2] * 1e3
+    return took
 
 
 def floor(model: Transformer) -> float:
@@ -119,8 +116,8 @@ def compare(p: Pass) -> str:
             again = way.attend(any_layer.attention, any_layer.attention_norm, x, step, store, any_layer.ff)
             found.append("attention " + apart(got, want, again, x))
             x, want = want, want + any_layer._feed(any_layer.ff_norm(want), p.ids, step)
-            got = way.feed(any_layer.ff, any_layer.ff_norm, x, p.ids)
-            again = way.feed(any_layer.ff, any_layer.ff_norm, x, p.ids)
+            got = way.feed(any_layer.ff, any_layer.ff_norm, x, p.ids, step)
+            again = way.feed(any_layer.ff, any_layer.ff_norm, x, p.ids, step)
             if got is not None:
                 found.append("feed " + apart(got, want, again, x))
             x = want
@@ -248,7 +245,7 @@ def pieces(p: Pass, kind: str) -> None:
         "q, kv": project,
         "core": core,
         "o": out,
-        "feed": lambda n: way.feed(layers[n].ff, layers[n].ff_norm, x, p.ids),
+        "feed": lambda n: way.feed(layers[n].ff, layers[n].ff_norm, x, p.ids, step),
         "router": lambda n: router(n, False),
         "router, choice": lambda n: router(n, True),
         "experts": experts,

@@ -8,13 +8,25 @@ the weight that together exceed the L2 cache several times.
 from __future__ import annotations
 
 import os
+import sys
 import time
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.skinny import READ, ROTATE, beside, failed, graph_us, poison, short
+from benchmarks.kernels.skinny import (
+    READ,
+    ROTATE,
+    beside,
+    failed,
+    graph_us,
+    poison,
+    short,
+)
+from benchmarks.kernels.timing import captured, replay_us, turns_us
+from rorqual.kernels import fp8_gluon
 from rorqual.kernels import fp8_linear as op
 from rorqual.kernels.gpu import triton
 from rorqual.kernels.quant import E8M0, dequantize_fp8, quantize_fp8
@@ -151,6 +163,145 @@ def small_ways(rows: int, out: int, width: int) -> list[dict[str, Any]]:
     return best
 
 
+def ring_ways(rows: int, out: int, width: int) -> list[dict[str, Any]]:
+    """Cuts of the Gluon form worth timing: the one chosen first; then others by rows, outputs, warps, runs of 128
+    channels in a piece, and pieces at a time."""
+    chosen = fp8_gluon.plan(rows, out, width)
+    found = [] if chosen is None else [chosen]
+    steps = width // 128
+    while steps > 16:
+        steps //= 2
+    cuts: dict[int, tuple[tuple[int, ...], ...]] = {
+        16: ((64, 4, 4, 4), (64, 4, 2, 8), (64, 4, 1, 10)),
+        32: ((64, 4, 2, 8), (64, 4, 1, 12), (64, 4, 1, 9), (64, 4, 2, 6)),
+        64: ((64, 4, 1, 8), (64, 4, 1, 10), (64, 4, 1, 13), (64, 4, 2, 4), (64, 4, 2, 5), (64, 4, 4, 3)),
+        128: ((64, 8, 1, 6), (64, 8, 1, 9), (64, 8, 2, 3), (64, 8, 4, 2)),
+    }  # fmt: skip
+    BN = max(16, triton.next_power_of_2(rows))
+    for bo, warps, wide, stages in cuts[BN]:
+        how = {
+            "BN": BN, "BO": bo, "STEPS": steps, "WIDE": wide, "STAGES": stages, "TALL": rows <= 32,
+            "num_warps": warps,
+        }  # fmt: skip
+        if how not in found:
+            found.append(how)
+    return found if (rows, out, width) in RING[:3] else found[:1]
+
+
+QUANTIZE: tuple[dict[str, Any], ...] = ({"BN": 4, "num_warps": 1},)
+
+
+RING = (
+    (64, 7168, 2048), (128, 7168, 2048), (32, 7168, 2048), (64, 2112, 7168), (16, 7168, 2048), (48, 7168, 2048),
+    (64, 576, 2048), (64, 8192, 1536), (8, 4096, 1024), (100, 3072, 1536),
+)  # fmt: skip
+
+
+def check_ring(rows: int, out: int, width: int, how: dict[str, Any]) -> None:
+    """Against fp64, by given codes, in a chain and ahead; the same bits by all."""
+    codes, scale = weight(out, width)
+    x = torch.randn(rows, width, device="cuda").bfloat16()
+    held = op.quantize_fast(x)
+    z = dequantize_fp8(held[0], held[1], (1, 128), torch.float64)
+    w = dequantize_fp8(codes, scale, (128, 128), torch.float64)
+    want, size = z @ w.T, z.abs() @ w.abs().T
+    poison()
+    ys = [
+        op.fast(x, codes, scale, how=how, quantized=held),
+        op.fast(x, codes, scale, how=how),
+        op.fast(x, codes, scale, how=how, ahead=True),
+    ]
+    if "STEPS" in how:
+        ys += [
+            ring_call(x, (codes, scale), how, ahead, None, by) for ahead in (False, True) for by in QUANTIZE
+        ]
+    off = float(((ys[0] - want).abs() / size).max()) if ys[0].isfinite().all() else float("inf")
+    same = all(torch.equal(y, ys[0]) for y in ys)
+    if off > 2**-8 or not same:
+        print(f"WRONG ring {rows}x{out}x{width} {short(how)}: {off:.1e}, same bits {same}", flush=True)
+
+
+def ring_call(x: Tensor, w: Any, how: Any, ahead: bool, codes: Any = None, by: Any = None) -> Tensor:
+    """A product; `by` is another way to quantise before it."""
+    if by:
+        codes = op.quantize_fast(x, False, ahead, by, followed=True)
+        return op.fast(x, *w, ahead=True, how=how, quantized=codes)
+    return op.fast(x, *w, ahead=ahead, how=how, quantized=codes)
+
+
+def time_ring() -> None:
+    """Few rows, by DeepGEMM where it is, Triton and Gluon: us of the product alone (behind what is before, or its
+    weight asked for ahead), and with quantising."""
+    try:
+        import deep_gemm  # type: ignore[import-not-found]
+    except ImportError:
+        deep_gemm = None
+    print(
+        "ring: us, replays in turns (best in a row) alone; alone, ahead; with quantising; with quantising, ahead"
+    )
+    for rows, out, width in RING:
+        held = [weight(out, width) for _ in range(max(2, min(12, int(4e8) // (out * width))))]
+        x = torch.randn(rows, width, device="cuda").bfloat16()
+        given = op.quantize_fast(x)
+        y = torch.empty(rows, out, device="cuda", dtype=torch.bfloat16)
+
+        def peer(w: Any, codes: Any = None, x: Any = x, y: Any = y) -> Any:
+            deep_gemm.fp8_gemm_nt(codes or op.quantize_rows(x), w, y, disable_ue8m0_cast=True)
+            return y
+
+        gluon = ring_ways(rows, out, width)
+        ways: list[tuple[str, Any, Any]] = [("Triton", op.plan(rows, out, width, gluon=False), None)]
+        ways += [(short(how), how, None) for how in gluon]
+        some = QUANTIZE, gluon[:1]
+        ways += [(f"{short(how)}, quantize {short(by)}", how, by) for by in some[0] for how in some[1]]
+        calls: dict[Any, Any] = {}
+        if deep_gemm:
+            calls["DeepGEMM", 0] = [lambda w=w, p=peer, g=given: p(w, g) for w in held]
+            calls["DeepGEMM", 2] = [lambda w=w, p=peer: p(w) for w in held]
+        for name, how, by in ways:
+            for column in range(4):
+                if by is None or column > 1:
+                    codes = given if column < 2 else None
+                    call = partial(ring_call, how=how, ahead=column % 2 == 1, codes=codes, by=by)
+                    calls[name, column] = [partial(call, x, w) for w in held]
+        graphs = {}
+        for key, each in calls.items():
+            try:
+                graphs[key] = captured(each)
+            except Exception:
+                failed(str(key))
+        us = turns_us(graphs)
+        best = {key: min(replay_us(graph) for _ in range(4)) for key, graph in graphs.items()}
+        print(f"{rows}x{out}x{width}", flush=True)
+        for name in dict.fromkeys(name for name, _ in us):
+            cells = [
+                f"{us[name, c] / len(held):5.2f} ({best[name, c] / len(held):5.2f})"
+                if (name, c) in us
+                else " " * 13
+                for c in range(4)
+            ]
+            print(f"    {'  '.join(cells)}  {name}", flush=True)
+
+
+def ring() -> None:
+    """`python -m benchmarks.kernels.fp8_linear ring [check]`"""
+    jobs = [
+        ("check_ring", (rows, out, width, how))
+        for rows, out, width in RING
+        for how in ring_ways(rows, out, width)
+    ]
+    jobs += [("check_ring", (13, 200, 2048, ring_ways(64, 7168, 2048)[0]))]
+    jobs += [
+        ("check_ring", (rows, out, width, op.plan(rows, out, width, gluon=False)))
+        for rows, out, width in RING
+    ]
+    if "check" in sys.argv:
+        beside("benchmarks.kernels.fp8_linear", jobs, 60.0, 4)
+        return
+    with torch.inference_mode():
+        time_ring()
+
+
 def warm(rows: int, out: int, width: int, how: Any) -> None:
     """Compile one cut."""
     codes, scale = weight(out, width)
@@ -257,6 +408,9 @@ def jobs() -> list[tuple[str, Any]]:
 def main() -> None:
     torch.manual_seed(int(time.time()))
     start = time.time()
+    if "ring" in sys.argv:
+        ring()
+        return
     beside("benchmarks.kernels.fp8_linear", jobs())
     with torch.inference_mode():
         for step in (time_small, time_large, time_quantize):

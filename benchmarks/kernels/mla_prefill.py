@@ -4,6 +4,7 @@
 own with a time limit, since a kernel that hangs hangs its process.
 """
 
+import functools
 import itertools
 import os
 import subprocess
@@ -177,6 +178,85 @@ CASES: list[tuple[list[tuple[int, int]], int]] = [
 ]  # fmt: skip
 
 
+SHORT: list[tuple[list[tuple[int, int]], int]] = [
+    ([(512, 16384)] * 4, 16), ([(256, 256)] * 32, 16), ([(1024, 1024)] * 8, 16), ([(8192, 8192)] * 2, 16),
+    ([(128, 128)] * 64, 16), ([(512, 512)] * 16, 16), ([(128, 16384)] * 8, 16), ([(2048, 8192)] * 2, 16),
+    ([(4096, 4096)] * 8, 16), ([(100 + 60 * i, 300 + 100 * i) for i in range(20)], 16),
+]  # fmt: skip
+SHORT_WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gluon": ("hopper", {}), "no turns": ("hopper", {"turns": False}), "group 1": ("hopper", {"group": 1}),
+    "group 16": ("hopper", {"group": 16}), "64 x 3": ("hopper", {"block_n": 64, "stages": 3}),
+    "plain 64/64/4/2": ("plain", {"tiles": (64, 64, 4, 2)}), "plain 64/32/4/2": ("plain", {"tiles": (64, 32, 4, 2)}),
+}  # fmt: skip
+
+
+def _form(kind: str, options: dict[str, Any]) -> Callable[..., Tensor]:
+    base: Any = hopper.fast if kind == "hopper" else plain.fast
+    return lambda **x: base(**x, **options)
+
+
+def short_check(name: str) -> None:
+    """One way, against fp64."""
+    for lengths, heads in (CASES[2], ([(256, 256), (100, 256)], 16), ([(512, 1900), (512, 1500)], 2)):
+        work = functools.partial(error, _form(*SHORT_WAYS[name]), lengths, heads)
+        guarded(f"{name} {heads} heads {str(lengths)[:18]}", work)
+
+
+def host_us(call: Callable[[], Any]) -> float:
+    """Microseconds that a call takes the host."""
+    import time
+
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(30):
+        call()
+    return (time.perf_counter() - start) / 30 * 1e6
+
+
+def short() -> None:
+    """Short prompts and long prefixes: TFLOP/s of graph replays, of eager calls, and us a call of the host's."""
+    from triton.testing import do_bench
+
+    from benchmarks.kernels.timing import captured, turns_us
+
+    try:
+        import fa3_fwd_interface as fa3
+    except ImportError:
+        fa3 = None
+    for lengths, heads in SHORT:
+        x = inputs(lengths, heads)
+        flop = 2e-6 * heads * sum(q * m - q * (q - 1) / 2 for q, m in lengths) * 320
+
+        def fa3_alone(x: Any = x, k: Any = None) -> Any:
+            return fa3.flash_attn_varlen_func(
+                x["q_NHd"], k, x["v_MHv"], x["starts_q"], x["starts_k"], x["max_q"], x["max_k"],
+                softmax_scale=x["scale"], causal=True,
+            )  # fmt: skip
+
+        print(f"{len(lengths)} x {lengths[0]}, {heads} heads", flush=True)
+        ways: dict[str, Any] = {}
+        if fa3 is not None:
+            k = torch.cat((x["k_MHn"], x["rope_Mr"][:, None].expand(-1, heads, -1)), -1)
+            ways["FA3"] = lambda k=k, x=x: fa3_alone(x, k)
+        for name, (kind, options) in SHORT_WAYS.items():
+            if kind == "plain" and lengths[0][0] > 1024:
+                continue
+            ways[name] = functools.partial(_form(kind, options), **x)
+        graphs: dict[str, Any] = {}
+        for name, call in ways.items():
+            try:
+                graphs[name] = captured([call] * 3)
+            except Exception:
+                print(f"    {name} FAILED {traceback.format_exc().splitlines()[-1][:200]}", flush=True)
+        for name, us in turns_us(graphs, 7, 0.003).items():
+            text = f"    {name:22s} {flop / us * 3:6.1f} TF {us / 3:7.1f} us"
+            if name in ("FA3", "gluon"):
+                ms = do_bench(ways[name], warmup=5, rep=25, return_mode="median")
+                text += f" | eager {flop / ms / 1e3:6.1f}, host {host_us(ways[name]):4.0f} us"
+            print(text, flush=True)
+
+
 def part(name: str) -> None:
     """One part, in this process."""
     forms: dict[str, Any] = {"plain": (plain.fast, PLAIN), "hopper": (hopper.fast, HOPPER)}
@@ -211,6 +291,18 @@ def run(name: str, limit: float, warm: bool = False) -> subprocess.Popen[str]:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["short"]:
+        with torch.inference_mode():
+            if len(sys.argv) > 2:
+                short_check(sys.argv[2])
+            else:
+                short()
+        return
+    if sys.argv[1:] == ["short-check"]:
+        from benchmarks.kernels.skinny import beside
+
+        beside("benchmarks.kernels.mla_prefill", [("short_check", (name,)) for name in SHORT_WAYS], 62.0, 4)
+        return
     if len(sys.argv) > 1:
         part(sys.argv[1])
         return

@@ -51,7 +51,8 @@ DECODE = (  # heads, batch, tokens, width: the six of the assignment, then what 
     (16, 128, 4096, 1), (64, 128, 4096, 1), (128, 128, 4096, 1), (128, 8, 32768, 1), (16, 1, 131072, 1),
     (16, 32, 4096, 1), (64, 1, 4096, 1), (128, 1, 4096, 1), (64, 16, 2048, 1), (128, 16, 2048, 1),
     (128, 64, 1024, 1), (64, 256, 512, 1), (128, 1, 65536, 1), (16, 128, 4096, 2), (64, 32, 4096, 2),
-    (128, 32, 4096, 2),
+    (128, 32, 4096, 2), (128, 32, 1024, 1), (128, 8, 4096, 1), (64, 64, 1024, 1), (64, 128, 1024, 1), (64, 64, 512, 2),
+    (64, 8, 32768, 2),
 )  # fmt: skip
 
 
@@ -103,12 +104,12 @@ def decode() -> None:
 
 
 def prefill() -> None:
-    """MLA prefill, 192 channels of query and key, 128 of value. FA3's keys must be put together first, the rotary
-    part once a head; its time is shown without and with that."""
+    """MLA prefill, 192 channels of query and key, 128 of value; graph replays in turns. FA3's keys must be put together
+    first, the rotary part once a head; its time is shown without and with that."""
     import fa3_fwd_interface as fa3  # type: ignore[import-not-found]
-    from triton.testing import do_bench
 
     from benchmarks.kernels.mla_prefill import inputs
+    from benchmarks.kernels.timing import captured, turns_us
     from rorqual.kernels.mla_prefill import mla_prefill
 
     def one(lengths: list[tuple[int, int]], heads: int) -> None:
@@ -134,7 +135,8 @@ def prefill() -> None:
         k, v = join(), x["v_MHv"]
         difference = apart(mla_prefill(**x), attend(k))
         runs = partial(mla_prefill, **x), partial(attend, k), lambda: attend(join())
-        times = [do_bench(run, warmup=10, rep=50, return_mode="median") * 1e3 for run in runs]
+        graphs = {i: captured([run] * 3) for i, run in enumerate(runs)}
+        times = [us / 3 for us in turns_us(graphs, 9, 0.003).values()]
         pairs = sum(q * m - q * (q - 1) / 2 for q, m in lengths)
         rates = [2 * heads * pairs * 320 / t / 1e6 for t in times]
         what = f"MLA prefill, {heads} heads, {len(lengths)} x {lengths[0][0]} of {lengths[0][1]}"

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.kernels.timing import captured, replay_us
 from rorqual.kernels import fixed, skinny
 from rorqual.kernels.heads import heads_fast
 from rorqual.kernels.quant import dequantize_fp8, quantize_fp8
@@ -37,28 +38,8 @@ SWEEP = os.environ.get("SWEEP") == "1"
 
 def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 5) -> float:
     """Microseconds a call, of a graph that holds all calls: the best of a few replays."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):  # torch.cuda.graph would collect garbage and empty the cache each time
-        calls[0]()
-        stream.synchronize()
-        graph.capture_begin()
-        try:
-            for call in calls:
-                call()
-        finally:
-            graph.capture_end()
-    graph.replay()
-    best = float("inf")
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        best = min(best, start.elapsed_time(end) * 1e3 / len(calls))
-    return best
+    graph = captured(calls)
+    return min(replay_us(graph) for _ in range(repeats)) / len(calls)
 
 
 def poison(size: int = 1 << 28) -> None:
@@ -85,10 +66,10 @@ def _work(module: str, name: str, job: Any) -> None:
             failed(f"{name} {job}")
 
 
-def beside(module: str, jobs: Sequence[tuple[str, Any]], seconds: float = 40.0) -> None:
+def beside(module: str, jobs: Sequence[tuple[str, Any]], seconds: float = 40.0, many: int = 15) -> None:
     """Run functions of a module in processes of their own: checks, and compiling into the disk cache."""
     start = time.time()
-    pool = ProcessPoolExecutor(15, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(many, mp_context=multiprocessing.get_context("spawn"))
     done, _ = wait([pool.submit(_work, module, name, job) for name, job in jobs], timeout=seconds)
     if len(done) < len(jobs):
         for process in list((pool._processes or {}).values()):

@@ -4,7 +4,7 @@ would fit the L2, beside the bytes and the arithmetic that are needed."""
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,59 @@ def micros(calls: list[Call], least: int = 8, budget: float = 0.05) -> float:
         torch.cuda.synchronize()
         taken.append(start.elapsed_time(end) * 1e3 / (times * len(calls)))
     return statistics.median(taken[1:])
+
+
+def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """A graph that holds all calls, replayed once."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):  # torch.cuda.graph would collect garbage and empty the cache each time
+        calls[0]()
+        stream.synchronize()
+        graph.capture_begin()
+        try:
+            for call in calls:
+                call()
+        finally:
+            graph.capture_end()
+    graph.replay()
+    return graph
+
+
+def replay_us(graph: torch.cuda.CUDAGraph) -> float:
+    """Microseconds of a replay."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def replays_us(graph: torch.cuda.CUDAGraph, replays: int) -> float:
+    """Microseconds of a replay among others that follow one another: the median."""
+    for _ in range(3):
+        graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * replays)]
+    for begin, end in zip(marks[::2], marks[1::2], strict=True):
+        begin.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in zip(marks[::2], marks[1::2], strict=True)) * 1e3
+
+
+def turns_us(
+    graphs: dict[Any, torch.cuda.CUDAGraph], rounds: int = 7, pause: float = 0.0
+) -> dict[Any, float]:
+    """Microseconds of each graph: the median of replays that take turns, for the clock falls under load."""
+    found: dict[Any, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            time.sleep(pause)
+            found[name].append(replay_us(graph))
+    return {name: sorted(times)[rounds // 2] for name, times in found.items()}
 
 
 def line(name: str, us: float, size: float, flops: float = 0.0, peak: float = BF16, note: str = "") -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import traceback
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -71,7 +74,9 @@ class Core:
         self._full_budget = step_tokens
         self._look_at_weights()
         self._weights = self._weights_stamp()
-        self._stopping = self._closed = False
+        self._ended = threading.Event()
+        """For the thread there is: it is to end."""
+        self._closed = False
         self._spoken = False
         """Whether any token has come yet: the first is not kept waiting for the next pass's kernels."""
         self.steps = 0
@@ -201,6 +206,7 @@ class Core:
         with no more than a page of tokens fails. To pages nothing was written that the next pass would not write;
         but layers before the one that failed may have rings full of a chunk's last tokens, where those before the
         chunk are needed again: such requests start over."""
+        forget_frames(error)
         torch.cuda.empty_cache()
         lost = [request for request, _ in plan.chunks if request.ring]
         for request in {id(r): r for r in (*plan.admitted, *lost)}.values():
@@ -316,12 +322,13 @@ class Core:
             )
             request.blocks += 1
             if request.blocks == whole and request.held + request.loose - whole * size <= ROLLBACK - 2:
-                copy = self.pages.room_for_copy(request.pages[whole - 1])
+                copy = self.pages.room_for_copy(request.block_name)
                 if copy:
                     self.runner.copy_ring(request.ring, copy)
 
     def _fail(self, requests: Sequence[Request], error: Exception) -> None:
         """Deliver an error to each, and free what they held."""
+        forget_frames(error)
         for request in requests:
             if request.finished:
                 continue
@@ -335,6 +342,8 @@ class Core:
         """The engine has ended: nothing that is still held of it, not even a handle, keeps its memory."""
         with self._lock:
             self._flight = None
+            if self.model.device.type == "cuda" and self.team is None:
+                torch.cuda.synchronize(self.model.device)  # a graph may still be running
             self.runner.release()
 
     # -------------------------------------------------------------------------------------- cancel
@@ -404,35 +413,39 @@ class Core:
     # --------------------------------------------------------------------------------- who drives it
 
     def start(self) -> None:
-        """Give the engine a thread of its own (asyncio use does this): it then runs whenever there is work."""
+        """Give the engine a thread of its own (asyncio use does this): it then runs whenever there is work. The thread
+        ends with the engine; an engine that is closed gets none."""
         with self._lock:
-            if self._thread is None:
-                self._stopping = False
-                self._thread = threading.Thread(target=self._serve, name="rorqual-engine", daemon=True)
+            if self._thread is None and not self._closed:
+                self._ended = threading.Event()
+                known = weakref.ref(self, _waker(self._progress))
+                self._thread = threading.Thread(
+                    target=_drive,
+                    args=(known, self._progress, self._ended),
+                    name="rorqual-engine",
+                    daemon=True,
+                )
                 self._thread.start()
 
     def stop(self) -> None:
         """End that thread; requests under way stay as they are. Who waits for them in asyncio waits until `start`."""
         with self._lock:
             thread, self._thread = self._thread, None
-            self._stopping = True
+            self._ended.set()
             self._progress.notify_all()
-        if thread is not None:
+        if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    def _serve(self) -> None:
-        while True:
-            with self._lock:
-                while not self.busy and not self._stopping:
-                    self._progress.wait()
-                if self._stopping:
-                    return
-            try:
-                self.step()
-            except TeamError:
-                return  # it has been given to everyone who waits
-            except Exception as error:  # outside any request's own work: the thread has to outlive it
-                self.fail_all(error)
+    def _drive_once(self) -> bool:
+        """A step for the engine's thread, which outlives what is wrong outside any request's own work; False if the
+        engine has ended."""
+        try:
+            self.step()
+        except TeamError:
+            return False  # it has been given to everyone who waits
+        except Exception as error:
+            self.fail_all(error)
+        return True
 
     def fail_all(self, error: Exception) -> None:
         """A step failed outside any request's own work: everyone is given the error, and the engine goes on."""
@@ -450,3 +463,42 @@ class Core:
                 self.step()
             elif not handle._ready:
                 self._progress.wait(timeout=1.0)
+
+
+def _drive(known: weakref.ref[Core], progress: threading.Condition, ended: threading.Event) -> None:
+    """What an engine's thread does until it is told to end, or nobody knows the engine any more."""
+    while True:
+        with progress:
+            while True:
+                engine = known()
+                if engine is None or ended.is_set():
+                    return
+                if engine.busy:
+                    break
+                del engine
+                progress.wait()
+        if not engine._drive_once():
+            return
+        del engine
+
+
+def _waker(progress: threading.Condition) -> Any:
+    """For when an engine is gone: its thread looks."""
+
+    def wake(_: object) -> None:
+        with progress:
+            progress.notify_all()
+
+    return wake
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Let go of the frames an error came through, which keep a pass's tensors and the engine alive as long as somebody
+    keeps the error; where it came from stays as a note."""
+    if error is not None and error.__traceback__ is not None:
+        error.add_note("It came up in a pass of the engine:\n" + "".join(traceback.format_exception(error)))
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

@@ -128,22 +128,28 @@ class Engine(Core):
         if self.leads:
             raise InputError("rank 0 leads: it submits requests, and the other ranks follow")
         assert self.team is not None
-        while not self.team.closed:
-            self.step()
-        self._release()
+        try:
+            while not self.team.closed:
+                self.step()
+        finally:
+            self._release()
 
     def close(self) -> None:
         """End the engine, on all its ranks; requests under way are cancelled, and no more are taken. The memory of
         its caches is free from then on."""
+        if self.leads:
+            with self._lock:
+                self._closed = True  # from here on nobody starts it again
         self.stop()
         with self._lock:
             if self.team is not None:
-                self.team.close()
-                if self.team.closed:
-                    self._release()
+                try:
+                    self.team.close()
+                finally:
+                    if self.team.closed or self.team.error is not None:
+                        self._release()
                 return
             self._land()
-            self._closed = True
             for request in self.scheduler.everyone():
                 self._cancel(request.handle)
             self._release()

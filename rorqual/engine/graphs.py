@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from rorqual.engine.packed import FIELDS, Laid, Left, fields, lay, numbers
 from rorqual.engine.request import Request
 from rorqual.engine.staging import Staging
 from rorqual.kernels.ahead import compiled_ahead
+from rorqual.kernels.single_ring import Rings
 from rorqual.nn.layout import apart
 from rorqual.nn.paged import Group, PagedStep
 
@@ -66,6 +68,10 @@ class Recorded:
     replay_mtp: Callable[[], None] | None = None
 
 
+_RECORDING = threading.Lock()
+"""One recording at a time: engines share the streams for it."""
+
+
 @functools.cache
 def _aside(device: torch.device) -> torch.cuda.Stream:
     """The stream that passes run on before they are recorded: always the same, since cuBLAS keeps 32 MB for each."""
@@ -82,7 +88,13 @@ class Graphs:
     """
 
     def __init__(
-        self, page_size: int, forward: Forward, further: Further | None, left: Left, staging: Staging
+        self,
+        page_size: int,
+        forward: Forward,
+        further: Further | None,
+        left: Left,
+        staging: Staging,
+        rings: Rings | None = None,
     ) -> None:
         # Their methods' owner has these graphs. Were it held here too, its caches would outlive it until the garbage
         # collector comes, and that knows nothing of a GPU's memory.
@@ -90,6 +102,7 @@ class Graphs:
         self._further = None if further is None else weakref.WeakMethod(further)
         self.page_size = page_size
         self.left, self.staging = left, staging
+        self._rings = rings
         self._made: dict[tuple[int, int, int], Recorded] = {}
         self._pool: Any = None
 
@@ -157,6 +170,7 @@ class Graphs:
             group.end = int(laid.ends_S.max())
         step = PagedStep(laid.positions_N, [group], self.page_size)
         step.shared["slots", 1] = laid.slots_N
+        step.shared["rings"] = self._rings
         forward = self._forward()
         assert forward is not None
         return laid, step, *forward(laid.ids_N[None], step)
@@ -190,6 +204,10 @@ class Graphs:
         return made
 
     def _record(self, packed: Tensor, size: int, width: int) -> Recorded:
+        with _RECORDING:
+            return self._recorded(packed, size, width)
+
+    def _recorded(self, packed: Tensor, size: int, width: int) -> Recorded:
         # What runs before recording compiles kernels and makes what they keep; `packed` is blank, so that no
         # live page is written to.
         side = _aside(packed.device)

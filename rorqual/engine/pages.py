@@ -39,6 +39,8 @@ class Pages:
         self._found: dict[BlockKey, int] = {}
         self._key: dict[int, BlockKey] = {}
         self._name: dict[int, int] = {}
+        self._page: dict[int, int] = {}
+        """The page of a block by its name."""
         self._idle: OrderedDict[int, None] = OrderedDict()
         """Pages that nobody holds but that can be found, least recently used first."""
         self._copies: OrderedDict[int, int] = OrderedDict()
@@ -88,7 +90,7 @@ class Pages:
         self._free.append(page)
 
     def _unname(self, page: int) -> None:
-        del self._found[self._key.pop(page)], self._name[page]
+        del self._found[self._key.pop(page)], self._page[self._name.pop(page)]
         if page in self._copies:
             self._rings.append(self._copies.pop(page))
 
@@ -138,6 +140,7 @@ class Pages:
         if key not in self._found:
             self._named += 1
             self._found[key], self._key[page], self._name[page] = page, key, self._named
+            self._page[self._named] = page
         return self._name[self._found[key]]
 
     # ---------------------------------------------------------------------------------------- rings
@@ -155,10 +158,11 @@ class Pages:
         if ring:
             self._rings.append(ring)
 
-    def room_for_copy(self, page: int) -> int:
-        """A ring to copy a sequence's into, at the end of the block in `page`; 0 if there is no need or no
-        room. The copy counts from now on: make it before anything else runs."""
-        if not self.has_rings or page not in self._key or page in self._copies:
+    def room_for_copy(self, name: int) -> int:
+        """A ring to copy a sequence's into, at the end of the block of this name, whoever's page serves for it; 0 if
+        there is no need or no room. The copy counts from now on: make it before anything else runs."""
+        page = self._page.get(name)
+        if not self.has_rings or page is None or page in self._copies:
             return 0
         if not self._rings and self._copies:
             self._rings.append(self._copies.popitem(last=False)[1])
@@ -177,4 +181,5 @@ class Pages:
         assert not set(self._free) & set(self._idle), "a page is free and idle"
         assert all(not self._holders[p] for p in (*self._free, *self._idle)), "a held page is free"
         assert set(self._found.values()) == set(self._key) == set(self._name), "names and pages differ"
+        assert {n: p for p, n in self._name.items()} == self._page, "a block's name leads to another page"
         assert set(self._copies) <= set(self._key), "a ring copy of a forgotten block"

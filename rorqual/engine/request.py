@@ -118,17 +118,13 @@ class Handle:
         while True:
             while self._ready:
                 yield self._ready.popleft()
-            engine = self._engine
-            if engine is not None:
-                engine._wait(self)
-            elif not self._ready:
+            if not self._more():
                 break
         if self.error is not None:
             raise self.error
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        if (engine := self._engine) is not None:
-            engine.start()
+        self._driven()
         here = (asyncio.get_running_loop(), asyncio.Event())
         self._waiters.append(here)
         try:
@@ -164,6 +160,19 @@ class Handle:
         """Stop; the memory is free at once. What has come so far stays; the finish reason is "cancelled"."""
         if (engine := self._engine) is not None:
             engine._cancel(self)
+
+    # An iterator that waits to be asked keeps its variables: the engine must not be one of them.
+
+    def _more(self) -> bool:
+        """Wait until something may have come; False if all has been handed out."""
+        if (engine := self._engine) is not None:
+            engine._wait(self)
+            return True
+        return bool(self._ready)
+
+    def _driven(self) -> None:
+        if (engine := self._engine) is not None:
+            engine.start()
 
     # ------------------------------------------------------------------------------ for the engine
 

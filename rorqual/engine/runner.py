@@ -21,6 +21,7 @@ from rorqual.engine.staging import Coming, Staging
 from rorqual.engine.tallies import upload
 from rorqual.engine.team import Together
 from rorqual.kernels.mode import invariant as batch_invariant
+from rorqual.kernels.single_ring import Rings
 from rorqual.nn import Transformer
 from rorqual.nn.paged import Group, PagedStep, Store, new_store
 
@@ -148,6 +149,8 @@ class Runner:
         self.together: Together | None = None
         """What the ranks of an engine of many have agreed on for the next pass."""
         self.graphs: Graphs | None = None
+        self._rings = Rings.claim(self.device)
+        """Kept over a change of weights: graphs that follow others go on with them."""
         self._by_rows = model.fixed_rows or not invariant
         """Whether a pass takes all its tokens at once: else each is a pass of its own."""
         if self.device.type == "cuda" and self._by_rows:
@@ -156,12 +159,12 @@ class Runner:
 
     def release(self) -> None:
         """Give the memory of caches and graphs back, whoever still knows this runner: no pass follows."""
-        self.stores, self.graphs = [], None
+        self.stores, self.graphs, self._rings = [], None, None
 
     def new_graphs(self) -> Graphs:
         """Graphs of this runner's decoding passes."""
         further = self._further if self.speculate else None
-        return Graphs(self.page_size, self._forward, further, self._left, self._staging)
+        return Graphs(self.page_size, self._forward, further, self._left, self._staging, self._rings)
 
     # ------------------------------------------------------------------------------------- forward
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rorqual.kernels import peers
+from rorqual.kernels import fp8_gluon, peers
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.mode import by_fixed_kernels
 from rorqual.kernels.quant import E8M0, FP8, blocks, dequantize_fp8, encode_fp8, fp8_scale
@@ -39,16 +39,17 @@ FIXED_ROWS = 2048
 @triton.jit
 def quantize(
     x, codes, scale, rows, room, width, x_row, c_row, s_row, s_group,
-    BN: tl.constexpr, POWERS: tl.constexpr, AHEAD: tl.constexpr,
+    BN: tl.constexpr, POWERS: tl.constexpr, LATE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One run of 128 channels of BN rows a program: scale amax / 448, floored as in quant.py; POWERS rounds it up
-    to a power of two. Rows from `rows` to `room` count as zero."""
-    release(AHEAD)
+    to a power of two. Rows from `rows` to `room` count as zero. LATE: what follows starts once all before is done."""
+    release(AHEAD and not LATE)
     n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     group = tl.program_id(1)
     d = group * 128 + tl.arange(0, 128)
     live = (d < width)[None, :]
     await_inputs(AHEAD)
+    release(AHEAD and LATE)
     values = tl.load(x + n[:, None] * x_row + d[None, :], mask=(n < rows)[:, None] & live, other=0.0)
     values = values.to(tl.float32)
     by = tl.div_rn(tl.maximum(tl.max(tl.abs(values), 1), 1e-4), 448.0)
@@ -77,7 +78,7 @@ def quantize_fast(
     followed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`quantize_rows` by the kernel above. The tensors returned have room for rows up to a multiple of 4. `followed`:
-    the next kernel is launched to run ahead."""
+    the next kernel is launched to run ahead, but not before all kernels before this one are done unless `ahead`."""
     rows, width = x_ND.shape
     room, groups = blocks(rows, 4) * 4, blocks(width, BLOCK)
     codes = torch.empty(room, width, dtype=FP8, device=x_ND.device)
@@ -85,7 +86,7 @@ def quantize_fast(
     how = how or {"BN": 1 if rows <= 16 else 16, "num_warps": 1 if rows <= 16 else 4}
     quantize[(triton.cdiv(room, how["BN"]), groups)](
         x_ND, codes, scale, rows, room, width, x_ND.stride(0), codes.stride(0), scale.stride(0), scale.stride(1),
-        POWERS=pow2, **how, **({"AHEAD": True, "launch_pdl": ahead} if followed else launching(ahead and x_ND.is_cuda)),
+        POWERS=pow2, LATE=not ahead, **how, **launching(followed or (ahead and x_ND.is_cuda)),
     )  # fmt: skip
     return codes[:rows], scale[:rows]
 
@@ -227,8 +228,11 @@ def reference(
     return F.linear(x, w, None if bias is None else bias.float()).to(x_ND.dtype)
 
 
-def plan(rows: int, out_width: int, width: int) -> dict[str, Any]:
-    """How a product of this shape is cut. Depends on the shape alone."""
+def plan(rows: int, out_width: int, width: int, gluon: bool = True) -> dict[str, Any]:
+    """How a product of this shape is cut, by `fp8_gluon` ("STEPS") or not. Depends on the shape alone."""
+    how = fp8_gluon.plan(rows, out_width, width) if gluon else None
+    if how is not None:
+        return how
     if rows == 1 and width <= FEW_WIDTH:
         if width > 2048:
             return {"FEW": True, "BO": 4, "num_warps": 4}
@@ -300,15 +304,17 @@ def fast(
     """`reference` by the kernels above, blocks of 128x128. `how` replaces `plan`; `quantized` is x's codes and
     scales where they are at hand."""
     (rows, width), out_width = x_ND.shape, codes_OD.shape[0]
+    how = how or plan(rows, out_width, width)
     # Of few rows the product is set up while they are quantised, whatever was before.
     chained = (
-        rows <= 64
+        rows <= (128 if "STEPS" in how else 64)
         and quantized is None
         and x_ND.is_cuda
         and torch.cuda.get_device_capability(x_ND.device)[0] >= 9
     )
     x, x_scale = quantized or quantize_fast(x_ND, pow2, ahead, followed=chained)
-    how = how or plan(rows, out_width, width)
+    if "STEPS" in how and not fp8_gluon.supported(x, codes_OD):
+        how = plan(rows, out_width, width, gluon=False)
     launch = launching(chained or (ahead and x_ND.is_cuda))
     powers = scale.dtype == E8M0
     scale = scale.view(torch.uint8) if powers else scale
@@ -321,14 +327,19 @@ def fast(
             num_warps=how["num_warps"], **launch,
         )  # fmt: skip
         return y
-    split = how["SPLIT"]
+    split = width // BLOCK // how["STEPS"] if "STEPS" in how else how["SPLIT"]
     part = y if split == 1 else torch.empty(split, rows, out_width, dtype=torch.float32, device=y.device)
-    product[(triton.cdiv(rows, how["BN"]) * triton.cdiv(out_width, how["BO"]), split)](
-        x, x_scale, codes_OD, scale, bias, part, rows, out_width,
-        x.stride(0), x_scale.stride(0), x_scale.stride(1), codes_OD.stride(0), scale.stride(0),
-        part.stride(-2), part.stride(0) if split > 1 else 0,
-        D=width, BAND=BAND, POWERS=powers, BIAS=bias is not None and split == 1, **how, **launch,
-    )  # fmt: skip
+    if "STEPS" in how:
+        launch = launching(True)
+        first = bias if split == 1 else None
+        fp8_gluon.product(x, x_scale, codes_OD, scale, first, part, how, early=chained or ahead)
+    else:
+        product[(triton.cdiv(rows, how["BN"]) * triton.cdiv(out_width, how["BO"]), split)](
+            x, x_scale, codes_OD, scale, bias, part, rows, out_width,
+            x.stride(0), x_scale.stride(0), x_scale.stride(1), codes_OD.stride(0), scale.stride(0),
+            part.stride(-2), part.stride(0) if split > 1 else 0,
+            D=width, BAND=BAND, POWERS=powers, BIAS=bias is not None and split == 1, **how, **launch,
+        )  # fmt: skip
     if split > 1:
         add_parts[(triton.cdiv(out_width, 256), rows)](
             part, bias, None, y, out_width, part.stride(0), part.stride(1), 0, y.stride(0),

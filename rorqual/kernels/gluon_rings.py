@@ -22,6 +22,7 @@ try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
         mbarrier,
         tma,
         warpgroup_mma,
@@ -32,7 +33,7 @@ except ImportError:  # Triton too old, or none
     from rorqual.kernels import gpu
 
     gl, gluon = gpu.tl, gpu.triton
-    mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
+    fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
 
     AVAILABLE = False
 else:
@@ -42,9 +43,11 @@ __all__ = [
     "AVAILABLE",
     "COUNTS",
     "Held",
+    "TensorDescriptor",
     "described",
     "descriptor",
     "expect",
+    "fence_async_shared",
     "gl",
     "gluon",
     "hand_out",
@@ -182,14 +185,14 @@ def supported(x: Tensor, width: int, hidden: int) -> bool:
     )
 
 
-def descriptor(x: Tensor, rows: int) -> Any:
-    """Tiles of `rows` rows and 128 bytes of x `[M, C]`."""
-    block, layout = _tile(rows, x.dtype)
+def descriptor(x: Tensor, rows: int, wide: int = 1) -> Any:
+    """Tiles of `rows` rows and 128 bytes of x `[M, C]`, `wide` of them side by side in a piece."""
+    block, layout = _tile(rows, x.dtype, wide)
     return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], block, layout)
 
 
 @functools.cache
-def _tile(rows: int, dtype: torch.dtype) -> tuple[list[int], Any]:
+def _tile(rows: int, dtype: torch.dtype, wide: int) -> tuple[list[int], Any]:
     kind = {torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
-    block = [rows, 128 // dtype.itemsize]
+    block = [rows, 128 * wide // dtype.itemsize]
     return block, gl.NVMMASharedLayout.get_default_for(block, kind)

@@ -9,16 +9,19 @@ from rorqual.kernels.gpu import tl, triton
 def _combine(  # type: ignore[no-untyped-def]
     part_ptr, lse_ptr, ends_ptr, starts_ptr, o_ptr, rows, heads, splits, total,
     SIZE: tl.constexpr, LANES: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr,
-    FIXED: tl.constexpr, PACKED: tl.constexpr,
+    FIXED: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One output row: the mean of its splits' results, weighted by their sums, in the order of the splits.
 
     `rows` = places * heads a sequence. PACKED outputs have their sequences one right after another. Splits behind a
-    sequence's last are memory nobody wrote: they may be read, not used.
+    sequence's last are memory nobody wrote: they may be read, not used. AHEAD: launched before the end of the kernel
+    that writes them, but not before `ends` was written.
     """
     row = tl.program_id(0)
     s = row // rows
     end = tl.load(ends_ptr + s)
+    if AHEAD:
+        tl.extra.cuda.gdc_wait()
     to = row.to(tl.int64)
     if PACKED:
         start = tl.load(starts_ptr + s)
@@ -74,9 +77,11 @@ def combine(
     heads: int,
     tile: int,
     fixed: int = 0,
+    ahead: bool = False,
 ) -> None:
     """Stage 2: `part` `[splits, S * rows, size]` fp32 and `lse` `[splits, S * rows]` (base 2) into `o`
-    `[..., size]`, whose rows are those of `part`, or with `starts_S1` only those that a sequence has."""
+    `[..., size]`, whose rows are those of `part`, or with `starts_S1` only those that a sequence has. `ahead`: stage 1,
+    right before, lets it begin early (`gdc_launch_dependents`), when all that came before stage 1 has ended."""
     splits, total, size = part.shape
     lanes = triton.next_power_of_2(splits)
     if fixed:  # the order of a sum lies in its tile's shape, which must not depend on the number of splits
@@ -100,5 +105,7 @@ def combine(
         TILE=tile,
         FIXED=fixed,
         PACKED=starts_S1 is not None,
+        AHEAD=ahead,
         num_warps=4,
+        **({"launch_pdl": True} if ahead else {}),
     )

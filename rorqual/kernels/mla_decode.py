@@ -331,7 +331,7 @@ def fast(
         return out
     fixed = FIXED_KEYS if splits == "fixed" else 0
     form = mla_decode_gluon_fp8 if fp8 else mla_decode_gluon
-    crowded, hopper = sequences > processors(q.device), form.supported(q, pages_PTC, rank)
+    crowded, hopper = sequences > processors(q.device), mla_decode_gluon.supported(q, pages_PTC, rank)
     cut = config or configure(rows, heads, crowded, bool(fixed), fp8, hopper)
     if config is None and q.dtype == torch.float32 and rank > 128:
         cut = WIDE
@@ -369,7 +369,9 @@ def fast(
     else:
         _launch(q, pages_PTC, table_SB, ends_S, part, lse, cut, grid, exponent, width, rank, fixed, direct)
     if not direct:
-        combine(part, lse, ends_S, None, out, rows=rows, heads=heads, tile=cut.block_n, fixed=fixed)
+        combine(
+            part, lse, ends_S, None, out, rows=rows, heads=heads, tile=cut.block_n, fixed=fixed, ahead=cut.gluon
+        )  # fmt: skip
     return out
 
 

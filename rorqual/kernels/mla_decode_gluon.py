@@ -26,6 +26,7 @@ try:
         warpgroup_mma_wait,
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from triton.language.extra.cuda import gdc_launch_dependents
 except ImportError:  # Triton too old, or none: `supported` says so
     from rorqual.kernels.gpu import tl as gl
     from rorqual.kernels.gpu import triton as gluon
@@ -41,18 +42,20 @@ TILE = 64
 RANK, ROPE = 512, 64
 """The latents of every released model."""
 
+GUESS = 128
+"""Tiles of a split up to which the page that it begins in is read beside its sequence's end."""
+
 
 @gluon.jit
 def _fetch(  # type: ignore[no-untyped-def]
-    a_desc, c_desc, e_desc, k_parts, bars, table_ptr, first, last, PAGE: gl.constexpr
+    a_desc, c_desc, e_desc, k_parts, bars, table_ptr, page, first, last, PAGE: gl.constexpr
 ):
-    """The fetching warp. The second group's parts are free first."""
+    """The fetching warp, from page number `page` on. The second group's parts are free first."""
     k_a, k_b, k_c, k_e = k_parts
     full_a, full_b, full_c, free_a, free_b, _p_full, _p_free = bars
     STAGES: gl.constexpr = k_a.shape[0]
     TILE: gl.constexpr = k_a.shape[1]
     A: gl.constexpr = k_a.shape[2]
-    page = gl.load(table_ptr + first // PAGE, mask=first < last, other=0)
     tile = 0
     for start in range(first, last, TILE):
         row = page * PAGE + (start & (PAGE - 1))
@@ -227,26 +230,42 @@ def _follow(k_parts, p_tile, fades, bars, o_ptr, first, last, base, block, rows)
     _write(o_ptr, acc_b * part_b[:, None], base, block, rows, A, 4 * A, B_O)
 
 
-@gluon.jit(do_not_specialize=("rows", "heads", "width", "table_stride", "splits"))
+@gluon.jit(do_not_specialize=("rows", "heads", "width", "table_stride", "columns", "splits"))
 def _attend(  # type: ignore[no-untyped-def]
     a_desc, c_desc, e_desc, q_ptr, table_ptr, ends_ptr, o_ptr, lse_ptr, scale, rows, heads, width, table_stride,
-    splits,
+    columns, splits,
     ROWS: gl.constexpr, TILE: gl.constexpr, A: gl.constexpr, E: gl.constexpr, PAGE: gl.constexpr,
     FIXED: gl.constexpr, DIRECT: gl.constexpr, FOLLOW: gl.constexpr,
+    GUESS: gl.constexpr,
 ):  # fmt: skip
     """As `mla_decode._attend`: ROWS of a sequence's queries against one split of its keys. The descriptors are of a
     tile's quarter, half and rotary part."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
+    if not DIRECT:
+        gdc_launch_dependents()  # `join.combine`
     block = gl.program_id(0)
     split = gl.program_id(1)
     s = gl.program_id(2)
-    end = gl.load(ends_ptr + s)
-    if FIXED > 0:
-        share = FIXED
+    table_ptr += s * table_stride
+    # The first page is looked up while the sequence's end is read. If it depends on that, all that it may be are read.
+    if FIXED > 0 or DIRECT:
+        share = FIXED // TILE
+        first = split * share * TILE
+        page = gl.load(table_ptr + first // PAGE, mask=first // PAGE < columns, other=0)
+        end = gl.load(ends_ptr + s)
+        if DIRECT:
+            share = gl.cdiv(end, TILE)
     else:
-        share = gl.cdiv(gl.cdiv(end, splits), TILE) * TILE
-    first = split * share
-    last = gl.minimum(first + share, end)
+        tiles = 1 + gl.arange(0, GUESS, gl.BlockedLayout([GUESS // 32], [32], [4], [0]))
+        column = split * tiles * TILE // PAGE
+        pages = gl.load(table_ptr + column, mask=column < columns, other=0)
+        end = gl.load(ends_ptr + s)
+        share = gl.cdiv(gl.cdiv(end, splits), TILE)
+        page = gl.max(gl.where(gl.minimum(share, GUESS) == tiles, pages, 0), 0)
+        first = split * share * TILE
+        if (share > GUESS) & (first > 0):
+            page = gl.load(table_ptr + first // PAGE, mask=first < end, other=0)
+    last = gl.minimum(first + share * TILE, end)
     base = s * rows
     if not DIRECT:
         base += split * gl.num_programs(2) * rows
@@ -291,7 +310,7 @@ def _attend(  # type: ignore[no-untyped-def]
                 ),
             ),
             (_follow, (k_parts, p_tile, fades, bars, o_ptr, first, last, base, block, rows if DIRECT else held)),
-            (_fetch, (a_desc, c_desc, e_desc, k_parts, bars, table_ptr + s * table_stride, first, last, PAGE)),
+            (_fetch, (a_desc, c_desc, e_desc, k_parts, bars, table_ptr, page, first, last, PAGE)),
         ],
         [4, 1],
         [FOLLOW, 24],
@@ -299,12 +318,14 @@ def _attend(  # type: ignore[no-untyped-def]
 
 
 def supported(q_NHC: Tensor, pages_PTC: Tensor, rank: int) -> bool:
-    """Whether `launch` takes these: bf16 latents of the released size on a Hopper GPU, in pages of whole tiles."""
+    """Whether `launch`, or `mla_decode_gluon_fp8.launch` for FP8 pages, takes these: bf16 queries of the released size
+    on a Hopper GPU, pages of whole tiles."""
     return (
         AVAILABLE
         and q_NHC.is_cuda
         and torch.cuda.get_device_capability(q_NHC.device)[0] == 9
-        and q_NHC.dtype == pages_PTC.dtype == torch.bfloat16
+        and q_NHC.dtype == torch.bfloat16
+        and pages_PTC.dtype in (torch.bfloat16, torch.uint8)
         and pages_PTC.is_contiguous()
         and (rank, q_NHC.shape[2] - rank) == (RANK, ROPE)
         and pages_PTC.shape[1] % TILE == 0
@@ -326,7 +347,8 @@ def launch(
     fixed: int,
     direct: bool,
 ) -> None:
-    """Stage 1 over `grid` (blocks of rows, splits, sequences) into `o` and `lse`; `scale` for base-2 exponents."""
+    """Stage 1 over `grid` (blocks of rows, splits, sequences) into `o` and `lse`; `scale` for base-2 exponents. Unless
+    `direct`, a launch that waits (`gdc_wait`) may begin before this one's end."""
     latents = pages_PTC.view(-1, pages_PTC.shape[2])
     shape, strides = list(latents.shape), list(latents.stride())
     descs = (
@@ -334,7 +356,7 @@ def launch(
         for t in ([TILE, RANK // 4], [TILE, RANK // 2], [TILE, ROPE])
     )
     _attend[grid](
-        *descs, q_NHC, table_SB, ends_S, o, lse, scale, rows, q_NHC.shape[1], width, table_SB.stride(0), grid[1],
-        ROWS=ROWS, TILE=TILE, A=RANK // 4, E=ROPE, PAGE=pages_PTC.shape[1], FIXED=fixed, DIRECT=direct, FOLLOW=240,
-        num_warps=4,
+        *descs, q_NHC, table_SB, ends_S, o, lse, scale, rows, q_NHC.shape[1], width, table_SB.stride(0),
+        table_SB.shape[1], grid[1], ROWS=ROWS, TILE=TILE, A=RANK // 4, E=ROPE, PAGE=pages_PTC.shape[1], FIXED=fixed,
+        DIRECT=direct, FOLLOW=240, GUESS=GUESS, num_warps=4,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rorqual.kernels.gpu import INSTALLED
+from rorqual.kernels.mla_decode_gluon import RANK, ROPE, ROWS, TILE
 
 gluon: Any
 gl: Any
@@ -26,17 +26,10 @@ try:
         warpgroup_mma,
         warpgroup_mma_wait,
     )
-except ImportError:  # Triton too old, or none: `supported` says so
+    from triton.language.extra.cuda import gdc_launch_dependents
+except ImportError:  # Triton too old, or none: `mla_decode_gluon.supported` says so
     from rorqual.kernels.gpu import tl as gl
     from rorqual.kernels.gpu import triton as gluon
-
-    AVAILABLE = False
-else:
-    AVAILABLE = INSTALLED
-
-ROWS = 64
-TILE = 64
-"""Keys of a tile; a split holds whole tiles, a page too."""
 
 PIECES = 6
 SLOTS = 2
@@ -44,9 +37,6 @@ SLOTS = 2
 
 REGISTERS = 160, 80
 """Registers of a thread of the groups of the values, and of the fetching warps; the scores have the rest of 512."""
-
-RANK, ROPE = 512, 64
-"""The latents of every released model."""
 
 
 @gluon.jit
@@ -277,6 +267,8 @@ def _attend(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """As `mla_decode._attend`: ROWS of a sequence's queries against one split of its keys."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
+    if not DIRECT:
+        gdc_launch_dependents()  # `join.combine`
     block = gl.program_id(0)
     split = gl.program_id(1)
     s = gl.program_id(2)
@@ -331,20 +323,6 @@ def _attend(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-def supported(q_NHC: Tensor, pages_PTC: Tensor, rank: int) -> bool:
-    """Whether `launch` takes these: bf16 queries of the released size on a Hopper GPU, FP8 pages of whole tiles."""
-    return (
-        AVAILABLE
-        and q_NHC.is_cuda
-        and torch.cuda.get_device_capability(q_NHC.device)[0] == 9
-        and q_NHC.dtype == torch.bfloat16
-        and pages_PTC.dtype == torch.uint8
-        and pages_PTC.is_contiguous()
-        and (rank, q_NHC.shape[2] - rank) == (RANK, ROPE)
-        and pages_PTC.shape[1] % TILE == 0
-    )
-
-
 def launch(
     q_NHC: Tensor,
     pages_PTC: Tensor,
@@ -360,7 +338,7 @@ def launch(
     fixed: int,
     direct: bool,
 ) -> None:
-    """Stage 1 over `grid` (blocks of rows, splits, sequences) into `o` and `lse`; `scale` for base-2 exponents."""
+    """As `mla_decode_gluon.launch`."""
     values, fetch = REGISTERS
     _attend[grid](
         pages_PTC.view(torch.float8_e4m3fn), pages_PTC.view(torch.float32)[..., RANK // 4 :],

@@ -215,10 +215,10 @@ def mla_prefill(
     q `[N, H, nope + rope]`; k `[M, H, nope]` and v `[M, H, v]` may be strided views of one tensor; rope
     `[M, rope]` is the rotary key of all heads. `starts_q`, `starts_k` int32 `[S + 1]` on the device: sequence s
     has queries `starts_q[s]` to `starts_q[s + 1]`, which are the last of keys `starts_k[s]` to
-    `starts_k[s + 1]`. `max_q` and `max_k` bound their numbers. Scores are multiplied by `scale`. Rows of q
-    outside every sequence give rows nobody wrote; all rows of v must be finite, those outside too. `fixed`: tiles
-    don't depend on shapes, so a query's bits depend on its own keys and values alone. -> `[N, H, v]` in q's dtype,
-    `out` if that is given.
+    `starts_k[s + 1]`. `max_q` and `max_k` bound their numbers (rows beyond a `max_q` too small are not written).
+    Scores are multiplied by `scale`. Rows of q outside every sequence give rows nobody wrote; all rows of v must be
+    finite, those outside too. `fixed`: tiles don't depend on shapes, so a query's bits depend on its own keys and
+    values alone. -> `[N, H, v]` in q's dtype, `out` if that is given.
     Raises ValueError if shapes don't belong together.
     """
     H, rope = q_NHd.shape[1], rope_Mr.shape[-1]

@@ -9,11 +9,13 @@ Key tiles, their order and the rounding are those of `mla_prefill`'s contract: f
 of a sequence reaches into the rows of the next, whose weights are zero: values there must be finite.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rorqual.kernels.gluon_rings import processors
 from rorqual.kernels.gpu import INSTALLED, tl, triton
 
 gluon: Any
@@ -44,29 +46,33 @@ CACHE_BYTES = 2**25
 
 @gluon.jit
 def _item(  # type: ignore[no-untyped-def]
-    item, starts_q, starts_k, heads, sequences, group, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
+    item, starts_q, starts_k, heads, sequences, blocks, group, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
 ):
     """Which queries work item `item` has: first row of q, head, first key, keys before the first query's own,
     queries left, key tiles all of them see whole, key tiles in all (0: no such queries).
 
-    Sequence s has the blocks of queries from `starts_q[s] // BLOCK_M + s` on, which is one too many at most, so that
-    the number of items is known without its length. `group` heads at a time, so that their keys stay in the cache,
-    take their blocks from the last, which see most, to the first.
+    Each sequence has `blocks` blocks of queries. If that is 0, sequence s has those from `starts_q[s] // BLOCK_M + s`
+    on, which is one too many at most, so that the number of items is known without its length. `group` heads at a
+    time, so that their keys stay in the cache, take their blocks from the last, which see most, to the first.
     """
-    block = item // heads
-    s = 0
-    high = sequences - 1
-    while s < high:  # the last sequence whose first block is not behind this one
-        middle = (s + high + 1) // 2
-        starts = gl.load(starts_q + middle) // BLOCK_M + middle <= block
-        s = gl.where(starts, middle, s)
-        high = gl.where(starts, high, middle - 1)
+    s = item // (heads * gl.maximum(blocks, 1))
+    rest = item - s * heads * blocks
+    if blocks == 0:
+        block = item // heads
+        s = 0
+        high = sequences - 1
+        while s < high:  # the last sequence whose first block is not behind this one
+            middle = (s + high + 1) // 2
+            starts = gl.load(starts_q + middle) // BLOCK_M + middle <= block
+            s = gl.where(starts, middle, s)
+            high = gl.where(starts, high, middle - 1)
     q0 = gl.load(starts_q + s)
     k0 = gl.load(starts_k + s)
     queries = gl.load(starts_q + s + 1) - q0
     keys = gl.load(starts_k + s + 1) - k0
-    blocks = (q0 + queries) // BLOCK_M - q0 // BLOCK_M + 1
-    rest = item - (q0 // BLOCK_M + s) * heads
+    if blocks == 0:
+        blocks = (q0 + queries) // BLOCK_M - q0 // BLOCK_M + 1
+        rest = item - (q0 // BLOCK_M + s) * heads
     base = rest // (group * blocks) * group
     abreast = gl.maximum(gl.minimum(group, heads - base), 1)  # rows behind the last sequence: no head is left
     rest -= base * blocks
@@ -115,20 +121,23 @@ def _take(plan, bars, turn):  # type: ignore[no-untyped-def]
 @gluon.jit
 def _fetch(  # type: ignore[no-untyped-def]
     q_desc, qr_desc, k_desc, r_desc, v_desc, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars, counter,
-    starts_q, starts_k, heads, sequences, items, group, q_h, k_h, v_h,
+    starts_q, starts_k, heads, sequences, items, blocks, group, q_h, k_h, v_h,
     NOPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp: picks items, hands them out, fetches the queries of each, then its tiles. A tile's values
-    may follow the keys of the next tile, which are wanted first."""
+    may follow the keys of the next tile, which are wanted first. The next item is drawn two tiles before the end: drawn
+    at the start, a long one would wait for this one to end, whoever is free."""
     q_full, q_free, k_full, v_full, free, _plan_full, _plan_free = bars
     turn = 0
     tile = 0
     item = gl.program_id(0)
     while item < items:
-        following = gl.atomic_add(counter, 1) + gl.num_programs(0)
+        following = item
         row, head, k0, before, left, whole, tiles = _item(
-            item, starts_q, starts_k, heads, sequences, group, BLOCK_M, BLOCK_N
+            item, starts_q, starts_k, heads, sequences, blocks, group, BLOCK_M, BLOCK_N
         )
+        if tiles == 0:
+            following = gl.atomic_add(counter, 1, sem="relaxed") + gl.num_programs(0)
         if tiles > 0:
             _hand_out(plan, bars, turn, row, head, before, left, whole, tiles)
             # Free since the wait for the values before.
@@ -146,6 +155,8 @@ def _fetch(  # type: ignore[no-untyped-def]
                 )
             turn += 1
         for j in range(tiles):
+            if j == gl.maximum(tiles - 2, 0):
+                following = gl.atomic_add(counter, 1, sem="relaxed") + gl.num_programs(0)
             # Tile `tile - 1` is done with: its keys, and the values of the one before.
             mbarrier.wait(free.index((tile + STAGES - 1) % STAGES), (((tile + STAGES - 1) // STAGES) & 1) ^ 1)
             key = k0 + j * BLOCK_N
@@ -194,12 +205,13 @@ def _hold(total):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _step(  # type: ignore[no-untyped-def]
-    q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place, j, tile, rounds,
+    q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place, j, tile, rounds, done,
     MASKED: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, TURNS: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Scores of tile j with the values of tile j - 1 beside them, then the softmax of tile j."""
-    _q_full, _q_free, k_full, v_full, free, _plan_full, _plan_free = bars
+    """Scores of tile j with the values of tile j - 1 beside them, then the softmax of tile j. `done`: the last tile,
+    and room for other queries."""
+    _q_full, q_free, k_full, v_full, free, _plan_full, _plan_free = bars
     HALF: gl.constexpr = q.shape[0]
     stage = tile % STAGES
     last = (tile - 1) % STAGES
@@ -214,6 +226,7 @@ def _step(  # type: ignore[no-untyped-def]
     if TURNS:
         mbarrier.arrive(others)
     score = warpgroup_mma_wait(1, deps=[score])
+    mbarrier.arrive(q_free, pred=done)
     new, fade, top, total = _soften(score, top, total, factor, place, j * BLOCK_N, MASKED, S_LAYOUT)
     new = gl.convert_layout(new.to(v_tiles.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
     total = _hold(total)
@@ -250,6 +263,7 @@ def _attend(  # type: ignore[no-untyped-def]
         score = warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), score, use_acc=False, is_async=True)
         score = warpgroup_mma(qr, r_tiles.index(stage).permute((1, 0)), score, is_async=True)
         score = warpgroup_mma_wait(0, deps=[score])
+        mbarrier.arrive(q_free, pred=tiles == 1)
         mbarrier.arrive(free.index(stage))
         # Lowest finite number, not -inf: a fade of exp2(-inf + inf) would be NaN.
         top = gl.full([HALF], -1e30, gl.float32, gl.SliceLayout(1, S_LAYOUT))
@@ -261,18 +275,17 @@ def _attend(  # type: ignore[no-untyped-def]
         for j in range(1, gl.minimum(whole, tiles)):
             acc, weight, top, total = _step(
                 q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place,
-                j, tile, rounds, False, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
+                j, tile, rounds, j + 1 == tiles, False, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
             )  # fmt: skip
             tile += 1
             rounds += 1
         for j in range(gl.maximum(whole, 1), tiles):
             acc, weight, top, total = _step(
                 q, qr, k_tiles, r_tiles, v_tiles, bars, mine, others, acc, weight, top, total, factor, place,
-                j, tile, rounds, True, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
+                j, tile, rounds, j + 1 == tiles, True, S_LAYOUT, O_LAYOUT, TURNS, BLOCK_N, STAGES,
             )  # fmt: skip
             tile += 1
             rounds += 1
-        mbarrier.arrive(q_free)
         # The next item's first arrival at `free` says that these values are done with.
         last = (tile - 1) % STAGES
         mbarrier.wait(v_full.index(last), ((tile - 1) // STAGES) & 1)
@@ -287,10 +300,10 @@ def _attend(  # type: ignore[no-untyped-def]
         row, head, before, left, whole, tiles = _take(plan, bars, turn)
 
 
-@gluon.jit(do_not_specialize=("sequences", "items", "group"))
+@gluon.jit(do_not_specialize=("sequences", "items", "blocks", "group"))
 def _prefill(  # type: ignore[no-untyped-def]
     q_desc, qr_desc, k_desc, r_desc, v_desc, o, counter, starts_q, starts_k, factor, q_h, k_h, v_h, o_n, o_h,
-    heads, sequences, items, group,
+    heads, sequences, items, blocks, group,
     NOPE: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     TURNS: gl.constexpr,
 ):  # fmt: skip
@@ -343,8 +356,8 @@ def _prefill(  # type: ignore[no-untyped-def]
                 _fetch,
                 (
                     q_desc, qr_desc, k_desc, r_desc, v_desc, q_tile, qr_tile, k_tiles, r_tiles, v_tiles, plan, bars,
-                    counter, starts_q, starts_k, heads, sequences, items, group, q_h, k_h, v_h, NOPE, BLOCK_M, BLOCK_N,
-                    STAGES,
+                    counter, starts_q, starts_k, heads, sequences, items, blocks, group, q_h, k_h, v_h, NOPE, BLOCK_M,
+                    BLOCK_N, STAGES,
                 ),
             ),
         ],
@@ -373,8 +386,15 @@ def supported(q_NHd: Tensor, k_MHn: Tensor, rope_Mr: Tensor, v_MHv: Tensor) -> b
 def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
     """Tiles `[rows, columns]` of x `[M, C]` or, its heads side by side, `[M, H, C]`."""
     width = x.shape[-1] if x.dim() == 2 else (x.shape[1] - 1) * x.stride(1) + x.shape[2]
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], getattr(gl, str(x.dtype).split(".")[-1]))
-    return TensorDescriptor(x, [x.shape[0], width], [x.stride(0), 1], [rows, columns], layout)
+    return TensorDescriptor(
+        x, [x.shape[0], width], [x.stride(0), 1], [rows, columns], _layout(rows, columns, x.dtype)
+    )
+
+
+@functools.cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    """Kept: making it takes the host 20 us, and short prompts wait for the host."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], getattr(gl, str(dtype).split(".")[-1]))
 
 
 def fast(
@@ -405,15 +425,18 @@ def fast(
     if group is None:  # what a lane's keys and values take of the cache
         group = max(1, CACHE_BYTES // (max_k * (nope + width) * q_NHd.element_size() or 1))
     if programs is None:
-        programs = torch.cuda.get_device_properties(q_NHd.device).multi_processor_count
+        programs = processors(q_NHd)
     counter = torch.zeros(1, dtype=torch.int32, device=q_NHd.device)
-    items = (N // BLOCK_M + sequences) * H  # see `_item`
+    items, blocks = (N // BLOCK_M + sequences) * H, 0  # see `_item`
+    if 0 < -(-max_q // BLOCK_M) * sequences * H <= items:
+        blocks = -(-max_q // BLOCK_M)
+        items = blocks * sequences * H
     _prefill[(min(programs, items),)](
         _descriptor(q_NHd, BLOCK_M // 2, nope), _descriptor(q_NHd, BLOCK_M // 2, rope),
         _descriptor(k_MHn, block_n, nope), _descriptor(rope_Mr, block_n, rope),
         _descriptor(v_MHv, block_n, width),
         o_NHv, counter, starts_q, starts_k, scale * LOG2_E, q_NHd.stride(1), k_MHn.stride(1), v_MHv.stride(1),
-        o_NHv.stride(0), o_NHv.stride(1), H, sequences, items, min(group, H), NOPE=nope, V=width, BLOCK_M=BLOCK_M,
-        BLOCK_N=block_n, STAGES=stages, TURNS=turns, num_warps=4,
+        o_NHv.stride(0), o_NHv.stride(1), H, sequences, items, blocks, min(group, H), NOPE=nope, V=width,
+        BLOCK_M=BLOCK_M, BLOCK_N=block_n, STAGES=stages, TURNS=turns, num_warps=4,
     )  # fmt: skip
     return o_NHv

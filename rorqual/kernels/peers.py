@@ -22,8 +22,20 @@ from torch import Tensor
 
 from rorqual.kernels.mode import is_invariant
 
+# FlashMLA's time over ours by heads, queries, sequences and keys of each, on an H200, its plan made before: a pass
+# makes it once, in 11 to 40 us, for all its layers. 128 rows a sequence or more:
+#   128 x 1: 128 x 4096 0.90 to 0.95, 8 x 32768 0.93, 64 x 1024 0.83; 32 x 1024 1.09, 16 x 2048 1.02, 8 x 4096 1.05,
+#            1 x 65536 1.08, 1 x 4096 1.16
+#   128 x 2: 32 x 4096 0.86.   64 x 2: 32 x 4096 0.94, 8 x 32768 0.93, 64 x 512 0.81
+# 64 rows:   256 x 512 0.84, 128 x 1024 0.88; 128 x 4096 1.05, 64 x 1024 1.04, 16 x 2048 0.96, 1 x 4096 1.69
+# 16 heads:  0.99 to 1.41.
 KEYS = 2**17
-"""Keys that a call of `mla_decode` may meet in all, from which FlashMLA's products outweigh its start."""
+"""Keys that a call of `mla_decode` may meet in all, from which FlashMLA is faster for 128 rows a sequence or more."""
+BLOCKS = 128
+"""Blocks of 64 rows of a sequence, as many as multiprocessors: from here on no keys are split, and FlashMLA is faster
+whatever the number of keys; for 64 rows a sequence, as long as there are few."""
+SHORT = 1024
+"""What is few."""
 ROWS, OUT = 512, 4096
 """Rows and outputs from which DeepGEMM's product is the faster, by 4 to 15 %."""
 
@@ -65,7 +77,7 @@ def _attempt(name: str, call: Callable[[], Tensor]) -> Tensor | None:
 def mla_decode(
     q_NHC: Tensor, pages_PTC: Tensor, table_SB: Tensor, ends_S: Tensor, *, width: int, rank: int, scale: float
 ) -> Tensor | None:
-    """`rorqual.kernels.mla_decode.mla_decode` by FlashMLA: bf16 at V3's widths, 128 rows a sequence or more."""
+    """`rorqual.kernels.mla_decode.mla_decode` by FlashMLA: bf16 at V3's widths, 64 or 128 heads."""
     heads, channels = q_NHC.shape[1:]
     fits = q_NHC.dtype == pages_PTC.dtype == torch.bfloat16 and (rank, channels) == (512, 576)
     if not fits or pages_PTC.shape[1] != 64 or heads not in (64, 128) or not _many(q_NHC, table_SB):
@@ -85,10 +97,12 @@ def mla_decode(
 
 
 def _many(q_NHC: Tensor, table_SB: Tensor) -> bool:
-    """Whether a decode is large enough that the peer's products outweigh its start: queries times heads, and
-    keys they may meet."""
-    rows, keys = q_NHC.shape[0] * q_NHC.shape[1], table_SB.numel() * 64
-    return rows >= 128 * table_SB.shape[0] > 0 and keys >= KEYS
+    """Whether a decode is one that FlashMLA is faster in; see the figures above."""
+    sequences, columns = table_SB.shape
+    blocks = q_NHC.shape[0] * q_NHC.shape[1] // 64
+    if blocks >= 2 * sequences > 0:
+        return blocks >= BLOCKS or 64 * sequences * columns >= KEYS
+    return blocks >= BLOCKS and 64 * columns <= SHORT
 
 
 def _schedule(flash_mla: Any, ends_S: Tensor, heads: int, width: int) -> Any:

@@ -197,12 +197,16 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     E: tl.constexpr, PARTS: tl.constexpr, K: tl.constexpr, SCORE: tl.constexpr, GROUPS: tl.constexpr,
     KEEP: tl.constexpr, TOP2: tl.constexpr, NORMALIZE: tl.constexpr, BIASED: tl.constexpr,
     HASHED: tl.constexpr, LOGITS: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr,
-    CHAINED: tl.constexpr,
+    CHAINED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Experts of token `program_id(0)` from its logits, which lie in `PARTS` summands `[PARTS, N, E]`."""
+    """Experts of token `program_id(0)` from its logits, which lie in `PARTS` summands `[PARTS, N, E]`. AHEAD: the
+    next kernel may start at once; it asks for weights that need no choice while this one still waits."""
     if CHAINED:
+        if AHEAD:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if not AHEAD:
+            tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0)
     # A row of the tile is a group of experts.
     g = tl.arange(0, GP)[:, None]
@@ -312,7 +316,7 @@ def _logits(x_ND: Tensor, weight_ED: Tensor, shape: Plan | None, early: bool) ->
 
 def _choose(
     parts: Tensor, bias_E: Tensor | None, rule: Rule, ids_NK: Tensor, weights_NK: Tensor, table_VK: Tensor | None,
-    token_N: Tensor | None, logits_NE: Tensor | None,
+    token_N: Tensor | None, logits_NE: Tensor | None, ahead: bool = False,
 ) -> None:  # fmt: skip
     """The second launch: ids and weights from logits in summands `[parts, N, E]`."""
     _, tokens, experts = parts.shape
@@ -341,19 +345,21 @@ def _choose(
         SP=triton.next_power_of_2(experts // rule.groups),
         KP=triton.next_power_of_2(rule.top_k),
         num_warps=CHOOSING_WARPS,
+        AHEAD=ahead,
         **chained(parts, tokens),
     )
 
 
 def chosen(
     logits_NE: Tensor, bias_E: Tensor | None, rule: Rule, table_VK: Tensor | None = None,
-    token_N: Tensor | None = None,
+    token_N: Tensor | None = None, ahead: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`route` from logits that are at hand, fp32 without gaps, on a GPU."""
+    """`route` from logits that are at hand, fp32 without gaps, on a GPU. `ahead`: the next kernel may start before
+    the logits are there; it must wait itself before it reads the choice."""
     shape = (logits_NE.shape[0], rule.top_k)
     ids_NK = torch.empty(shape, dtype=torch.int32, device=logits_NE.device)
     weights_NK = torch.empty(shape, dtype=torch.float32, device=logits_NE.device)
-    _choose(logits_NE[None], bias_E, rule, ids_NK, weights_NK, table_VK, token_N, None)
+    _choose(logits_NE[None], bias_E, rule, ids_NK, weights_NK, table_VK, token_N, None, ahead)
     return ids_NK, weights_NK
 
 

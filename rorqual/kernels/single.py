@@ -165,6 +165,8 @@ def rows_plan(width: int, outputs: int, codes: bool) -> dict[str, int]:
         return {"BO": 2, "num_warps": 8}
     if outputs <= 512:
         return {"BO": 1, "num_warps": 4}
+    if outputs <= 2048:
+        return {"BO": 4, "num_warps": 8}
     return {"BO": 2 if codes and outputs > 3000 else 4, "num_warps": 4}
 
 

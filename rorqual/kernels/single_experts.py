@@ -8,9 +8,12 @@ matrices, which need no choice, are asked for before the kernels in front have e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from rorqual.kernels import single_ring
 from rorqual.kernels.experts import Shared, Weights, alike
 from rorqual.kernels.gpu import tl, triton
 from rorqual.kernels.quant import E8M0
@@ -144,6 +147,8 @@ def through_experts(
     shared: Shared | None = None,
     residual_1D: Tensor | None = None,
     how: tuple[dict[str, int], dict[str, int]] | None = None,
+    state: single_ring.State | None = None,
+    ring: dict[str, Any] | None = None,
 ) -> Tensor:
     """`kernels.experts.experts` for one token x `[1, D]`: `[1, D]`; the residual is added to the rounded sum.
 
@@ -155,10 +160,16 @@ def through_experts(
     common = shared or (gate, up, down)
     codes, options = gate.scale is not None, launch_options(x_1D)
     powers = codes and gate.scale.dtype == E8M0  # type: ignore[union-attr]
-    inner = x_1D.new_empty(chosen + extra, width)
     y_1D = torch.empty_like(x_1D)
-    first, second = how or plan(width, hidden, codes)
     by = [_scale(w, powers) for w in (gate, up, down, *common)]
+    if state is not None:
+        single_ring.launch(
+            x_1D, choice, tuple(w.codes for w in (gate, up, down, *common)), tuple(by), residual_1D, y_1D, state,
+            sizes=(count, width, extra), limit=limit, powers=powers, **(ring or {}),
+        )  # fmt: skip
+        return y_1D
+    inner = x_1D.new_empty(chosen + extra, width)
+    first, second = how or plan(width, hidden, codes)
     up_kernel[((chosen + extra) * triton.cdiv(width, first["BO"]),)](
         x_1D, ids_1K, weights_1K, gate.codes, up.codes, by[0], by[1], common[0].codes,
         common[1].codes, by[3], by[4],

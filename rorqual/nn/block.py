@@ -74,7 +74,7 @@ class Block(nn.Module):
             total = x if pending is None else x + pending
             after = single.attend(self.attention, self.attention_norm, total, step, cache, self.ff)
             if after is not None:
-                fed = single.feed(self.ff, self.ff_norm, after, ids_BT)
+                fed = single.feed(self.ff, self.ff_norm, after, ids_BT, step)
                 return (after, self._feed(self.ff_norm(after), ids_BT, step)) if fed is None else (fed, None)
         if pending is None:
             normed = self.attention_norm(x)

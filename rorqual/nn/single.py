@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rorqual.kernels import single, single_experts, single_mla
-from rorqual.kernels.experts import Weights
+from rorqual.kernels import single, single_experts, single_mla, single_ring
+from rorqual.kernels.experts import Shared, Weights
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.mode import is_invariant
 from rorqual.kernels.route import Rule, chosen
@@ -25,6 +25,9 @@ from rorqual.nn.step import Step
 
 ON = True
 """Whether passes of one token take this way."""
+
+RING = True
+"""Whether its experts are one launch, where they can be."""
 
 ASK = 1
 """What kernels that have little to read ask to be brought into L2 for those to come: nothing (0), the weight of `o`
@@ -85,7 +88,9 @@ def attend(
     return y[None]
 
 
-def feed(brick: nn.Module, norm: RMSNorm, x_1ND: Tensor, ids_1N: Tensor) -> Tensor | None:
+def feed(
+    brick: nn.Module, norm: RMSNorm, x_1ND: Tensor, ids_1N: Tensor, step: Step | None = None
+) -> Tensor | None:
     """x + experts(norm(x)), of one token."""
     if not isinstance(brick, MoE):
         return None
@@ -103,11 +108,28 @@ def feed(brick: nn.Module, norm: RMSNorm, x_1ND: Tensor, ids_1N: Tensor) -> Tens
     (logits_NE,) = single.rows(
         x_ND, [router.weight], [None], by, normed_ND=normed_ND, out_dtype=torch.float32
     )
-    choice = chosen(logits_NE, router.bias, rule, table, ids_1N[0] if table is not None else None)
+    state = _state(brick, x_ND, stacks, shared, step)
+    token = ids_1N[0] if table is not None else None
+    # Experts that may start early ask for matrices that need no choice; in bf16 two launches gain nothing by it.
+    ahead = state is not None or stacks[0].scale is not None
+    choice = chosen(logits_NE, router.bias, rule, table, token, ahead)
     y = single_experts.through_experts(
-        normed_ND, choice, *stacks, limit=e.limit, shared=shared, residual_1D=x_ND
+        normed_ND, choice, *stacks, limit=e.limit, shared=shared, residual_1D=x_ND, state=state
     )
     return y[None]
+
+
+def _state(
+    brick: MoE, x_ND: Tensor, stacks: tuple[Weights, ...], shared: Shared | None, step: Step | None
+) -> single_ring.State | None:
+    """What the experts' form in one launch keeps; None where it isn't to be taken."""
+    rings = step.shared.get("rings") if RING and isinstance(step, PagedStep) else None
+    if rings is None or any(w.codes.data_ptr() % 16 for w in (*stacks, *(shared or ()))):
+        return None
+    width = stacks[0].codes.shape[1]
+    slots = brick.router.top_k + (0 if shared is None else shared[0].codes.shape[0] // width)
+    found: single_ring.State | None = rings.of(x_ND, slots, width, stacks[0].scale is not None)
+    return found
 
 
 def _triple(layer: Linear) -> tuple[Tensor, Tensor | None, tuple[int, int] | None]:

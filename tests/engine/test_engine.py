@@ -128,6 +128,24 @@ def test_answers_do_not_cut_prompts_short() -> None:
     assert passes.count((1, [8])) == 2
 
 
+def test_a_shorter_beginning_is_found_after_it_came_once() -> None:
+    """Rings are copied at a prompt's last whole block only. Where that block is known from a longer prompt, whose
+    rings were copied further on, the copy belongs to that prompt's page."""
+    model = build("v4")
+    engine = engine_of(model, 400, step_tokens=64)
+    size = engine.pages.page_size
+    long = torch.randint(0, model.config.vocab, (4 * size + 1,)).tolist()
+    sampling = Sampling(0.0, max_new_tokens=3, ignore_eos=True)
+    found = []
+    for prompt in (long, long[: 2 * size + 1], long[: 2 * size + 1], long):
+        handle = engine.submit(prompt, sampling)
+        assert handle.result().ids == model.generate(prompt, sampling).ids
+        assert handle.request is not None
+        found.append(handle.request.cached)
+        engine.pages.check()
+    assert found == [0, 0, 2 * size, 4 * size]
+
+
 @pytest.mark.parametrize("kind", ["gqa", "v3", "v4"])
 def test_books_balance_after_thousands_of_operations(kind: str) -> None:
     """Submits, steps, cancels, failing steps, weight changes: no page, ring or slot is ever lost."""

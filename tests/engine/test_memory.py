@@ -16,6 +16,7 @@ import torch
 from rorqual import Sampling
 from rorqual.engine import Engine
 from rorqual.engine.loop import Answer
+from rorqual.kernels.single_ring import Rings
 from rorqual.model import Model
 from tests.engine.conftest import MEMBERS, build
 from tests.engine.test_engine import as_on_a_gpu, engine_of
@@ -107,3 +108,108 @@ def test_a_stream_has_its_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
     found += stream
     engine.close()
     assert [delta.finish_reason for delta in found] == [None, "length"]
+
+
+def test_start_meets_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`start` inside `close`, while it waits for the thread, and after it: the thread ends, and none follows."""
+    engine = engine_of(build("gqa"), 200)
+    plain = threading.Thread.join
+
+    def join(self: threading.Thread, timeout: float | None = None) -> None:
+        engine.start()
+        plain(self, timeout)
+
+    engine.start()
+    monkeypatch.setattr(threading.Thread, "join", join)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    plain(closing, 20)
+    assert not closing.is_alive(), "close hangs"
+    engine.start()
+    assert engine._thread is None
+    assert not [t for t in threading.enumerate() if t.name == "rorqual-engine"]
+
+
+def test_start_and_stop_race() -> None:
+    engine = engine_of(build("gqa"), 200)
+
+    def many(work: Any) -> threading.Thread:
+        thread = threading.Thread(target=lambda: [work() for _ in range(300)], daemon=True)
+        thread.start()
+        return thread
+
+    threads = [many(engine.start), many(engine.stop)]
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive(), "stop hangs"
+    engine.close()
+    assert not [t for t in threading.enumerate() if t.name == "rorqual-engine"]
+
+
+def test_a_thread_ends_with_its_engine() -> None:
+    engine, _, parts = serving(build("gqa"), False, False)
+    engine.start()
+    assert engine.submit([5] * 9, GREEDY).result().finish_reason == "length"
+    thread = engine._thread
+    assert thread is not None
+    time.sleep(0.1)  # it waits for work again
+    del engine
+    thread.join(20)
+    assert not thread.is_alive() and not [part() for part in parts if part() is not None]
+
+
+def test_errors_keep_nothing() -> None:
+    """A caller may keep a failed request's error for long."""
+    engine = engine_of(build("gqa"), 200)
+    parts = [weakref.ref(engine.runner), *(weakref.ref(t) for s in engine.runner.stores for t in s.values())]
+
+    def forward(plan: Any, runner: Any = engine.runner) -> Any:
+        raise RuntimeError("a kernel failed")
+
+    engine.runner.forward = forward  # type: ignore[method-assign]
+    handle = engine.submit([5, 6], GREEDY)
+    del forward
+    with pytest.raises(RuntimeError, match="a kernel failed") as caught:
+        handle.result()
+    assert "in forward" in "".join(caught.value.__notes__)
+    del engine.runner.forward
+    del engine
+    assert not [part() for part in parts if part() is not None], "the error keeps the engine"
+
+
+def test_an_iterator_that_waits_keeps_nothing() -> None:
+    engine = engine_of(build("gqa"), 200)
+    stream = iter(engine.submit([5, 6], GREEDY))
+    next(stream)
+    while engine.busy:
+        engine.step()
+    parts = [weakref.ref(engine.runner)]
+    del engine
+    assert parts[0]() is None
+    assert len(list(stream)) == 5
+
+
+def test_one_engine_a_gpu_has_the_rings() -> None:
+    """Two launches at a time whose programs wait for each other would never end."""
+    here, there = torch.device("cuda", 6), torch.device("cuda", 7)
+    first = Rings.claim(here)
+    assert first is not None and Rings.claim(here) is None and Rings.claim(there) is not None
+    del first
+    assert Rings.claim(here) is not None
+    assert Rings.claim(torch.device("cpu")) is None
+
+
+def test_rings_outlast_a_change_of_weights() -> None:
+    engine = engine_of(build("v3"), 200)
+    as_on_a_gpu(engine)
+    engine.runner._rings = Rings.claim(torch.device("cuda", 6))
+    engine.runner.graphs = engine.runner.new_graphs()
+    assert engine.runner.graphs._rings is not None
+    engine.submit([5, 6], GREEDY).result()
+    engine.model.embed.weight.data = engine.model.embed.weight.data.clone()  # at another place
+    engine.weights_changed()
+    assert engine.runner.graphs is not None and engine.runner.graphs._rings is engine.runner._rings
+    engine.submit([5, 6], GREEDY).result()
+    engine.close()
+    gc.collect()  # what stands for a recorded graph on a CPU knows itself
+    assert Rings.claim(torch.device("cuda", 6)) is not None

@@ -161,3 +161,71 @@ def test_fixed_form_gives_a_row_the_same_bits_in_any_company(device: torch.devic
     for rows in sizes:
         assert torch.equal(op.fixed(x[:rows], codes, scale), full[:rows])
         assert torch.equal(op.fixed(x[-rows:], codes, scale), full[-rows:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rows", "out", "width", "how"),
+    [
+        (64, 448, 2048, {"BN": 64, "STEPS": 16, "WIDE": 2, "STAGES": 3, "TALL": False}),
+        (5, 200, 2048, {"BN": 16, "STEPS": 16, "WIDE": 4, "STAGES": 4, "TALL": True}),
+        (40, 136, 3584, {"BN": 64, "STEPS": 14, "WIDE": 4, "STAGES": 2, "TALL": False}),
+        (130, 72, 1024, {"BN": 128, "STEPS": 8, "WIDE": 1, "STAGES": 4, "TALL": False}),
+    ],
+)
+@pytest.mark.parametrize("powers", [False, True])
+def test_ring_close_to_fp64(rows: int, out: int, width: int, how: dict[str, Any], powers: bool) -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    how = {**how, "BO": 64, "num_warps": 8 if how["BN"] == 128 else 4}
+    device = torch.device("cuda")
+    x = torch.randn(rows, width, device=device) * torch.logspace(-2, 2, rows, device=device)[:, None]
+    codes, scale = weight(out, width, device, powers)
+    bias = torch.randn(out, device=device)
+    held = op.quantize_fast(x, powers)
+    want = exact(*held, codes, scale)
+    ys = [
+        op.fast(x, codes, scale, bias, powers, how=how, quantized=held),
+        op.fast(x, codes, scale, bias, powers, how=how),
+        op.fast(x, codes, scale, bias, powers, ahead=True, how=how),
+    ]
+    for y in ys:
+        close(y, want, bias)
+        assert torch.equal(y, ys[0])
+
+
+@pytest.mark.gpu
+def test_recorded_behind_a_copy_and_another_stream() -> None:
+    """Dependent launches wait for whatever is before them: a fill, a copy, a kernel of another stream, x itself."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = torch.device("cuda")
+    source = torch.zeros(64, 2048, device=device, dtype=torch.bfloat16)
+    codes, scale = weight(1024, 2048, device)
+    held, x, beside = torch.zeros_like(codes), torch.empty_like(source), torch.cuda.Stream()
+
+    def run() -> tuple[Tensor, ...]:
+        found = [torch.zeros(1 << 20, device=device)]
+        x.copy_(source)  # a copy of memory, then x at once
+        found.append(op.fp8_linear(x, codes, scale))
+        held.copy_(codes)  # the weight itself is written by what is before
+        found.append(op.fp8_linear(x, held, scale))
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            twice = x * 2
+        torch.cuda.current_stream().wait_stream(beside)
+        found.append(op.fp8_linear(twice, held, scale))
+        held.zero_()
+        found.append(op.fp8_linear(twice, held, scale))
+        return tuple(found[1:])
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = run()
+    for seed in range(20):
+        source.copy_(torch.randn(64, 2048, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        want = op.reference(source, codes, scale).float(), op.reference(source * 2, codes, scale).float()
+        for y, z in zip(recorded, (want[0], want[0], want[1], torch.zeros_like(want[0])), strict=True):
+            assert float((y.float() - z).norm()) <= 5e-3 * float(z.norm())

@@ -171,8 +171,7 @@ def test_hopper_form(width: int, heads: int, fp8: bool, splits: int | str | None
     """Latents of the released size, which `mla_decode_gluon` takes on a Hopper GPU."""
     device, ends = torch.device("cuda"), [300, 0, 5, 64, 1029]
     given = make(ends, width, heads, 512, 64, device, page_size=page_size, dtype=torch.bfloat16, fp8=fp8)
-    form = op.mla_decode_gluon_fp8 if fp8 else op.mla_decode_gluon
-    assert form.supported(*given[:2], 512) == (torch.cuda.get_device_capability()[0] == 9)
+    assert op.mla_decode_gluon.supported(*given[:2], 512) == (torch.cuda.get_device_capability()[0] == 9)
     right = reference(*given, width=width, rank=512, scale=0.04).double().cpu()
     ours = mla_decode(*given, width=width, rank=512, scale=0.04, splits=splits)
     close(ours, right, 2e-2)

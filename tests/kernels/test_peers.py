@@ -89,6 +89,17 @@ def test_wide_decodes_go_to_the_peer(flash_mla: SimpleNamespace, heads: int, wid
     assert flash_mla.calls[-1] is not first
 
 
+def test_many_sequences_go_to_the_peer(flash_mla: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one block of rows each, if they are short, and of more whatever they hold."""
+    monkeypatch.setattr(peers, "KEYS", 257)
+    for heads, blocks, short in ((64, 2, 128), (128, 4, 0)):
+        monkeypatch.setattr(peers, "BLOCKS", blocks)
+        monkeypatch.setattr(peers, "SHORT", short)
+        x, given = decode_inputs(heads)
+        assert torch.equal(mla_decode(*x, **given), reference(*x, **given))
+    assert len(flash_mla.calls) == 2
+
+
 def test_what_stays_with_us(flash_mla: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     for shape in (
         {"heads": 16},
@@ -101,6 +112,11 @@ def test_what_stays_with_us(flash_mla: SimpleNamespace, monkeypatch: pytest.Monk
     x, given = decode_inputs(128)
     monkeypatch.setattr(peers, "KEYS", 257)
     mla_decode(*x, **given)
+    monkeypatch.setattr(peers, "BLOCKS", 2)
+    monkeypatch.setattr(peers, "SHORT", 127)
+    few, queries = decode_inputs(64)
+    mla_decode(*few, **queries)
+    monkeypatch.setattr(peers, "BLOCKS", 128)
     monkeypatch.setattr(peers, "KEYS", 256)
     mla_decode(*x, **given, splits="fixed")
     with invariant():
