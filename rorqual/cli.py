@@ -226,8 +226,11 @@ def serve(
     dtype: str | None = None,
     device: str | None = None,
     speculate: bool = False,
+    page: bool = True,
 ) -> None:
-    """Serve a model over HTTP: the APIs of DeepSeek, OpenAI and Anthropic. Ctrl-C finishes what runs and ends.
+    """Serve a model over HTTP: a page to talk on at /, and the APIs of DeepSeek, OpenAI and Anthropic.
+
+    Ctrl-C finishes what runs and ends.
 
     Example: rorqual serve smollm2 --port 8000
 
@@ -266,6 +269,8 @@ def serve(
         "cpu", "cuda", "cuda:1"; by default the GPU if there is one.
     speculate
         Draft with the checkpoint's MTP module.
+    page
+        Offer the page at /.
     """
     try:
         from rorqual.serve import Settings, create_app, read_keys
@@ -282,6 +287,7 @@ def serve(
         timeout=timeout,
         cors=cors,
         strict=strict,
+        page=page,
     )
     loaded = _load(model, dtype, device)
     run(create_app(loaded, settings, max_requests=max_requests, speculate=speculate), host=host, port=port)
