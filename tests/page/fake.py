@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -48,14 +49,29 @@ def pieces(text: str) -> list[str]:
     return found
 
 
+def chosen(layer: int, draw: random.Random) -> list[int]:
+    """Four experts, some of each layer's liked more."""
+    found: list[int] = []
+    while len(found) < 4:
+        expert = (17 * int(48 * draw.random() ** 1.6) + 5 * layer) % 48
+        if expert not in found:
+            found.append(expert)
+    return found
+
+
 def inside_of(at: int, text: str, part: str, draw: random.Random) -> dict[str, Any]:
     """All that the contract tells of one token."""
     low = draw.random() < 0.25
     logprob = draw.uniform(-2.6, -0.7) if low else draw.uniform(-0.25, -0.001)
-    top = [(text, 7, logprob), *((word, 10 + n, logprob - 0.9 * (n + 1)) for n, word in enumerate((" the", " a", "\n", ",")))]
+    rest = 1 - math.exp(logprob)
+    others = enumerate((" the", " a", "\n", ","))
+    top = [(text, 7, logprob), *((word, 10 + n, math.log(rest * 0.6 * 0.45**n)) for n, word in others)]
+    top.sort(key=lambda guess: -guess[2])
     drafted = at % 3 == 1
-    experts = [sorted({int(47 * draw.random() ** 1.7) for _ in range(9)})[:4] for _ in MODEL["expert_layers"]]  # type: ignore[attr-defined]
-    seen = [{"layer": n, "positions": sorted(draw.sample(range(12 + at), 5)), "weights": None} for n in (3, 9, 15)]
+    experts = [chosen(layer, draw) for layer in range(13)]
+    seen = [
+        {"layer": n, "positions": sorted(draw.sample(range(12 + at), 5)), "weights": None} for n in (3, 9, 15)
+    ]
     return {
         "index": at, "id": 7, "text": text, "logprob": logprob,
         "top": [{"id": n, "text": word, "logprob": p} for word, n, p in top], "part": part, "experts": experts,
@@ -82,8 +98,8 @@ def create(answer: str = ANSWER, thought: str = THOUGHT, pause: float = 0.0) -> 
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> dict[str, Any]:
-        texts = ["<|begin|>", *pieces("".join(m["content"] for m in (await request.json())["messages"]))]
-        texts = (texts + ["<pad>"] * 12)[:12]
+        words = pieces("".join(m["content"] for m in (await request.json())["messages"]))
+        texts = ["<|begin|>", "<|user|>", *(words + ["\n"] * 8)[:8], "<|assistant|>", "<think>"]
         return {"tokens": [1] * 12, "count": 12, "max_model_len": 4096, "token_strs": texts}
 
     @app.post("/v1/chat/completions")
@@ -99,7 +115,11 @@ def create(answer: str = ANSWER, thought: str = THOUGHT, pause: float = 0.0) -> 
                 chunk: dict[str, Any] = {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
                 if body.get("inside"):
                     tokens, per = 13 + at, MODEL["cache_bytes_per_token"]
-                    cache = {"tokens": tokens, "bytes": tokens * per, "mha_bytes": tokens * MODEL["mha_bytes_per_token"]}  # type: ignore[operator]
+                    cache = {
+                        "tokens": tokens,
+                        "bytes": tokens * per,
+                        "mha_bytes": tokens * MODEL["mha_bytes_per_token"],
+                    }  # type: ignore[operator]
                     chunk["inside"] = {"tokens": [inside_of(at, text, part, draw)], "cache": cache}
                 yield f"data: {json.dumps(chunk)}\n\n"
                 await asyncio.sleep(pause)

@@ -230,7 +230,7 @@ function told(node) {
   if (node.finish === "stopped") return "Stopped";
   if (node.calls?.length) return `The model calls ${node.calls.map((/** @type {any} */ call) => call.name).join(", ")}`;
   const short = node.content.length < 400;
-  return short ? `Answer: ${node.content}` : `The answer is there, ${node.content.split(/\s+/).length} words`;
+  return short ? `Answer: ${node.content}` : `The answer is there, ${node.content.trim().split(/\s+/).length} words`;
 }
 
 function stop() {

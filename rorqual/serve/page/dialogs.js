@@ -41,12 +41,12 @@ export async function askKey(again) {
   return (await opened(dialog)) ? byId("key").value.trim() || null : null;
 }
 
-/** @param {[string, string][]} shortcuts  keys and what they do @param {boolean} on @returns {Promise<boolean>} on from now */
-export async function help(shortcuts, on) {
+/** @param {[string, string][]} shortcuts  keys and what they do @param {boolean} on @param {(on: boolean) => void} turn */
+export function help(shortcuts, on, turn) {
   byId("shortcuts").replaceChildren(
     ...shortcuts.map(([keys, what]) => h("div", null, h("dt", null, ...keys.split(" ").map((key) => h("kbd", null, key))), h("dd", null, what))),
   );
   byId("shortcuts-on").checked = on;
-  await opened(byId("help-dialog"));
-  return byId("shortcuts-on").checked;
+  byId("shortcuts-on").onchange = () => turn(byId("shortcuts-on").checked);
+  return opened(byId("help-dialog"));
 }

@@ -79,7 +79,7 @@ export class Heat {
     const all = trace.balances();
     canvas.setAttribute(
       "aria-label",
-      `Heat map of ${layers} layers by ${experts} experts over ${trace.tokens.length} tokens` +
+      `Heat map of ${layers} layers by ${experts} experts over ${trace.routed} tokens` +
         (all ? `; the busiest expert of a layer has ${all.peak.toFixed(1)} times the mean` : ""),
     );
   }
@@ -112,7 +112,7 @@ export class Heat {
     if (cursor && this.trace) {
       const n = this.trace.counts[cursor.layer * this.trace.experts + cursor.expert];
       const number = this.trace.model.expert_layers[cursor.layer];
-      this.reading.textContent = `Layer ${number}, expert ${cursor.expert}: chosen ${n} of ${this.trace.tokens.length} times`;
+      this.reading.textContent = `Layer ${number}, expert ${cursor.expert}: chosen for ${n} of ${this.trace.routed} tokens`;
     } else {
       this.reading.textContent = "Point at a cell, or focus the map and use the arrow keys.";
     }
@@ -120,9 +120,13 @@ export class Heat {
   }
 }
 
+/** @type {CanvasRenderingContext2D | null} */
+let palette = null;
+
 /** A colour of the style sheet as three numbers. @param {HTMLElement} element @param {string} name */
 function colour(element, name) {
-  const brush = /** @type {CanvasRenderingContext2D} */ (Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d"));
+  palette ??= document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const brush = /** @type {CanvasRenderingContext2D} */ (palette);
   const probe = h("i", { class: "probe" });
   probe.style.color = `var(${name})`;
   /** @type {HTMLElement} */ (element.parentElement).append(probe);

@@ -212,23 +212,30 @@ export class Inside {
   /** Which earlier tokens a token looked at. @param {Trace} trace @param {Token} token */
   seenPart(trace, token) {
     const layers = (token.seen ?? []).filter((one) => this.layer === "all" || String(one.layer) === this.layer);
-    /** @type {Map<number, number>} */
-    const weights = new Map();
-    for (const { positions, weights: given } of layers) {
-      positions.forEach((position, n) => weights.set(position, (weights.get(position) ?? 0) + (given?.[n] ?? 1)));
+    // A position may stand for a block of tokens, as a compressed cache keeps them.
+    /** @type {Map<number, {weight: number, every: number}>} */
+    const found = new Map();
+    for (const { positions, weights, every } of layers) {
+      positions.forEach((position, n) => {
+        const one = found.get(position) ?? { weight: 0, every: 1 };
+        found.set(position, { weight: one.weight + (weights?.[n] ?? 1), every: Math.max(one.every, every ?? 1) });
+      });
     }
-    const sorted = [...weights].sort((a, b) => b[1] - a[1] || a[0] - b[0]);
+    const sorted = [...found].sort((a, b) => b[1].weight - a[1].weight || a[0] - b[0]);
+    const places = new Set(sorted.flatMap(([position, { every }]) => Array.from({ length: every }, (_, n) => position + n)));
     const select = h("select", { "aria-label": "Layer", on: { change: () => { this.layer = select.value; this.changed(); } } });
     select.append(h("option", { value: "all" }, "all layers"));
     for (const one of token.seen ?? []) select.append(h("option", { value: one.layer }, `layer ${one.layer}`));
     select.value = layers.length ? this.layer : "all";
-    for (const [position] of sorted) {
-      this.strip.querySelector(`#token-${position - trace.prompt}`)?.classList.add("looked-at");
-      this.promptStrip.querySelector(`[data-position="${position}"]`)?.classList.add("looked-at");
+    for (const place of places) {
+      this.strip.querySelector(`#token-${place - trace.prompt}`)?.classList.add("looked-at");
+      this.promptStrip.querySelector(`[data-position="${place}"]`)?.classList.add("looked-at");
     }
-    const told = sorted.slice(0, 12).map(([position]) => h("code", { title: `position ${position}` }, visible(trace.textAt(position) || `#${position}`)));
+    const told = sorted.slice(0, 12).map(([position, { every }]) =>
+      h("code", { title: every > 1 ? `positions ${position} to ${position + every - 1}` : `position ${position}` }, visible(trace.textAt(position, every) || `#${position}`)));
     const more = sorted.length > 12 ? ` and ${sorted.length - 12} more` : "";
-    return h("div", { class: "seen" }, h("p", { class: "row" }, `Looked at ${sorted.length} earlier tokens in `, select), h("p", { class: "chips" }, ...told, more));
+    const near = trace.model.window ? h("p", { class: "quiet" }, `Besides, every token sees the ${trace.model.window} before it.`) : null;
+    return h("div", { class: "seen" }, h("p", { class: "row" }, `Looked at ${places.size} earlier tokens in `, select), h("p", { class: "chips" }, ...told, more), near);
   }
 
   drawPrompt() {

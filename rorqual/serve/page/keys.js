@@ -26,9 +26,8 @@ const NAMES = { auto: "as the system", light: "light", dark: "dark" };
 /** @param {{stop: () => boolean, start: () => void, again: () => void, edit: () => void, input: HTMLElement}} acts */
 export function setUpKeys(acts) {
   let on = recall("shortcuts", true);
-  const showHelp = async () => {
-    on = await help(SHORTCUTS, on);
-    keep("shortcuts", on);
+  const showHelp = () => {
+    help(SHORTCUTS, on, (now) => keep("shortcuts", (on = now)));
   };
   /** @type {Record<string, () => void>} */
   const alt = {

@@ -14,6 +14,7 @@ const ALLOWED = {
   ).split(" "),
   ALLOWED_ATTR: ["href", "title", "class", "start", "align"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
+  ADD_URI_SAFE_ATTR: ["align", "start"],
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,
@@ -202,21 +203,32 @@ function showMath(span) {
   }
   const tex = span.textContent ?? "";
   const displayMode = span.classList.contains("math-display");
-  const made = document.createElement("span");
+  let made;
   try {
-    katex.render(tex, made, { displayMode, throwOnError: true, trust: false, strict: "ignore", maxSize: 20, maxExpand: 200 });
+    const tree = katex.__renderToDomTree(tex, {
+      displayMode, throwOnError: true, trust: false, strict: "ignore", maxSize: 20, maxExpand: 200,
+    });
+    withoutStyles(tree);
+    made = tree.toNode();
   } catch {
     span.classList.add("math-broken");
     return;
   }
-  for (const part of made.querySelectorAll("[style]")) {
-    // The page's policy forbids style attributes; a script may set the same.
-    /** @type {any} */ (part).style.cssText = part.getAttribute("style");
-  }
+  for (const part of made.querySelectorAll("[data-style]")) part.style.cssText = part.dataset.style;
   if (displayMode) {
     span.tabIndex = 0;
     span.setAttribute("role", "region");
     span.setAttribute("aria-label", "Formula");
   }
   span.replaceChildren(made);
+}
+
+/** The page's policy forbids style attributes, which tall brackets have; a script may set the same afterwards.
+ * @param {any} tree  of KaTeX's */
+function withoutStyles(tree) {
+  if (tree.attributes?.style) {
+    tree.attributes["data-style"] = tree.attributes.style;
+    delete tree.attributes.style;
+  }
+  for (const child of tree.children ?? []) withoutStyles(child);
 }

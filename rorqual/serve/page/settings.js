@@ -49,8 +49,8 @@ export class Settings {
       );
     return h(
       "div", { class: "fields" },
-      select("thinking", "Thinking", [["", "the model's default"], ["on", "on"], ["off", "off"]]),
-      select("effort", "Effort", [["", "the model's default"], ["low", "low"], ["medium", "medium"], ["high", "high"], ["max", "max"]]),
+      select("thinking", "Thinking", [["", "default"], ["on", "on"], ["off", "off"]]),
+      select("effort", "Effort", [["", "default"], ["low", "low"], ["medium", "medium"], ["high", "high"], ["max", "max"]]),
     );
   }
 

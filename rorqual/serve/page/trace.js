@@ -5,7 +5,7 @@
  * @typedef {{id: number, text: string, logprob: number}} Guess
  * @typedef {{index: number, id: number, text: string, logprob: number | null, top?: Guess[], part?: string,
  *   experts?: number[][] | null, draft?: string, refused?: {id: number, text: string}[],
- *   seen?: {layer: number, positions: number[], weights: number[] | null}[] | null}} Token
+ *   seen?: {layer: number, positions: number[], weights: number[] | null, every?: number}[] | null}} Token
  */
 
 export class Trace {
@@ -44,10 +44,19 @@ export class Trace {
     this.promptTexts = texts;
   }
 
-  /** The text of the token at a position of the whole context, the prompt first. @param {number} position */
-  textAt(position) {
-    if (position < this.prompt) return this.promptTexts?.[position] ?? "";
-    return this.tokens[position - this.prompt]?.text ?? "";
+  /** The text of tokens from a position of the whole context on, the prompt first.
+   * @param {number} position @param {number} count */
+  textAt(position, count) {
+    let text = "";
+    for (let at = position; at < position + count; at++) {
+      text += (at < this.prompt ? this.promptTexts?.[at] : this.tokens[at - this.prompt]?.text) ?? "";
+    }
+    return text;
+  }
+
+  /** Tokens whose experts are known. */
+  get routed() {
+    return this.tokens.reduce((sum, token) => sum + (token.experts ? 1 : 0), 0);
   }
 
   /** Whether anything was drafted. */
