@@ -67,7 +67,7 @@ def inside_of(at: int, text: str, part: str, draw: random.Random) -> dict[str, A
     others = enumerate((" the", " a", "\n", ","))
     top = [(text, 7, logprob), *((word, 10 + n, math.log(rest * 0.6 * 0.45**n)) for n, word in others)]
     top.sort(key=lambda guess: -guess[2])
-    drafted = at % 3 == 1
+    drafted = at % 2 == 1
     experts = [chosen(layer, draw) for layer in range(13)]
     seen = [
         {"layer": n, "positions": sorted(draw.sample(range(12 + at), 5)), "weights": None} for n in (3, 9, 15)
@@ -75,7 +75,7 @@ def inside_of(at: int, text: str, part: str, draw: random.Random) -> dict[str, A
     return {
         "index": at, "id": 7, "text": text, "logprob": logprob,
         "top": [{"id": n, "text": word, "logprob": p} for word, n, p in top], "part": part, "experts": experts,
-        "draft": "accepted" if drafted and not low else "none", "refused": [{"id": 9, "text": " song"}] if low else [],
+        "draft": "accepted" if drafted and not low else "none", "refused": [{"id": 9, "text": " song"}] if low and at % 2 else [],
         "seen": seen,
     }  # fmt: skip
 

@@ -187,8 +187,16 @@ def test_on_a_phone(made_up: Any, browse: Browse, width: int) -> None:
     if width == 390:
         tidy(page)
         picture(page, "phone")
+        # The panel covers the conversation here: once opened, it goes on watching while it is closed.
+        page.get_by_role("button", name="Answer again").tap()
+        done(page)
         page.get_by_role("button", name="Look inside", exact=True).tap()
+        expect(page.locator("canvas.heat")).to_be_visible()
+        page.get_by_label("Watch the answers").uncheck()
         page.locator("#inside").get_by_role("button", name="Close").tap()
+        page.get_by_role("button", name="Answer again").tap()
+        done(page)
+        assert [bool(body.get("inside")) for body in made_up.app.state.asked[-3:]] == [False, True, False]
 
 
 def test_light_and_dark(made_up: Any, browse: Browse) -> None:

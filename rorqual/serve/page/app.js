@@ -16,6 +16,7 @@ import { Trace } from "./trace.js";
 import { add, create, path, turn } from "./tree.js";
 
 const input = byId("ask");
+const watch = byId("watch");
 /** @type {any[]} */
 let talks = [];
 /** @type {any} */
@@ -189,7 +190,7 @@ async function run(parent, node) {
   const stop = new AbortController();
   runs.set(here.id, { node, stop });
   notice("");
-  const wanted = insideModel && isOpen("inside") ? { alternatives: 5, experts: true, drafts: true, seen: true } : null;
+  const wanted = insideModel && watch.checked ? { alternatives: 5, experts: true, drafts: true, seen: true } : null;
   const trace = wanted ? new Trace(insideModel) : undefined;
   if (trace) {
     traces.set(node.id, trace);
@@ -261,6 +262,11 @@ function fit() {
 
 // ------------------------------------------------------------------------------------------- inside
 
+/** Show at the button that answers are watched. */
+function watched() {
+  byId("show-inside").classList.toggle("on", watch.checked);
+}
+
 /** @param {string | null} id  the answer to look at @param {boolean} open  the panel too */
 function look(id, open) {
   looked = id;
@@ -298,9 +304,8 @@ async function meet(quiet) {
   }
   const told = await ask("inside").catch(() => null);
   insideModel = told?.enabled ? told.model : null;
-  byId("inside-about").textContent = insideModel
-    ? "For answers made while this panel is open."
-    : "This server does not tell of its inside.";
+  byId("inside-about").textContent = insideModel ? "" : "This server does not tell of its inside.";
+  byId("watch-label").hidden = !insideModel;
   if (!talk.children.length) show();
 }
 
@@ -323,7 +328,16 @@ addEventListener("pagehide", () => runs.forEach((_, id) => save(talks.find((one)
 for (const change of [matchMedia("(prefers-color-scheme: dark)"), byId("theme")]) {
   change.addEventListener(change instanceof MediaQueryList ? "change" : "click", () => inside.changed());
 }
-setUpDrawers({ inside: () => inside.changed() });
+setUpDrawers({
+  inside(open, covering) {
+    // Where the panel covers the conversation, it must be closed to talk: watching goes on then.
+    if (open || !covering) watch.checked = open;
+    watched();
+    inside.changed();
+  },
+});
+watch.checked = isOpen("inside");
+watch.addEventListener("change", watched);
 setUpKeys({
   stop: () => runs.has(talk.id) && (stop(), true), start, again: () => again(path(talk).at(-1)), input,
   edit: () => [...document.querySelectorAll("[data-edit]")].at(-1)?.dispatchEvent(new MouseEvent("click")),

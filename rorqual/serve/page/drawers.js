@@ -6,8 +6,8 @@ import { keep, recall } from "./store.js";
 
 const PANELS = ["settings", "inside"];
 const narrow = matchMedia("(max-width: 900px)");
-/** @type {Record<string, () => void>} */
-let opened = {};
+/** What else happens when one opens or closes. @type {Record<string, (open: boolean, covering: boolean) => void>} */
+let told = {};
 
 /** @param {string} id */
 export const isOpen = (id) => (id === "list" ? document.body.classList.contains("with-list") : !byId(id).hidden);
@@ -29,17 +29,21 @@ function set(id, open) {
 
 /** @param {string} id */
 export function showDrawer(id) {
-  for (const other of PANELS) if (other !== id && PANELS.includes(id) && isOpen(other)) set(other, false);
+  for (const other of PANELS) if (other !== id && PANELS.includes(id) && isOpen(other)) {
+    set(other, false);
+    told[other]?.(false, narrow.matches);
+  }
   const was = isOpen(id);
   set(id, true);
   if (!was) byId(id).querySelector("button, [href], input, textarea, select")?.focus();
-  opened[id]?.();
+  told[id]?.(true, narrow.matches);
 }
 
 /** @param {string} id @param {boolean} [onlyNarrow]  leave it where there is room for it */
 export function closeDrawer(id, onlyNarrow = false) {
   if (!isOpen(id) || (onlyNarrow && !narrow.matches)) return;
   set(id, false);
+  told[id]?.(false, narrow.matches);
   byId(`show-${id}`).focus();
 }
 
@@ -53,9 +57,9 @@ export function closeTop() {
   return Boolean(id);
 }
 
-/** @param {Record<string, () => void>} whenOpened */
-export function setUpDrawers(whenOpened) {
-  opened = whenOpened;
+/** @param {Record<string, (open: boolean, covering: boolean) => void>} tell */
+export function setUpDrawers(tell) {
+  told = tell;
   for (const id of ["list", ...PANELS]) {
     byId(`show-${id}`).addEventListener("click", () => toggleDrawer(id));
     byId(id).querySelector("[data-close]")?.addEventListener("click", () => closeDrawer(id));

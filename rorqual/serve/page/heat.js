@@ -3,10 +3,12 @@
 
 import { h } from "./dom.js";
 
+const HINT = "Point at a cell, or focus the map and use the arrow keys.";
+
 export class Heat {
   constructor() {
     this.canvas = h("canvas", { class: "heat", tabindex: 0, role: "img", "aria-label": "Experts chosen" });
-    this.reading = h("p", { class: "heat-reading", "aria-live": "polite" });
+    this.reading = h("p", { class: "heat-reading", "aria-live": "polite" }, HINT);
     this.across = h("span");
     this.down = h("span");
     this.element = h(
@@ -114,7 +116,7 @@ export class Heat {
       const number = this.trace.model.expert_layers[cursor.layer];
       this.reading.textContent = `Layer ${number}, expert ${cursor.expert}: chosen for ${n} of ${this.trace.routed} tokens`;
     } else {
-      this.reading.textContent = "Point at a cell, or focus the map and use the arrow keys.";
+      this.reading.textContent = HINT;
     }
     this.draw();
   }

@@ -34,7 +34,7 @@ export class Inside {
   }
 
   build() {
-    this.empty = h("p", { class: "quiet" }, "Nothing to show yet: answers show their inside from when this panel is open.");
+    this.empty = h("p", { class: "quiet" }, "Nothing to show yet: only answers that were watched can be looked into.");
     this.colours = h("select", { id: "token-colours", on: { change: () => this.recolour() } });
     for (const [value, text] of [["probability", "by probability"], ["drafts", "by drafts"]]) {
       this.colours.append(h("option", { value }, text));
