@@ -195,7 +195,9 @@ export class Inside {
     }
     const facts = [percent(token.logprob), `token ${token.id}`, PARTS.get(token.part ?? "") ?? token.part];
     if (token.draft === "accepted") facts.push("drafted, accepted");
-    const rows = (token.top ?? []).map((guess) => {
+    const guesses = [...(token.top ?? [])];
+    if (guesses.length && !guesses.some((guess) => guess.id === token.id) && token.logprob !== null) guesses.push(/** @type {any} */ (token));
+    const rows = guesses.map((guess) => {
       const bar = h("meter", { min: 0, max: 1, value: Math.exp(guess.logprob), "aria-hidden": "true" });
       const own = guess.id === token.id;
       return h("li", { class: own ? "own" : null }, h("code", null, visible(guess.text)), bar, h("span", null, percent(guess.logprob)));
