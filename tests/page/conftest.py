@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import Served, puppet
+from tests.serve.conftest import Served, puppet, until
 
 __all__ = ["Served", "puppet"]
 
@@ -78,8 +78,8 @@ def browse(chromium: Any) -> Iterator[Callable[..., Any]]:
         assert not wrong, wrong
 
 
-def hold(server: Served, after: int) -> None:
-    """Let the puppet write so many tokens from now on and wait then, until its gate is set."""
+def hold(server: Served, after: int) -> Callable[[], None]:
+    """Let the puppet write so many tokens from now on and wait then. What is returned lets it go on, once it waits."""
     engine, left = server.engine, [after]
     step = engine.step
 
@@ -89,7 +89,12 @@ def hold(server: Served, after: int) -> None:
             engine.gate.clear()
         return bool(step())
 
+    def release() -> None:
+        until(lambda: left[0] <= 0)
+        engine.gate.set()
+
     engine.step = counted
+    return release
 
 
 def say(page: Any, text: str, *, wait: bool = True) -> None:

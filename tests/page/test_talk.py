@@ -36,13 +36,13 @@ def answers(page: Any) -> list[str]:
 def test_an_answer_comes_as_it_is_written(puppet: Start, browse: Browse) -> None:
     server = puppet("I think.</think>" + "Hello **world** " * 60)
     page = browse(server.url)
-    hold(server, 200)
+    release = hold(server, 200)
     say(page, "Hi\nthere", wait=False)
     expect(page.locator(".answer.live strong").nth(5)).to_be_visible()
     part = answers(page)[0]
     assert 0 < len(part) < 60 * 12 and page.locator("#announcer").inner_text() == ""
     expect(page.locator("#stop")).to_be_visible()
-    server.engine.gate.set()
+    release()
     done(page)
     assert answers(page) == [("Hello world " * 60).strip()]
     expect(page.locator(".bubble")).to_have_text("Hi\nthere")
@@ -59,12 +59,13 @@ def test_an_answer_comes_as_it_is_written(puppet: Start, browse: Browse) -> None
 def test_stopping_cancels_and_keeps_what_is_there(puppet: Start, browse: Browse) -> None:
     server = puppet("x</think>" + "word " * 3000, "x</think>Again.")
     page = browse(server.url)
-    hold(server, 100)
+    release = hold(server, 100)
     say(page, "Go on", wait=False)
     expect(page.locator(".answer > .prose")).to_contain_text("word word")
+    until(lambda: not server.engine.gate.is_set())
     page.keyboard.press("Escape")
     done(page)
-    server.engine.gate.set()
+    release()
     until(lambda: server.engine.cancelled == 1)
     expect(page.locator(".note")).to_have_text("Stopped.")
     assert answers(page)[0].startswith("word word")
@@ -79,9 +80,11 @@ def test_answers_and_messages_have_versions(puppet: Start, browse: Browse) -> No
     say(page, "One")
     page.get_by_role("button", name="Answer again").click()
     expect(page.locator(".answer > .prose")).to_have_text("Answer 2.")
-    expect(page.locator(".answer .branches")).to_have_text("‹Version 2/2›".replace("‹", "").replace("›", ""))
+    expect(page.locator(".answer .branches")).to_have_text("Version 2/2")
+    expect(page.locator("#ask")).to_be_focused()
     page.get_by_role("button", name="Earlier version").click()
     assert answers(page) == ["Answer 1."]
+    expect(page.get_by_role("button", name="Later version")).to_be_focused()  # there is none before it
     say(page, "Two")
     assert answers(page) == ["Answer 1.", "Answer 3."]
     assert [m["content"] for m in sent[-1]["messages"]] == ["One", "Answer 1.", "Two"]
@@ -296,12 +299,13 @@ def test_errors_are_told_and_can_be_tried_again(puppet: Start, browse: Browse) -
 def test_an_answer_cut_off_by_a_reload(puppet: Start, browse: Browse) -> None:
     server = puppet("x</think>" + "word " * 3000, "x</think>Whole.")
     page = browse(server.url)
-    hold(server, 100)
+    release = hold(server, 100)
     say(page, "Go", wait=False)
     expect(page.locator(".answer > .prose")).to_contain_text("word")
+    until(lambda: not server.engine.gate.is_set())
     page.reload()
     expect(page.locator(".error")).to_contain_text("Interrupted.")
-    server.engine.gate.set()
+    release()
     until(lambda: server.engine.cancelled == 1)
     page.get_by_role("button", name="Try again").click()
     expect(page.locator(".answer > .prose")).to_have_text("Whole.")
@@ -310,11 +314,12 @@ def test_an_answer_cut_off_by_a_reload(puppet: Start, browse: Browse) -> None:
 def test_other_conversations_go_on_meanwhile(puppet: Start, browse: Browse) -> None:
     server = puppet("x</think>" + "one " * 500, "x</think>Two.")
     page = browse(server.url)
-    hold(server, 100)
+    release = hold(server, 100)
     say(page, "First", wait=False)
     expect(page.locator(".answer > .prose")).to_contain_text("one one")
+    until(lambda: not server.engine.gate.is_set())
     page.keyboard.press("Alt+KeyN")
-    server.engine.gate.set()
+    release()
     say(page, "Second")
     assert answers(page) == ["Two."]
     page.locator(".talk").nth(1).click()

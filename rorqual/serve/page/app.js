@@ -36,9 +36,10 @@ const thread = new Thread(byId("thread"), byId("latest"), {
   edit: (node, text) => submit(node.parent, text),
   again: (node) => again(node),
   branch: (node, step) => {
-    turn(talk, node, step);
+    const other = turn(talk, node, step);
     save(talk);
     show();
+    thread.focusBranch(other, step);
     announce("Another version is shown");
   },
   results(node, results) {
@@ -55,7 +56,7 @@ const thread = new Thread(byId("thread"), byId("latest"), {
 const inside = new Inside(byId("inside-body"));
 const settings = new Settings(byId("options"), () => {
   store.keep("last-settings", { system: talk.system, options: talk.options });
-  if (talks.includes(talk)) save(talk, 500);
+  save(talk, 500);
 });
 const sidebar = new Sidebar({
   open: (id) => open(id),
@@ -117,6 +118,7 @@ function save(what, wait = 0) {
   if (saving.has(what.id)) clearTimeout(saving.get(what.id));
   const write = () => {
     saving.delete(what.id);
+    if (!talks.includes(what)) return; // deleted meanwhile
     store.save(what).catch(() => notice("The browser did not keep this conversation: its storage is full or closed."));
   };
   if (wait) saving.set(what.id, setTimeout(write, wait));
@@ -144,6 +146,10 @@ function arrive() {
   show();
   const last = path(talk).filter((node) => traces.has(node.id)).at(-1);
   look(last?.id ?? null, false);
+  focusInput();
+}
+
+function focusInput() {
   if (matchMedia("(pointer: fine)").matches) input.focus(); // elsewhere a keyboard would rise over the page
 }
 
@@ -200,6 +206,7 @@ async function run(parent, node) {
   thread.views.delete(node.id);
   save(here);
   show();
+  if (document.activeElement === document.body) focusInput(); // the button that began this is gone
   let saved = performance.now();
   try {
     await answer(here, node, {
@@ -218,7 +225,7 @@ async function run(parent, node) {
   node.finish ??= node.error ? "error" : "stop";
   runs.delete(here.id);
   here.updated = Date.now();
-  if (talks.includes(here)) save(here);
+  save(here);
   if (talk === here) {
     show();
     if (!node.error) announce(told(node));

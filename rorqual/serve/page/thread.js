@@ -57,7 +57,10 @@ export class Thread {
       view.update();
       turns.push(view.element);
     }
-    this.root.replaceChildren(...(turns.length ? turns : [empty]));
+    const wanted = new Set(turns.length ? turns : [empty]);
+    for (const child of [...this.root.children]) if (!wanted.has(child)) child.remove();
+    // What stays in its place is not touched: it would lose the focus.
+    [...wanted].forEach((child, at) => this.root.children[at] !== child && this.root.insertBefore(child, this.root.children[at] ?? null));
     if (this.follow) this.toEnd();
   }
 
@@ -74,6 +77,13 @@ export class Thread {
     };
     if (this.slow < 12) requestAnimationFrame(draw);
     else setTimeout(() => requestAnimationFrame(draw), Math.min(4 * this.slow, 500));
+  }
+
+  /** Put the focus where it was before another version was shown. @param {string} id @param {number} step */
+  focusBranch(id, step) {
+    const buttons = [...(this.views.get(id)?.element.querySelectorAll(".branches button") ?? [])];
+    if (step > 0) buttons.reverse();
+    buttons.find((button) => !button.disabled)?.focus();
   }
 
   // ----------------------------------------------------------------------------------------- parts
