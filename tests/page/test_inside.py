@@ -203,7 +203,7 @@ def test_blocks_windows_and_gaps(server: Any, browse: Browse) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pictures(server: Any, browse: Browse, scheme: str) -> None:
-    page = browse(server.url, color_scheme=scheme, viewport={"width": 1280, "height": 900})
+    page = browse(server.url, color_scheme=scheme, viewport={"width": 1280, "height": 980})
     page.keyboard.press("Alt+KeyI")
     say(page, "How do whales sing so low?")
     page.locator("#tokens").focus()

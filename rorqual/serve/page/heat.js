@@ -38,7 +38,7 @@ export class Heat {
 
   /** Pixels of the screen a layer takes. */
   get row() {
-    return Math.min(16, Math.max(3, Math.floor(260 / Math.max(this.trace?.layers ?? 1, 1))));
+    return Math.min(13, Math.max(3, Math.floor(260 / Math.max(this.trace?.layers ?? 1, 1))));
   }
 
   draw() {
