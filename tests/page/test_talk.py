@@ -36,8 +36,13 @@ def answers(page: Any) -> list[str]:
 def test_an_answer_comes_as_it_is_written(puppet: Start, browse: Browse) -> None:
     server = puppet("I think.</think>" + "Hello **world** " * 60)
     page = browse(server.url)
-    release = hold(server, 200)
+    release = hold(server, 6)
     say(page, "Hi\nthere", wait=False)
+    expect(page.locator(".reasoning summary")).to_contain_text("Thinking…")
+    until(lambda: not server.engine.gate.is_set())
+    page.wait_for_timeout(350)
+    release()
+    release = hold(server, 200)
     expect(page.locator(".answer.live strong").nth(5)).to_be_visible()
     part = answers(page)[0]
     assert 0 < len(part) < 60 * 12 and page.locator("#announcer").inner_text() == ""
@@ -51,6 +56,7 @@ def test_an_answer_comes_as_it_is_written(puppet: Start, browse: Browse) -> None
     expect(page.locator("#announcer")).to_contain_text("The answer is there, 120 words")
     reasoning = page.locator(".reasoning")
     expect(reasoning.locator("summary")).to_contain_text("Thought for")
+    assert float(reasoning.locator("summary").inner_text().split()[-2]) >= 0.3
     expect(reasoning.locator(".thoughts")).to_be_hidden()
     reasoning.locator("summary").click()
     expect(reasoning.locator(".thoughts")).to_have_text("I think.")
