@@ -179,8 +179,6 @@ def rows_reference(
 
 def rows_plan(width: int, outputs: int, codes: bool) -> dict[str, int]:
     """Outputs a program and its warps, by the shape alone."""
-    if width > WIDEST:
-        return {"BO": 2, "num_warps": 8}
     if width > 4096:
         return {"BO": 2, "num_warps": 8}
     if outputs <= 512:
