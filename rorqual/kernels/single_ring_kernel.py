@@ -416,17 +416,19 @@ def ring_kernel(
                         )
                         after = gl.minimum(item + 3, PER - 1)
                         if item + 1 < PER:  # the row of the next item
-                            # Words are asked for after the fence, which waits for whatever was asked for before.
                             if turn == 0:
                                 _lay(_settled(even, even_at, words, tag), columns.index(1), steps.index(1))
                                 fence_async_shared()
-                                even, even_at = _words(words, after, tag, W, K, SHARED, RUNS, RUN, FLAT)
                             else:
                                 _lay(_settled(odd, odd_at, words, tag), columns.index(0), steps.index(0))
                                 fence_async_shared()
-                                odd, odd_at = _words(words, after, tag, W, K, SHARED, RUNS, RUN, FLAT)
                         one, two = warpgroup_mma_wait(0, deps=[one, two])
                         gl.thread_barrier()
+                        # Words are asked for behind the barrier: the fence waits for whatever was asked for before.
+                        if turn == 0:
+                            even, even_at = _words(words, after, tag, W, K, SHARED, RUNS, RUN, FLAT)
+                        else:
+                            odd, odd_at = _words(words, after, tag, W, K, SHARED, RUNS, RUN, FLAT)
                         if item >= HELD:
                             _fetch(
                                 count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 2
