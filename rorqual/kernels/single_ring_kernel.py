@@ -179,9 +179,9 @@ def _settled(found, at, words, tag):
 
 
 @gluon.jit
-def _lay(row, columns, steps):
+def _lay(row, columns, steps, by):
     """Lay a row `[RUNS, RUN]` down as columns `[RUNS, RUN]`; for codes as two digits of each run's own step,
-    `[2 RUNS, RUN]` and `[RUNS]`."""
+    `[2 RUNS, RUN]`, and the columns' steps `[2 RUNS]` times `by` `[RUNS]`."""
     kind: gl.constexpr = columns.dtype
     RUNS: gl.constexpr = row.shape[0]
     if kind == gl.float8e4nv:
@@ -195,7 +195,8 @@ def _lay(row, columns, steps):
         digit = gl.where(gl.abs(row) < 0.015625, (row + 24576.0) - 24576.0, whole)
         digits = gl.join(digit.to(kind), ((row - digit) * 16.0).to(kind))
         columns.store(digits.permute([2, 0, 1]).reshape([2 * RUNS, row.shape[1]]))
-        steps.store(((power - 7) << 23).to(gl.float32, bitcast=True))
+        step = ((power - 7) << 23).to(gl.float32, bitcast=True) * by
+        steps.store(gl.join(step, step * 0.0625).permute([1, 0]).reshape([2 * RUNS]))
     else:
         columns.store(row.to(kind))
 
@@ -203,11 +204,10 @@ def _lay(row, columns, steps):
 @gluon.jit
 def _met(product, many, RUNS: gl.constexpr):
     """Of the products of 8 * RUNS runs with all columns `[8 RUNS, N]` those of a run with its own: `[8, RUNS]`; of the
-    first `many` runs. (What lies where a box reaches beyond its matrix may be no number.)"""
+    first `many` runs."""
     LAYOUT: gl.constexpr = product.type.layout
     m = gl.arange(0, 8 * RUNS, gl.SliceLayout(1, LAYOUT)) % RUNS
     n = gl.arange(0, product.shape[1], gl.SliceLayout(0, LAYOUT))
-    product *= gl.where(n < RUNS, 1.0, 0.0625)[None, :]
     m = gl.where(m < many, m, RUNS)
     return gl.sum(gl.where(m[:, None] == (n % RUNS)[None, :], product, 0.0), 1).reshape([8, RUNS])
 
@@ -289,9 +289,9 @@ def ring_kernel(
     boxes = gl.allocate_shared_memory(gate.dtype, [2 * STAGES + 2 * HELD, 8, RUNS, RUN], gate.layout)
     runs = boxes._reinterpret(gate.dtype, [2 * STAGES + 2 * HELD, 8 * RUNS, RUN], LINES)
     x_columns = gl.allocate_shared_memory(gate.dtype, [UP_CHUNKS, N, RUN], LINES)
-    x_steps = gl.allocate_shared_memory(gl.float32, [UP_CHUNKS, RUNS], PLAIN)
+    x_steps = gl.allocate_shared_memory(gl.float32, [UP_CHUNKS, N], PLAIN)
     columns = gl.allocate_shared_memory(gate.dtype, [2, N, RUN], LINES)
-    steps = gl.allocate_shared_memory(gl.float32, [2, RUNS], PLAIN)
+    steps = gl.allocate_shared_memory(gl.float32, [2, N], PLAIN)
     full = gl.allocate_shared_memory(gl.int64, [STAGES + HELD, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES + HELD):
         mbarrier.init(full.index(i), count=1)
@@ -317,7 +317,7 @@ def ring_kernel(
             run = chunk * RUNS + gl.arange(0, RUNS, gl.SliceLayout(1, FLAT))
             lane = gl.arange(0, RUN, gl.SliceLayout(0, FLAT))
             row = gl.load(x + run[:, None] * RUN + lane[None, :], (run * RUN < D)[:, None], other=0.0)
-            _lay(row.to(gl.float32), x_columns.index(chunk), x_steps.index(chunk))
+            _lay(row.to(gl.float32), x_columns.index(chunk), x_steps.index(chunk), 1.0)
     if CODES:
         TABLE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
         SPREAD: gl.constexpr = gl.BlockedLayout([1, 1], [32 // RUNS, RUNS], [8, 1], [1, 0])
@@ -365,12 +365,15 @@ def ring_kernel(
                 _fetch(
                     count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 2
                 )  # fmt: skip
+                if CODES:
+                    step = x_steps.index(chunk).load(gl.SliceLayout(0, MMA))[None, :]
+                    one *= step
+                    two *= step
                 one = _met(one, D // RUN - chunk * RUNS, RUNS)
                 two = _met(two, D // RUN - chunk * RUNS, RUNS)
                 if CODES:
-                    step = x_steps.index(chunk).load(ACROSS)
-                    one *= (step * up_by.index(2 * count).load(ACROSS))[None, :]
-                    two *= (step * up_by.index(2 * count + 1).load(ACROSS))[None, :]
+                    one *= up_by.index(2 * count).load(ACROSS)[None, :]
+                    two *= up_by.index(2 * count + 1).load(ACROSS)[None, :]
                 gates += gl.sum(one, 1)
                 ups += gl.sum(two, 1)
                 count += 1
@@ -390,13 +393,17 @@ def ring_kernel(
         kind: gl.constexpr = y.dtype.element_ty
         words += p % COPIES * ((K + SHARED) * W)
         for c in range((D // 16 - p + P - 1) // P):
-            upper = zero
-            lower = zero
+            # Sums stay products of all runs with all columns until the end: what does not count is 15 in 16 of a register,
+            # but telling it apart takes longer than adding. (Beyond a matrix boxes are zeros.)
+            upper = none
+            lower = none
             # Words are looked up two items ahead, by turns into two sets of registers.
             found, at = _words(words, 0, tag, W, K, SHARED, RUNS, RUN, FLAT)
             even, even_at = _words(words, gl.minimum(1, PER - 1), tag, W, K, SHARED, RUNS, RUN, FLAT)
             odd, odd_at = _words(words, gl.minimum(2, PER - 1), tag, W, K, SHARED, RUNS, RUN, FLAT)
-            _lay(_settled(found, at, words, tag), columns.index(0), steps.index(0))
+            begun = _settled(found, at, words, tag)
+            weighted = down_by.index(c * PER).load(gl.SliceLayout(1, FLAT)) if CODES else 1.0
+            _lay(begun, columns.index(0), steps.index(0), weighted)
             fence_async_shared()
             gl.thread_barrier()
             for pair in range((PER + 1) // 2):
@@ -410,19 +417,45 @@ def ring_kernel(
                             phase = 0
                         mbarrier.wait(full.index(stage), phase)
                         right = columns.index(turn).permute((1, 0))
-                        one = warpgroup_mma(runs.index(2 * stage), right, none, use_acc=False, is_async=True)
-                        two = warpgroup_mma(
-                            runs.index(2 * stage + 1), right, none, use_acc=False, is_async=True
-                        )
+                        if CODES:
+                            one = warpgroup_mma(
+                                runs.index(2 * stage), right, none, use_acc=False, is_async=True
+                            )
+                            two = warpgroup_mma(
+                                runs.index(2 * stage + 1), right, none, use_acc=False, is_async=True
+                            )
+                        else:
+                            upper = warpgroup_mma(runs.index(2 * stage), right, upper, is_async=True)
+                            lower = warpgroup_mma(runs.index(2 * stage + 1), right, lower, is_async=True)
                         after = gl.minimum(item + 3, PER - 1)
+                        if CODES:
+                            taken = steps.index(turn).load(gl.SliceLayout(0, MMA))[None, :]
+                            weighted = down_by.index(c * PER + gl.minimum(item + 1, PER - 1)).load(
+                                gl.SliceLayout(1, FLAT)
+                            )
+                        else:
+                            weighted = 1.0
                         if item + 1 < PER:  # the row of the next item
                             if turn == 0:
-                                _lay(_settled(even, even_at, words, tag), columns.index(1), steps.index(1))
+                                _lay(
+                                    _settled(even, even_at, words, tag),
+                                    columns.index(1),
+                                    steps.index(1),
+                                    weighted,
+                                )
                                 fence_async_shared()
                             else:
-                                _lay(_settled(odd, odd_at, words, tag), columns.index(0), steps.index(0))
+                                _lay(
+                                    _settled(odd, odd_at, words, tag),
+                                    columns.index(0),
+                                    steps.index(0),
+                                    weighted,
+                                )
                                 fence_async_shared()
-                        one, two = warpgroup_mma_wait(0, deps=[one, two])
+                        if CODES:
+                            one, two = warpgroup_mma_wait(0, deps=[one, two])
+                        else:
+                            upper, lower = warpgroup_mma_wait(0, deps=[upper, lower])
                         gl.thread_barrier()
                         # Words are asked for behind the barrier: the fence waits for whatever was asked for before.
                         if turn == 0:
@@ -434,17 +467,11 @@ def ring_kernel(
                                 count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 2
                             )  # fmt: skip
                             count += 1
-                        _, many = _part(item, W, RUN, RUNS, SHARED)
-                        one = _met(one, many, RUNS)
-                        two = _met(two, many, RUNS)
                         if CODES:
-                            step = steps.index(turn).load(ACROSS) * down_by.index(c * PER + item).load(ACROSS)
-                            one *= step[None, :]
-                            two *= step[None, :]
-                        upper += gl.sum(one, 1)
-                        lower += gl.sum(two, 1)
+                            upper += one * taken
+                            lower += two * taken
             for half in gl.static_range(2):
-                total = lower if half else upper
+                total = gl.sum(_met(lower if half else upper, RUNS, RUNS), 1)
                 channel = (p + c * P) * 16 + 8 * half + gl.arange(0, 8, EIGHT)
                 if RESIDUAL:
                     total = total.to(kind).to(gl.float32) + gl.load(residual + channel).to(gl.float32)
