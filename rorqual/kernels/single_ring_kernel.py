@@ -393,7 +393,7 @@ def ring_kernel(
         kind: gl.constexpr = y.dtype.element_ty
         words += p % COPIES * ((K + SHARED) * W)
         for c in range((D // 16 - p + P - 1) // P):
-            # Sums stay products of all runs with all columns until the end: what does not count is 15 in 16 of a register,
+            # Sums stay products of all runs with all columns until the end: what does not count is 15 in 16 of them,
             # but telling it apart takes longer than adding. (Beyond a matrix boxes are zeros.)
             upper = none
             lower = none
