@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from functools import partial
 
+import torch
+
 from benchmarks import invariant, lite, spec, tiny, turns, two
 from benchmarks.context import context
 from benchmarks.decode import latent, smollm2
@@ -37,6 +39,12 @@ def main() -> None:
     unknown = [name for name in sys.argv[1:] if name not in known]
     if unknown:
         raise SystemExit(f"unknown benchmark {unknown[0]!r}: choose from {', '.join(known)}")
+    on_gpu = [name for name in sys.argv[1:] if name in GPU]
+    if on_gpu and not torch.cuda.is_available():
+        raise SystemExit(
+            f"{on_gpu[0]} needs a GPU (the figures in docs are an H200's), and PyTorch sees none here: "
+            f"on a CPU run {', '.join(CPU)}"
+        )
     for name in sys.argv[1:] or CPU:
         known[name]()
 

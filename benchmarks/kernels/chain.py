@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.timing import replays_us
 from benchmarks.lite import READ, decode, lite, quantise
 from rorqual.engine.engine import Engine
 from rorqual.kernels import single, single_experts, single_mla
@@ -75,17 +76,9 @@ def replayed(run: Callable[[], Any], replays: int = 15) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = run()
-    for _ in range(3):
-        graph.replay()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * replays)]
-    for i in range(replays):
-        marks[2 * i].record()
-        graph.replay()
-        marks[2 * i + 1].record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in zip(marks[::2], marks[1::2], strict=True))
+    took = replays_us(graph, replays)
     del kept
-    return times[len(times) // 2] * 1e3
+    return took
 
 
 def floor(model: Transformer) -> float:

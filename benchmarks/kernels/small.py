@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.kernels.timing import replays_us
 from rorqual.kernels import cache_write, fuse, route
 
 LAYERS = 27
@@ -71,16 +72,7 @@ def replayed(step: Callable[[int], Any], replays: int = 12) -> float:
     with torch.cuda.graph(graph):
         for i in range(LAYERS):
             keep.append(step(i))
-    for _ in range(3):
-        graph.replay()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * replays)]
-    for i in range(replays):
-        marks[2 * i].record()
-        graph.replay()
-        marks[2 * i + 1].record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in zip(marks[::2], marks[1::2], strict=True))
-    return times[len(times) // 2] / LAYERS * 1e3
+    return replays_us(graph, replays) / LAYERS
 
 
 # ---------------------------------------------------------------------------------------------- cases

@@ -70,6 +70,19 @@ def replay_us(graph: torch.cuda.CUDAGraph) -> float:
     return start.elapsed_time(end) * 1e3
 
 
+def replays_us(graph: torch.cuda.CUDAGraph, replays: int) -> float:
+    """Microseconds of a replay among others that follow one another: the median."""
+    for _ in range(3):
+        graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * replays)]
+    for begin, end in zip(marks[::2], marks[1::2], strict=True):
+        begin.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in zip(marks[::2], marks[1::2], strict=True)) * 1e3
+
+
 def turns_us(
     graphs: dict[Any, torch.cuda.CUDAGraph], rounds: int = 7, pause: float = 0.0
 ) -> dict[Any, float]:

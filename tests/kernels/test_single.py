@@ -94,6 +94,21 @@ def test_rows_in_fp32(device: torch.device) -> None:
     close(y, want, 4e-3)  # a normed number may round to the other side
 
 
+def mixture(
+    codes: str, count: int, shared: int, width: int, hidden: int, device: torch.device
+) -> tuple[Weights, Weights, Weights, tuple[Weights, Weights, Weights] | None]:
+    """Gate, up and down of `count` experts, and of the shared ones if there are any."""
+
+    def three(*lead: int, inner: int = width) -> tuple[Weights, Weights, Weights]:
+        made = []
+        for shape in ((inner, hidden), (inner, hidden), (hidden, inner)):
+            w, s = matrix(*lead, *shape, codes=codes != "plain", device=device, powers=codes == "powers")
+            made.append(Weights(w, s, None if s is None else (128, 128)))
+        return made[0], made[1], made[2]
+
+    return *three(count), three(inner=shared * width) if shared else None
+
+
 @pytest.mark.parametrize("codes", ["plain", "codes", "powers"])
 @pytest.mark.parametrize(
     ("shared", "limit", "residual"), [(2, None, True), (0, 0.5, False), (1, None, False)]
@@ -103,17 +118,7 @@ def test_experts(device: torch.device, codes: str, shared: int, limit: float | N
     if codes == "plain":
         width, hidden = 72, 136
 
-    def weights(*shape: int) -> Weights:
-        w, s = matrix(*shape, codes=codes != "plain", device=device, powers=codes == "powers")
-        return Weights(w, s, None if s is None else (128, 128))
-
-    gate, up, down = (weights(count, *s) for s in ((width, hidden), (width, hidden), (hidden, width)))
-    common = None
-    if shared:
-        common = tuple(
-            weights(*s)
-            for s in ((shared * width, hidden), (shared * width, hidden), (hidden, shared * width))
-        )
+    gate, up, down, common = mixture(codes, count, shared, width, hidden, device)
     x = torch.randn(1, hidden, device=device).bfloat16()
     for ids in ([4, 0, 2], [1, 3, 99]):
         ids_NK = torch.tensor([ids], device=device, dtype=torch.int32)
@@ -128,13 +133,13 @@ def test_experts(device: torch.device, codes: str, shared: int, limit: float | N
         close(y, want if res is None else want + res, 1e-2)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("codes", ["plain", "codes", "powers"])
 @pytest.mark.parametrize(
     ("shared", "limit", "residual", "width", "hidden"),
     [(2, None, True, 256, 512), (0, 0.5, False, 384, 512), (1, None, False, 384, 3072)],
 )
 def test_experts_in_a_ring(
-    device: torch.device,
     codes: str,
     shared: int,
     limit: float | None,
@@ -143,21 +148,12 @@ def test_experts_in_a_ring(
     hidden: int,
 ) -> None:
     """The form in one launch: launches follow one another on one state, each with other experts."""
-    count, chosen = 5, 6
-    if not single_ring.supported(torch.empty(0, device=device), chosen + shared, width, hidden):
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
+    count, chosen, device = 5, 6, torch.device("cuda")
+    assert single_ring.supported(torch.empty(0, device=device), chosen + shared, width, hidden)
 
-    def weights(*shape: int) -> Weights:
-        w, s = matrix(*shape, codes=codes != "plain", device=device, powers=codes == "powers")
-        return Weights(w, s, None if s is None else (128, 128))
-
-    gate, up, down = (weights(count, *s) for s in ((width, hidden), (width, hidden), (hidden, width)))
-    common = None
-    if shared:
-        common = tuple(
-            weights(*s)
-            for s in ((shared * width, hidden), (shared * width, hidden), (hidden, shared * width))
-        )
+    gate, up, down, common = mixture(codes, count, shared, width, hidden, device)
     state = single_ring.new_state(chosen + shared, width, device)
     for ids in ([4, 0, 2, 1, 3, 0], [1, 3, 99, -1, 4, 2], [0, 1, 2, 3, 4, 0]):
         x = torch.randn(1, hidden, device=device).bfloat16()
