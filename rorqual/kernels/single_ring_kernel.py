@@ -50,20 +50,14 @@ READY:
 seconds never will: an error then is better than a GPU that hangs."""
 PEEK = gl.constexpr("""
 {
-.reg .pred p;
 .reg .b64 at;
-setp.ne.b32 p, $16, 0;
-mov.b32 $0, $12;
-mov.b32 $1, $12;
-mov.b32 $2, $12;
-mov.b32 $3, $12;
 cvt.s64.s32 at, $4;
 add.s64 at, at, $8;
-@p ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [at];
+ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [at];
 }
 """)
-"""Four words as they are now; where there are none, ones of this launch."""
-PEEK_OPERANDS = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,l,l,l,l,r,r,r,r,r,r,r,r")
+"""Four words as they are now."""
+PEEK_OPERANDS = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,l,l,l,l")
 WAIT_OPERANDS = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,l,l,l,l,r,r,r,r")
 
 
@@ -151,20 +145,20 @@ def _part(item, W: gl.constexpr, RUN: gl.constexpr, RUNS: gl.constexpr, SHARED: 
 
 @gluon.jit
 def _words(
-    words, item, tag, W: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, RUNS: gl.constexpr, RUN: gl.constexpr,
+    words, item, W: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, RUNS: gl.constexpr, RUN: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Where an item of the second product finds its part of inner `[RUNS, RUN]`, and what lies there now."""
+    """Where an item of the second product finds its part of inner `[RUNS, RUN]`, and what lies there now. Runs beyond
+    the row are its last one again: what the box has there is zeros."""
     COMMON: gl.constexpr = (SHARED * W + RUNS * RUN - 1) // (RUNS * RUN)
     ROUTED: gl.constexpr = (W + RUNS * RUN - 1) // (RUNS * RUN)
     begin = gl.where(item < COMMON, K * W, (item - COMMON) // ROUTED * W)
     start, many = _part(item, W, RUN, RUNS, SHARED)
     run = gl.arange(0, RUNS, gl.SliceLayout(1, LAYOUT))[:, None]
     lane = gl.arange(0, RUN, gl.SliceLayout(0, LAYOUT))[None, :]
-    at = 4 * (begin + (start + run) * RUN + lane)
-    inside, at = gl.broadcast((run < many).to(gl.int32), at)
+    at = 4 * (begin + (start + gl.minimum(run, many - 1)) * RUN + lane)
     found = gl.inline_asm_elementwise(
-        PEEK, PEEK_OPERANDS, [at, words.to(gl.int64), tag, inside], gl.int32, is_pure=False, pack=4
+        PEEK, PEEK_OPERANDS, [at, words.to(gl.int64)], gl.int32, is_pure=False, pack=4
     )
     return found, at
 
@@ -202,13 +196,11 @@ def _lay(row, columns, steps, by):
 
 
 @gluon.jit
-def _met(product, many, RUNS: gl.constexpr):
-    """Of the products of 8 * RUNS runs with all columns `[8 RUNS, N]` those of a run with its own: `[8, RUNS]`; of the
-    first `many` runs."""
+def _met(product, RUNS: gl.constexpr):
+    """Of the products of 8 * RUNS runs with all columns `[8 RUNS, N]` those of a run with its own: `[8, RUNS]`."""
     LAYOUT: gl.constexpr = product.type.layout
     m = gl.arange(0, 8 * RUNS, gl.SliceLayout(1, LAYOUT)) % RUNS
     n = gl.arange(0, product.shape[1], gl.SliceLayout(0, LAYOUT))
-    m = gl.where(m < many, m, RUNS)
     return gl.sum(gl.where(m[:, None] == (n % RUNS)[None, :], product, 0.0), 1).reshape([8, RUNS])
 
 
@@ -316,7 +308,10 @@ def ring_kernel(
         for chunk in gl.static_range(UP_CHUNKS):
             run = chunk * RUNS + gl.arange(0, RUNS, gl.SliceLayout(1, FLAT))
             lane = gl.arange(0, RUN, gl.SliceLayout(0, FLAT))
-            row = gl.load(x + run[:, None] * RUN + lane[None, :], (run * RUN < D)[:, None], other=0.0)
+            # Runs beyond the row are its last one again, for the box has zeros there. (Zeros here too: four codes
+            # known to be equal make ptxas 12.8 pack two of them with a register that was never written.)
+            run = gl.minimum(run, D // RUN - 1)
+            row = gl.load(x + run[:, None] * RUN + lane[None, :])
             _lay(row.to(gl.float32), x_columns.index(chunk), x_steps.index(chunk), 1.0)
     if CODES:
         TABLE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -340,7 +335,7 @@ def ring_kernel(
     fence_async_shared()
     gl.thread_barrier()
     none = gl.zeros([8 * RUNS, N], gl.float32, MMA)
-    zero = gl.sum(_met(none, RUNS, RUNS), 1)
+    zero = gl.sum(_met(none, RUNS), 1)
     EIGHT: gl.constexpr = zero.type.layout
     ACROSS: gl.constexpr = gl.SliceLayout(0, EIGHT.parent)
     count = 0
@@ -369,8 +364,8 @@ def ring_kernel(
                     step = x_steps.index(chunk).load(gl.SliceLayout(0, MMA))[None, :]
                     one *= step
                     two *= step
-                one = _met(one, D // RUN - chunk * RUNS, RUNS)
-                two = _met(two, D // RUN - chunk * RUNS, RUNS)
+                one = _met(one, RUNS)
+                two = _met(two, RUNS)
                 if CODES:
                     one *= up_by.index(2 * count).load(ACROSS)[None, :]
                     two *= up_by.index(2 * count + 1).load(ACROSS)[None, :]
@@ -394,13 +389,13 @@ def ring_kernel(
         words += p % COPIES * ((K + SHARED) * W)
         for c in range((D // 16 - p + P - 1) // P):
             # Sums stay products of all runs with all columns until the end: what does not count is 15 in 16 of them,
-            # but telling it apart takes longer than adding. (Beyond a matrix boxes are zeros.)
+            # but telling it apart takes longer than adding. (Beyond a row, boxes are zeros.)
             upper = none
             lower = none
             # Words are looked up two items ahead, by turns into two sets of registers.
-            found, at = _words(words, 0, tag, W, K, SHARED, RUNS, RUN, FLAT)
-            even, even_at = _words(words, gl.minimum(1, PER - 1), tag, W, K, SHARED, RUNS, RUN, FLAT)
-            odd, odd_at = _words(words, gl.minimum(2, PER - 1), tag, W, K, SHARED, RUNS, RUN, FLAT)
+            found, at = _words(words, 0, W, K, SHARED, RUNS, RUN, FLAT)
+            even, even_at = _words(words, gl.minimum(1, PER - 1), W, K, SHARED, RUNS, RUN, FLAT)
+            odd, odd_at = _words(words, gl.minimum(2, PER - 1), W, K, SHARED, RUNS, RUN, FLAT)
             begun = _settled(found, at, words, tag)
             weighted = down_by.index(c * PER).load(gl.SliceLayout(1, FLAT)) if CODES else 1.0
             _lay(begun, columns.index(0), steps.index(0), weighted)
@@ -459,9 +454,9 @@ def ring_kernel(
                         gl.thread_barrier()
                         # Words are asked for behind the barrier: the fence waits for whatever was asked for before.
                         if turn == 0:
-                            even, even_at = _words(words, after, tag, W, K, SHARED, RUNS, RUN, FLAT)
+                            even, even_at = _words(words, after, W, K, SHARED, RUNS, RUN, FLAT)
                         else:
-                            odd, odd_at = _words(words, after, tag, W, K, SHARED, RUNS, RUN, FLAT)
+                            odd, odd_at = _words(words, after, W, K, SHARED, RUNS, RUN, FLAT)
                         if item >= HELD:
                             _fetch(
                                 count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 2
@@ -471,7 +466,7 @@ def ring_kernel(
                             upper += one * taken
                             lower += two * taken
             for half in gl.static_range(2):
-                total = gl.sum(_met(lower if half else upper, RUNS, RUNS), 1)
+                total = gl.sum(_met(lower if half else upper, RUNS), 1)
                 channel = (p + c * P) * 16 + 8 * half + gl.arange(0, 8, EIGHT)
                 if RESIDUAL:
                     total = total.to(kind).to(gl.float32) + gl.load(residual + channel).to(gl.float32)
