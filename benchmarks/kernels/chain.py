@@ -272,10 +272,10 @@ def sweep(p: Pass, kind: str) -> None:
         return plan
 
     def row_plan(least: int, most: int, cut: tuple[int, int]) -> Any:
-        def plan(width: int, outputs: int, codes: bool) -> dict[str, int]:
+        def plan(width: int, outputs: int) -> dict[str, int]:
             if least <= outputs <= most:
                 return {"BO": cut[0], "num_warps": cut[1]}
-            return rows(width, outputs, codes)
+            return rows(width, outputs)
 
         return plan
 

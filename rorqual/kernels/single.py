@@ -177,15 +177,13 @@ def rows_reference(
     return out
 
 
-def rows_plan(width: int, outputs: int, codes: bool) -> dict[str, int]:
+def rows_plan(width: int, outputs: int) -> dict[str, int]:
     """Outputs a program and its warps, by the shape alone."""
     if width > 4096:
         return {"BO": 2, "num_warps": 8}
     if outputs <= 512:
         return {"BO": 1, "num_warps": 4}
-    if outputs <= 2048:
-        return {"BO": 4, "num_warps": 8}
-    return {"BO": 2 if codes and outputs > 3000 else 4, "num_warps": 4}
+    return {"BO": 4 if outputs <= 2048 else 8, "num_warps": 8}
 
 
 def launch_options(x: Tensor) -> dict[str, Any]:
@@ -223,7 +221,7 @@ def rows(
     powers = codes and scales[0].dtype == E8M0  # type: ignore[union-attr]
     by = [s.view(torch.uint8) if powers and s is not None else s for s in scales]
     s_rows = [s.stride(0) if s is not None else 0 for s in by]
-    how = how or rows_plan(width, sum(outs), codes)
+    how = how or rows_plan(width, sum(outs))
     two = len(weights) == 2
     grid = triton.cdiv(outs[0], how["BO"]) + (triton.cdiv(outs[1], how["BO"]) if two else 0)
     weight, size, span = asking(later, grid, how["num_warps"])
