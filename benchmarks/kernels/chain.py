@@ -330,10 +330,10 @@ def single_launches(p: Pass, trial: tuple[str, Any, Any]) -> Callable[[], None]:
                     [a.q.weight, a.kv_a.weight],
                     [a.q.scale, a.kv_a.scale],
                     norm,
-                    how=row(2048, 3648, codes),
+                    how=row(2048, 3648),
                 )
             elif name.startswith("o"):
-                single.rows(x, [a.o.weight], [a.o.scale], None, x, how=row(2048, 2048, codes))
+                single.rows(x, [a.o.weight], [a.o.scale], None, x, how=row(2048, 2048))
             elif name.startswith("router"):
                 normed = torch.empty_like(x)
                 single.rows(
