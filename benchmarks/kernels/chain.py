@@ -344,7 +344,7 @@ def single_launches(p: Pass, trial: tuple[str, Any, Any]) -> Callable[[], None]:
                     None,
                     normed,
                     torch.float32,
-                    how=row(2048, 64, False),
+                    how=row(2048, 64),
                 )
             else:
                 e, s = moe.experts, moe.shared
