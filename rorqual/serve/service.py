@@ -141,6 +141,8 @@ class Service:
         thinking, effort = thinks(talk, encoding)
         if talk.tools and not encoding.supports_tools:
             raise Refusal(400, "this model's chat format has no tools", "tools", "unsupported")
+        if talk.tools and thinking and encoding.tools == "chat":
+            raise Refusal(400, "this model calls tools only without thinking", "thinking", "unsupported")
         options_of = {"tools": talk.tools or None, "thinking": thinking}
         messages, known = self.memory.recall(talk.messages)
         try:
