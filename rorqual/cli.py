@@ -226,6 +226,7 @@ def serve(
     dtype: str | None = None,
     device: str | None = None,
     speculate: bool = False,
+    inside: bool = True,
 ) -> None:
     """Serve a model over HTTP: the APIs of DeepSeek, OpenAI and Anthropic. Ctrl-C finishes what runs and ends.
 
@@ -266,6 +267,8 @@ def serve(
         "cpu", "cuda", "cuda:1"; by default the GPU if there is one.
     speculate
         Draft with the checkpoint's MTP module.
+    inside
+        Requests may ask for what goes on inside the model: experts chosen, drafts, earlier tokens looked at.
     """
     try:
         from rorqual.serve import Settings, create_app, read_keys
@@ -282,6 +285,7 @@ def serve(
         timeout=timeout,
         cors=cors,
         strict=strict,
+        inside=inside,
     )
     loaded = _load(model, dtype, device)
     run(create_app(loaded, settings, max_requests=max_requests, speculate=speculate), host=host, port=port)

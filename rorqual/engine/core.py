@@ -61,8 +61,9 @@ class Core:
         self.pages = Pages(pages + 1, rings, page_size, prefix_cache)
         self.scheduler = Scheduler(self.pages, slots, step_tokens, model.config.max_positions)
         self.runner = Runner(model, pages + 1, page_size, rings, slots, speculate, invariant, fp8_cache)
-        self.facts = self.runner.facts
-        """What there is to see of the model for those who look inside."""
+        gathers = layout is not None and layout.gathers
+        self.facts = None if gathers else self.runner.facts
+        """What there is to see of the model for those who look inside; None where that isn't written."""
         self.max_waiting, self.speculate = max_waiting, speculate
         self._lock = threading.RLock()
         self._progress = threading.Condition(self._lock)
@@ -96,6 +97,8 @@ class Core:
                 f"the request may grow to {len(answer.prompt) + answer.sampling.max_new_tokens} tokens, but the "
                 f"engine's pages hold {held} in all: shorten it, lower max_new_tokens, or give the engine more memory"
             )
+        if answer.inside is not None and self.facts is None:
+            raise InputError("looking inside isn't written for data ranks that share experts: leave it out")
         with self._lock:
             if self._closed:
                 raise InputError("the engine is closed")
@@ -105,10 +108,6 @@ class Core:
                     f"{waiting} requests wait already, the engine takes {self.max_waiting}: try later"
                 )
             if self.team is not None:
-                if answer.inside is not None and self.team.layout.gathers:
-                    raise InputError(
-                        "looking inside isn't written for data ranks that share experts: leave it out"
-                    )
                 handle = self.team.submit(answer, priority)
                 self._progress.notify_all()
                 return handle
@@ -123,7 +122,7 @@ class Core:
 
     def looks_of(self, answer: Answer) -> Looks | None:
         """What collects an answer's tokens as seen from inside; None if it doesn't ask."""
-        if answer.inside is None or answer.done.inside is None:
+        if answer.inside is None or answer.done.inside is None or self.facts is None:
             return None
         return Looks(answer.inside, self.facts, len(answer.prompt), answer.done.inside)
 
