@@ -7,7 +7,7 @@ through no pass (unless it was a draft that stood), and tokens of the prompt are
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -20,27 +20,33 @@ from rorqual.nn.paged import page_bytes
 @dataclass(frozen=True)
 class Inside:
     """What a request wants told: the experts that each layer chose, drafts that stood or were refused, the earlier
-    tokens that sparse attention picked. What a model does not have is told as None or empty."""
+    tokens that sparse attention picked (in all layers, or in those of these numbers: V3.2 picks 2,048 in each of 61).
+    What a model does not have is told as None or empty. Raises InputError for what is no such thing."""
 
     experts: bool = False
     drafts: bool = False
-    seen: bool = False
+    seen: bool | tuple[int, ...] = False
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not isinstance(value, bool):
-                raise InputError(f"inside.{name} must be True or False, got {value!r:.40}")
+        if isinstance(self.seen, list | tuple) and all(type(layer) is int for layer in self.seen):
+            object.__setattr__(self, "seen", tuple(sorted(set(self.seen))))
+        elif not isinstance(self.seen, bool):
+            raise InputError(f"inside.seen must be True, False or layers' numbers, got {self.seen!r:.40}")
+        for name in ("experts", "drafts"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"inside.{name} must be True or False, got {getattr(self, name)!r:.40}")
 
     def __or__(self, other: Inside | None) -> Inside:
-        """What either asks for."""
+        """What a pass has to tell for both."""
         if other is None:
             return self
-        return Inside(self.experts or other.experts, self.drafts or other.drafts, self.seen or other.seen)
+        seen = bool(self.seen or other.seen)
+        return Inside(self.experts or other.experts, self.drafts or other.drafts, seen)
 
     @property
     def watches(self) -> bool:
         """Whether passes have to keep what they chose."""
-        return self.experts or self.seen
+        return self.experts or bool(self.seen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +129,7 @@ class Facts:
         return Inside(
             inside.experts and bool(self.expert_layers),
             inside.drafts and bool(self.drafts),
-            inside.seen and bool(self.indexed),
+            inside.seen if self.indexed else False,
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from rorqual.engine.inside import Facts, Inside, Look, Sight
@@ -118,11 +119,14 @@ class Looks:
     def _seen(self, chosen: Chosen, position: int) -> list[Sight] | None:
         if chosen.picked is None or not self.inside.seen:
             return None
-        found, picked = [], iter(chosen.picked)
+        found, wanted = [], self.inside.seen or ()
+        rows = dict(zip(self.facts.indexed, chosen.picked, strict=True))
         for layer, (kind, every) in enumerate(zip(self.facts.attention, self.facts.every, strict=True)):
+            if wanted is not True and layer not in wanted:
+                continue
             if kind == "hca":  # all that are finished
                 found.append(Sight(layer, list(range(0, (position + 1) // every * every, every)), every))
-            elif kind in ("dsa", "csa"):
-                row = next(picked)
-                found.append(Sight(layer, sorted((row[row >= 0] * every).tolist()), every))
+            elif layer in rows:
+                row = rows[layer]
+                found.append(Sight(layer, np.sort(row[row >= 0] * every).tolist(), every))
         return found

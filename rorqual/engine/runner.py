@@ -145,7 +145,7 @@ class Flight:
 
 def _kept(inside: Inside | None) -> tuple[bool, bool] | None:
     """What a pass has to keep of its choices; None if nothing."""
-    return (inside.experts, inside.seen) if inside is not None and inside.watches else None
+    return (inside.experts, bool(inside.seen)) if inside is not None and inside.watches else None
 
 
 def _alternatives(request: Request) -> int:

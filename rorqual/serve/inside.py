@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rorqual.engine import Facts, Inside, Look
@@ -33,7 +33,7 @@ class Wish:
     @property
     def looks(self) -> bool:
         """Whether the engine has to tell anything."""
-        return any(asdict(self.inside).values())
+        return self.inside.watches or self.inside.drafts
 
 
 def facts_of(service: Service) -> Facts | None:
@@ -46,7 +46,8 @@ def wish_of(raw: bool | Mapping[str, Any] | None, stream: bool, service: Service
     """The field `inside` of a request; None if it isn't asked for. Raises Refusal."""
     if raw is None or raw is False:
         return None
-    if facts_of(service) is None:
+    facts = facts_of(service)
+    if facts is None:
         raise Refusal(400, "this server does not tell of the model's inside", "inside", "unsupported")
     if not stream:
         raise Refusal(400, "inside needs stream: true", "inside", "invalid_value")
@@ -57,14 +58,17 @@ def wish_of(raw: bool | Mapping[str, Any] | None, stream: bool, service: Service
     if alternatives is not None and (not isinstance(alternatives, int) or isinstance(alternatives, bool)):
         raise _wrong("inside.alternatives", "integer")
     between("inside.alternatives", alternatives, 0, MOST)
-    known = asdict(Inside())
     for name, value in fields.items():
-        if name not in known:
-            place = f"inside.{name}"[:200]
+        place = f"inside.{name}"[:200]
+        if name not in ("experts", "drafts", "seen"):
             raise Refusal(400, f"unknown field: {place}", place, "unknown_field")
-        if value is not None and not isinstance(value, bool):
-            raise _wrong(f"inside.{name}", "boolean")
-    return Wish(alternatives or 0, Inside(**{name: bool(fields.get(name)) for name in known}))
+        if name == "seen" and isinstance(value, list):
+            if not all(type(layer) is int and 0 <= layer < facts.layers for layer in value):
+                told = f"inside.seen holds numbers of layers, from 0 to {facts.layers - 1}"
+                raise Refusal(400, told, place, "invalid_value")
+        elif value is not None and not isinstance(value, bool):
+            raise _wrong(place, "boolean")
+    return Wish(alternatives or 0, Inside(**{name: value for name, value in fields.items() if value}))
 
 
 def _wrong(place: str, kind: str) -> Refusal:

@@ -130,6 +130,13 @@ def test_only_what_was_asked_for(puppet: Start) -> None:
         assert not said or shown == said
 
 
+def test_layers_by_number(puppet: Start) -> None:
+    server = puppet("Hello world and more")
+    tokens = told(chunks_of(server, inside={"seen": [2, 1]}))
+    assert all([sight["layer"] for sight in token["seen"]] == [2] for token in tokens[:-1])
+    assert server.engine.seen[-1].inside == Inside(seen=(1, 2))
+
+
 def test_logprobs_stay_as_they_were_asked_for(puppet: Start) -> None:
     server = puppet("Hello world")
     plain = chunks_of(server, logprobs=True, top_logprobs=1)
@@ -193,6 +200,9 @@ def test_bad_wishes(puppet: Start) -> None:
     assert refused(server, inside={"alternatives": True}) == (422, "inside.alternatives")
     assert refused(server, inside={"alternatives": "5"}) == (422, "inside.alternatives")
     assert refused(server, inside={"experts": 1}) == (422, "inside.experts")
+    assert refused(server, inside={"seen": [3]}) == (400, "inside.seen")
+    assert refused(server, inside={"seen": [True]}) == (400, "inside.seen")
+    assert refused(server, inside={"seen": {}}) == (422, "inside.seen")
     assert refused(server, inside={"expert": True}) == (400, "inside.expert")
     assert refused(server, inside="all") == (422, "inside")
     assert refused(server, inside=[True]) == (422, "inside")
