@@ -227,6 +227,7 @@ def serve(
     dtype: str | None = None,
     device: str | None = None,
     speculate: bool = False,
+    inside: bool = True,
     warm: int | None = None,
 ) -> None:
     """Serve a model over HTTP: the APIs of DeepSeek, OpenAI and Anthropic. Ctrl-C finishes what runs and ends.
@@ -268,6 +269,8 @@ def serve(
         "cpu", "cuda", "cuda:1"; by default the GPU if there is one.
     speculate
         Draft with the checkpoint's MTP module.
+    inside
+        Requests may ask for what goes on inside the model: experts chosen, drafts, earlier tokens looked at.
     warm
         Answers at once that the engine gets ready for before the server listens: their kernels are compiled and their
         passes recorded. By default 64 on a GPU, none on a CPU.
@@ -287,6 +290,7 @@ def serve(
         timeout=timeout,
         cors=cors,
         strict=strict,
+        inside=inside,
     )
     loaded = _load(model, dtype, device)
     served = create_app(loaded, settings, max_requests=max_requests, speculate=speculate)
