@@ -17,7 +17,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from rorqual.engine import Engine
-from rorqual.serve import chat, completions, messages, pages, responses, tokens
+from rorqual.serve import chat, completions, inside, messages, pages, responses, tokens
 from rorqual.serve.ask import Ask
 from rorqual.serve.body import read_body
 from rorqual.serve.driver import Running
@@ -76,6 +76,7 @@ def create_app(
     for path in ("/models", "/v1/models"):
         app.add_api_route(path, doors.guarded(doors.models), methods=["GET"])
         app.add_api_route(path + "/{name}", doors.guarded(doors.model), methods=["GET"])
+    app.add_api_route("/inside", doors.guarded(doors.inside), methods=["GET"])
     app.add_api_route("/health", doors.health, methods=["GET"])
     app.add_api_route("/ready", doors.ready, methods=["GET"])
     app.add_api_route("/metrics", doors.guarded(doors.figures), methods=["GET"])
@@ -200,6 +201,10 @@ class Doors:
     def _card(self, name: str) -> dict[str, Any]:
         told = {"id": name, "object": "model", "created": self.service.created, "owned_by": "rorqual"}
         return told | {"context_window": self.service.context}
+
+    async def inside(self, request: Request) -> Response:
+        """What requests may have told of the model's inside."""
+        return _json(inside.describe(self.service))
 
     async def health(self) -> Response:
         """Whether the process works: its engine's thread lives."""

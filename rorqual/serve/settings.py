@@ -19,6 +19,7 @@ class Settings:
     seconds that a client turned away is asked to wait. `drain`: seconds that a shutdown leaves to answers under way.
     `remembered`: tokens of past answers kept, so that they go back into a context exactly as they were written.
     `page`: whether `/` is a page to talk on.
+    `inside`: requests may ask for what goes on inside the model.
     """
 
     name: str = "rorqual"
@@ -37,6 +38,7 @@ class Settings:
     drain: float = 60.0
     remembered: int = 8_000_000
     page: bool = True
+    inside: bool = True
 
     def __post_init__(self) -> None:
         for key in self.keys:
