@@ -14,6 +14,12 @@ const percent = (/** @type {number | null | undefined} */ logprob) => {
 };
 /** Letters that can be seen. @param {string} text */
 const visible = (text) => text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ | $/g, "␣") || "∅";
+/** A bar, for the eyes: the number stands beside it. @param {number} share */
+function level(share) {
+  const bar = h("span", { class: "level", "aria-hidden": "true" });
+  bar.style.setProperty("--p", String(share));
+  return bar;
+}
 const PARTS = new Map([
   ["reasoning", "reasoning"], ["content", "answer"], ["call", "tool call"], ["markup", "markup"],
 ]);
@@ -198,7 +204,7 @@ export class Inside {
     const guesses = [...(token.top ?? [])];
     if (guesses.length && !guesses.some((guess) => guess.id === token.id) && token.logprob !== null) guesses.push(/** @type {any} */ (token));
     const rows = guesses.map((guess) => {
-      const bar = h("meter", { min: 0, max: 1, value: Math.exp(guess.logprob), "aria-hidden": "true" });
+      const bar = level(Math.exp(guess.logprob));
       const own = guess.id === token.id;
       return h("li", { class: own ? "own" : null }, h("code", null, visible(guess.text)), bar, h("span", null, percent(guess.logprob)));
     });
@@ -275,7 +281,7 @@ export class Inside {
   drawCache(cache) {
     const times = cache.bytes ? cache.mha_bytes / cache.bytes : 0;
     const bar = (/** @type {string} */ name, /** @type {number} */ n) =>
-      h("div", { class: "bar" }, h("span", null, name), h("meter", { min: 0, max: cache.mha_bytes || 1, value: n, "aria-label": name }), h("span", null, bytes(n)));
+      h("div", { class: "bar" }, h("span", null, name), level(n / (cache.mha_bytes || 1)), h("span", null, bytes(n)));
     this.cache.replaceChildren(
       bar("In use", cache.bytes), bar("With MHA", cache.mha_bytes),
       h("p", { class: "quiet" }, `${cache.tokens.toLocaleString("en")} tokens`, times > 1.05 ? ` · ${times.toFixed(1)} times smaller` : ""),
