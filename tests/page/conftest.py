@@ -30,6 +30,7 @@ def chromium() -> Iterator[Any]:
         if os.environ.get("CI"):
             pytest.fail(f"there is no {CHROMIUM}: make setup installs it")
         pytest.skip(f"there is no {CHROMIUM} (Debian's package chromium; or set CHROMIUM)")
+    api.expect.set_options(timeout=20_000)  # two cores may have much else to do
     with api.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=list(FLAGS))
         yield browser
@@ -50,7 +51,7 @@ def browse(chromium: Any) -> Iterator[Callable[..., Any]]:
 
         given = {"viewport": {"width": 1280, "height": 860}, "reduced_motion": "reduce", **context}
         window = chromium.new_context(**given)
-        window.set_default_timeout(10_000)
+        window.set_default_timeout(20_000)
         page = window.new_page()
         said: list[str] = []
         page.on(

@@ -168,6 +168,8 @@ def test_on_a_phone(made_up: Any, browse: Browse, width: int) -> None:
     page.locator("#send").tap()
     done(page)
     assert page.evaluate(fits)
+    expect(page.locator(".katex").first).to_be_visible()
+    assert page.locator("#thread").evaluate("(e) => e.scrollHeight - e.scrollTop - e.clientHeight") < 2
     for name in ("Look inside", "Settings", "Conversations"):
         page.get_by_role("button", name=name, exact=True).tap()
         drawer = page.locator(

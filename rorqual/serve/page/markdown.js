@@ -165,6 +165,13 @@ function codeBlock(pre) {
   if (language) colour(code, language);
 }
 
+/** Draw what had to wait for a library, and tell whoever scrolls. @param {any} element @param {() => void} draw */
+function later(element, draw) {
+  if (!element.isConnected) return;
+  draw();
+  element.dispatchEvent(new Event("grown", { bubbles: true }));
+}
+
 /** @type {any} */
 let highlighter = null;
 /** @type {Promise<any> | null} */
@@ -174,7 +181,7 @@ let fetching = null;
 function colour(code, language) {
   if (!highlighter) {
     fetching ??= import("./vendor/highlight.min.js").then((module) => (highlighter = module.default));
-    fetching.then(() => code.isConnected && colour(code, language));
+    fetching.then(() => later(code, () => colour(code, language)));
     return;
   }
   const text = code.textContent ?? "";
@@ -198,7 +205,7 @@ function showMath(span) {
       await import("./vendor/katex.min.js");
       katex = /** @type {any} */ (globalThis).katex;
     })();
-    fetchingMath.then(() => span.isConnected && showMath(span));
+    fetchingMath.then(() => later(span, () => showMath(span)));
     return;
   }
   const tex = span.textContent ?? "";

@@ -33,6 +33,7 @@ export class Thread {
       this.follow = root.scrollHeight - root.scrollTop - root.clientHeight < 60;
       latest.hidden = this.follow;
     });
+    root.addEventListener("grown", () => this.follow && this.toEnd());
     latest.addEventListener("click", () => this.toEnd());
   }
 
