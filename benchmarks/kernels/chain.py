@@ -177,9 +177,9 @@ def main() -> None:
             asked = way.ASK
             for way.ASK in (0, 1, 2, 3):
                 print(f"{kind}: {layer_time(p):6.1f} us asking ahead for {way.ASK}", flush=True)
-            way.ASK, single_mla.SHORT = asked, False
-            print(f"{kind}: {layer_time(p):6.1f} us with the attention of many tokens", flush=True)
-            single_mla.SHORT = True
+            way.ASK, single_mla.CLUSTERS = asked, False
+            print(f"{kind}: {layer_time(p):6.1f} us with the attention in three launches", flush=True)
+            single_mla.CLUSTERS = True
             pieces(p, kind)
             if os.environ.get("SWEEP"):
                 sweep(p, kind)
