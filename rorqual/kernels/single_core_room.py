@@ -3,7 +3,7 @@
 Straight into each other's shared memory, where a barrier counts the bytes (`st.async`). Gluon has no words for it:
 inline assembly, on a room of its own.
 """
-# mypy: disable-error-code="no-untyped-def,assignment"
+# mypy: disable-error-code="no-untyped-def,assignment,misc"
 # ruff: noqa: RUF005 (in kernels tuples grow by addition)
 
 from __future__ import annotations
