@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rorqual.kernels import fp8_linear
+from rorqual.kernels import fp8_linear, single_boxes
 from rorqual.kernels.fuse import swiglu_reference
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.quant import E8M0, FP8
@@ -74,7 +74,7 @@ def rows_kernel(
     D: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BO: tl.constexpr,
     NORM: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr,
     RESIDUAL: tl.constexpr, CODES: tl.constexpr, POWERS: tl.constexpr, AHEAD: tl.constexpr,
-    SPAN: tl.constexpr, THREADS: tl.constexpr,
+    SPAN: tl.constexpr, THREADS: tl.constexpr, INTEGERS: tl.constexpr = False,
 ):  # fmt: skip
     """y0 = norm(x) w0^T (and y1 with w1), BO outputs a program, plus the residual; the first program also
     writes the normed rows. GATED: silu(x) * up in x's place."""
@@ -129,7 +129,21 @@ def rows_kernel(
             ratio = row * over
             ratio = tl.fma(tl.fma(-ratio, step[:, None], row), over, ratio)
             row = tl.minimum(tl.maximum(ratio, -448.0), 448.0).to(tl.float8e4nv).to(tl.float32)
-            parts = tl.sum(tile.to(tl.float32) * row[None, :, :], 2)
+            if INTEGERS:
+                wide = tl.inline_asm_elementwise(
+                    "{ .reg .b32 t; shl.b32 t, $4, 24; shr.s32 t, t, 4; and.b32 $0, t, 0x87f00000;"
+                    "shl.b32 t, $4, 16; shr.s32 t, t, 4; and.b32 $1, t, 0x87f00000;"
+                    "shl.b32 t, $4, 8; shr.s32 t, t, 4; and.b32 $2, t, 0x87f00000;"
+                    "shr.s32 t, $4, 4; and.b32 $3, t, 0x87f00000; }",
+                    "=r,=r,=r,=r,r",
+                    [tile],
+                    tl.float32,
+                    is_pure=True,
+                    pack=4,
+                )
+                parts = tl.sum(wide * row[None, :, :], 2) * 1.329227995784916e36
+            else:
+                parts = tl.sum(tile.to(tl.float32) * row[None, :, :], 2)
             value = tl.sum(parts * (step * by)[None, :], 1)
         else:
             value = tl.sum(tl.sum(tile.to(tl.float32) * row[None, :, :], 2), 1)
@@ -212,12 +226,18 @@ def rows(
     A weight is plain (`scales` None), or E4M3 codes with scales `[ceil(O / 128), ceil(D / 128)]`; then the row
     is quantised in runs of 128 channels. `residual_NO` is added to the (one) product. `normed_ND` takes the normed
     rows. `later` is a weight of a kernel to come, which this one asks to be brought into L2. With `up_ND` it is
-    swiglu(x, up), within `limit`, that goes through the weight. All weights must be fit (`rows_fit`).
+    swiglu(x, up), within `limit`, that goes through the weight. All weights must be fit (`rows_fit`). `how`: one
+    form's plan.
     """
     (count, width), dtype = x_ND.shape, out_dtype or x_ND.dtype
     outs = [w.shape[0] for w in weights]
     ys = [x_ND.new_empty(count, o, dtype=dtype) for o in outs]
     codes = scales[0] is not None
+    plain = later is None and normed_ND is None and up_ND is None and dtype == x_ND.dtype
+    if plain and (how is None or "BOXES" in how) and single_boxes.supported(x_ND, weights, scales):
+        held = [s for s in scales if s is not None]
+        single_boxes.launch(x_ND, weights, held, norm, residual_NO, ys, how)
+        return ys
     powers = codes and scales[0].dtype == E8M0  # type: ignore[union-attr]
     by = [s.view(torch.uint8) if powers and s is not None else s for s in scales]
     s_rows = [s.stride(0) if s is not None else 0 for s in by]
