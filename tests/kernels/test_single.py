@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rorqual.kernels import single, single_experts, single_mla, single_ring
+from rorqual.kernels import single, single_boxes, single_experts, single_mla, single_ring
 from rorqual.kernels.experts import Weights
 from rorqual.kernels.quant import E8M0, FP8, quantize_fp8
 from tests.interpreter import repair
@@ -71,6 +71,39 @@ def test_rows(
         close(y, want, 2e-2 if held else 6e-3)  # a code may round to the other side
     if by is not None and normed is not None:
         close(normed, torch.nn.functional.rms_norm(x, (width,), *by))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codes", ["codes", "powers"])
+@pytest.mark.parametrize(
+    ("count", "width", "outs", "norm", "residual"),
+    [
+        (1, 2048, (3072, 576), True, False),
+        (2, 2048, (2048,), False, True),
+        (2, 384, (9, 130), True, False),
+        (1, 128, (5,), True, True),
+        (2, 2176, (129,), False, True),
+        (2, 7168, (300, 3), True, False),
+    ],
+)
+def test_rows_in_boxes(
+    codes: str, count: int, width: int, outs: tuple[int, ...], norm: bool, residual: bool
+) -> None:
+    """The form on tensor cores, by its own plan and by another."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    device = torch.device("cuda")
+    x = torch.randn(count, width + 8, device=device).bfloat16()[:, :width]
+    weights, scales = zip(
+        *(matrix(o, width, codes=True, device=device, powers=codes == "powers") for o in outs), strict=True
+    )
+    assert single_boxes.supported(x, weights, scales)
+    by = (torch.rand(width, device=device).bfloat16() + 0.5, 1e-3) if norm else None
+    res = torch.randn(count, outs[0] + 3, device=device).bfloat16()[:, : outs[0]] if residual else None
+    want = single.rows_reference(x, weights, scales, by, res)
+    for how in (None, {"BOXES": 1, "num_warps": 4}):
+        for y, other in zip(single.rows(x, weights, scales, by, res, how=how), want, strict=True):
+            close(y, other, 2e-2)  # a code may round to the other side
 
 
 @pytest.mark.parametrize("codes", ["plain", "codes", "powers"])
