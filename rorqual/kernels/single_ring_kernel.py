@@ -424,7 +424,6 @@ def ring_kernel(
                             lower = warpgroup_mma(runs.index(2 * stage + 1), right, lower, is_async=True)
                         after = gl.minimum(item + 3, PER - 1)
                         if CODES:
-                            taken = steps.index(turn).load(gl.SliceLayout(0, MMA))[None, :]
                             weighted = down_by.index(c * PER + gl.minimum(item + 1, PER - 1)).load(
                                 gl.SliceLayout(1, FLAT)
                             )
@@ -449,6 +448,8 @@ def ring_kernel(
                                 fence_async_shared()
                         if CODES:
                             one, two = warpgroup_mma_wait(0, deps=[one, two])
+                            # (Asked for before the wait, ptxas 12.8 ends by SIGSEGV at some shapes.)
+                            taken = steps.index(turn).load(gl.SliceLayout(0, MMA))[None, :]
                         else:
                             upper, lower = warpgroup_mma_wait(0, deps=[upper, lower])
                         gl.thread_barrier()
