@@ -2,7 +2,7 @@
 `python -m benchmarks.kernels.rows`.
 
 Microseconds of a call in a CUDA graph over enough distinct weights that L2 keeps nothing, each overlapped with the one
-before, and of a whole layer of the "lite" geometry. `CHECK=1` compares with fp64 and compiles what will be timed
+before, and of a whole layer of the "lite" geometry. `COMPARE=1` compares with fp64 and compiles what will be timed
 (`LAYERS=1`: what the layers need).
 """
 
@@ -125,7 +125,7 @@ def layers() -> None:
     quantise(model)
     p = Pass(model)
     print(compare(p), flush=True)
-    if os.environ.get("CHECK"):
+    if os.environ.get("COMPARE"):
         return
     rule, took = single_boxes.plan, single_boxes.supported
 
@@ -158,7 +158,7 @@ def main() -> None:
     torch.manual_seed(0)
     if os.environ.get("LAYERS"):
         guarded(layers)
-    elif os.environ.get("CHECK"):
+    elif os.environ.get("COMPARE"):
         cases: list[tuple[str, Call, Plan]] = [
             (name, Call(1, *rest), how) for name, *rest in CASES for how in plans(name, rest[0])
         ]
