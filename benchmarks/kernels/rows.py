@@ -21,6 +21,7 @@ from benchmarks.kernels.chain import Pass, compare, layer_time, replayed
 from benchmarks.kernels.timing import guarded
 from benchmarks.lite import READ, lite, quantise
 from rorqual.kernels import single, single_boxes
+from rorqual.kernels.fuse import swiglu_reference
 from rorqual.kernels.quant import E8M0, FP8, dequantize_fp8
 from rorqual.nn import Transformer
 
@@ -30,6 +31,7 @@ CASES: list[tuple[str, int, tuple[int, ...], bool, bool]] = [
     ("q, kv", 2048, (3072, 576), True, False),
     ("o", 2048, (2048,), False, True),
     ("gate, up", 2048, (11264, 11264), True, False),
+    ("down", 11264, (2048,), False, True),
     ("q_a, kv of V3", 7168, (1536, 576), True, False),
     ("q_b of V3", 1536, (24576,), True, False),
 ]
@@ -49,6 +51,7 @@ ODD: list[tuple[int, int, tuple[int, ...], bool, bool, bool]] = [
     (2, 7168, (1536, 576), True, False, False),
     (1, 5120, (100, 3), True, False, True),
     (2, 8192, (300,), False, True, False),
+    (2, 11264, (30,), False, True, True),
 ]
 
 
@@ -66,14 +69,18 @@ class Call:
         if powers:
             self.scales = [s.to(E8M0) for s in self.scales]
         self.norm = (torch.rand(width, device="cuda").bfloat16() + 0.5, 1e-6) if norm else None
+        gated = width > 10000
+        self.up = torch.randn(count, width, device="cuda").bfloat16() if gated else None
         self.residual = torch.randn(count, outs[0], device="cuda").bfloat16() if residual else None
 
     def run(self, how: Plan) -> list[Tensor]:
-        return single.rows(self.x, self.weights, self.scales, self.norm, self.residual, how=how)
+        return single.rows(
+            self.x, self.weights, self.scales, self.norm, self.residual, how=how, up_ND=self.up
+        )
 
     def exact(self) -> list[Tensor]:
         """In fp64 from the row's codes."""
-        x = self.x
+        x = self.x if self.up is None else swiglu_reference(self.x, self.up, None)
         if self.norm is not None:
             x = torch.nn.functional.rms_norm(x, (x.shape[1],), *self.norm)
         runs = x.float().unflatten(1, (-1, 128))
@@ -109,7 +116,7 @@ def alone(name: str, width: int, outs: tuple[int, ...], norm: bool, residual: bo
     """Microseconds of a call."""
     calls = [Call(1, width, outs, norm, residual) for _ in range(max(1, int(BYTES / (sum(outs) * width))))]
     for call in calls:
-        call.x, call.norm, call.residual = calls[0].x, calls[0].norm, calls[0].residual
+        call.x, call.up, call.norm, call.residual = calls[0].x, calls[0].up, calls[0].norm, calls[0].residual
     found = []
     for how in plans(name, width):
         took = guarded(replayed, lambda how=how: [call.run(how) for call in calls])
@@ -160,7 +167,10 @@ def main() -> None:
         guarded(layers)
     elif os.environ.get("COMPARE"):
         cases: list[tuple[str, Call, Plan]] = [
-            (name, Call(1, *rest), how) for name, *rest in CASES for how in plans(name, rest[0])
+            (name, call, how)
+            for name, *rest in CASES
+            for call in [Call(1, *rest)]
+            for how in plans(name, rest[0])
         ]
         cases += [("odd", Call(*odd), None) for odd in ODD]
         with ThreadPoolExecutor(4) as pool:

@@ -233,10 +233,10 @@ def rows(
     outs = [w.shape[0] for w in weights]
     ys = [x_ND.new_empty(count, o, dtype=dtype) for o in outs]
     codes = scales[0] is not None
-    plain = later is None and normed_ND is None and up_ND is None and dtype == x_ND.dtype
+    plain = later is None and normed_ND is None and dtype == x_ND.dtype
     if plain and (how is None or "BOXES" in how) and single_boxes.supported(x_ND, weights, scales):
         held = [s for s in scales if s is not None]
-        single_boxes.launch(x_ND, weights, held, norm, residual_NO, ys, how)
+        single_boxes.launch(x_ND, weights, held, norm, residual_NO, ys, up_ND, limit, how)
         return ys
     powers = codes and scales[0].dtype == E8M0  # type: ignore[union-attr]
     by = [s.view(torch.uint8) if powers and s is not None else s for s in scales]

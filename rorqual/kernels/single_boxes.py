@@ -81,12 +81,13 @@ def _met(product, RUNS: gl.constexpr):
 
 @gluon.jit
 def boxes_kernel(
-    w0, w1, x, norm, scale0, scale1, residual, y0, y1, out0, out1, x_row, s0_row, s1_row, r_row, y0_row, y1_row, eps,
+    w0, w1, x, up, norm, scale0, scale1, residual, y0, y1, limit, out0, out1,
+    x_row, up_row, s0_row, s1_row, r_row, y0_row, y1_row, eps,
     D: gl.constexpr, N: gl.constexpr, BOXES: gl.constexpr, TWO: gl.constexpr, NORM: gl.constexpr,
-    RESIDUAL: gl.constexpr, POWERS: gl.constexpr, ROOM: gl.constexpr,
+    GATED: gl.constexpr, LIMIT: gl.constexpr, RESIDUAL: gl.constexpr, POWERS: gl.constexpr, ROOM: gl.constexpr,
 ):  # fmt: skip
-    """y0 = norm(x) w0^T (and y1 with w1) plus the residual, BOXES boxes a program. ROOM: runs of a row, up to a power
-    of two, at least a box's."""
+    """y0 = norm(x) w0^T (and y1 with w1) plus the residual, BOXES boxes a program. GATED: silu(x) * up in x's place.
+    ROOM: runs of a row, up to a power of two, at least a box's."""
     tl.extra.cuda.gdc_launch_dependents()
     WARPS: gl.constexpr = gl.num_warps()
     EIGHT: gl.constexpr = w0.block_type.shape[0]
@@ -152,19 +153,29 @@ def boxes_kernel(
     rows = ()
     before = ()
     for n in gl.static_range(N):
-        rows = rows + (gl.load(x + n * x_row + d),)
+        values = gl.load(x + n * x_row + d).to(gl.float32)
+        if GATED:
+            by = gl.load(up + n * up_row + d).to(gl.float32)
+            if LIMIT:
+                values = gl.minimum(values, limit)
+                by = gl.minimum(gl.maximum(by, -limit), limit)
+            values = values / (1.0 + gl.exp(-values))
+            if not LIMIT:
+                values = _short(values, x.dtype.element_ty)
+            values = _short(values * by, x.dtype.element_ty)
+        rows = rows + (values,)
         if RESIDUAL:
             before = before + (gl.load(residual + n * r_row + o, inside, other=0.0),)
     if NORM:
         for n in gl.static_range(N):
-            values = rows[n].to(gl.float32)
+            values = rows[n]
             square = gl.sum(values * values, 1)
             if ROOM * RUN != D:
                 square = gl.where(run < D // RUN, square, 0.0)
             squares.index(n).store(square)
         gl.thread_barrier()
     for n in gl.static_range(N):
-        values = rows[n].to(gl.float32)
+        values = rows[n]
         if NORM:
             # Every thread adds all runs' sums: one barrier, where a reduction across warps has two.
             mean = gl.sum(squares.index(n).load(EACH), 0) / D
@@ -226,6 +237,8 @@ def launch(
     norm: tuple[Tensor, float] | None,
     residual_NO: Tensor | None,
     ys: Sequence[Tensor],
+    up_ND: Tensor | None = None,
+    limit: float | None = None,
     how: dict[str, int] | None = None,
 ) -> None:
     """`single.rows` into `ys`, by this kernel."""
@@ -238,9 +251,10 @@ def launch(
     runs = max(RUNS, 1 << (width // RUN - 1).bit_length())
     held = [boxes(w) for w in weights]
     boxes_kernel[(-(-total // how["BOXES"]),)](
-        held[0], held[-1], x_ND, norm[0] if norm is not None else x_ND, by[0], by[-1], residual_NO, ys[0], ys[-1],
-        outs[0], outs[1] if two else 0, x_ND.stride(0), by[0].stride(0), by[-1].stride(0),
+        held[0], held[-1], x_ND, up_ND, norm[0] if norm is not None else x_ND, by[0], by[-1], residual_NO, ys[0],
+        ys[-1], limit or 0.0, outs[0], outs[1] if two else 0, x_ND.stride(0),
+        up_ND.stride(0) if up_ND is not None else 0, by[0].stride(0), by[-1].stride(0),
         residual_NO.stride(0) if residual_NO is not None else 0, ys[0].stride(0), ys[-1].stride(0),
-        norm[1] if norm is not None else 0.0, D=width, N=count, TWO=two, NORM=norm is not None,
-        RESIDUAL=residual_NO is not None, POWERS=powers, ROOM=runs, launch_pdl=True, **how,
+        norm[1] if norm is not None else 0.0, D=width, N=count, TWO=two, NORM=norm is not None, GATED=up_ND is not None,
+        LIMIT=limit is not None, RESIDUAL=residual_NO is not None, POWERS=powers, ROOM=runs, launch_pdl=True, **how,
     )  # fmt: skip

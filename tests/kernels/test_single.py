@@ -106,6 +106,21 @@ def test_rows_in_boxes(
             close(y, other, 2e-2)  # a code may round to the other side
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("count", "width", "limit"), [(1, 11264, None), (2, 384, 0.5), (2, 2176, None)])
+def test_gated_rows_in_boxes(count: int, width: int, limit: float | None) -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    device = torch.device("cuda")
+    gate, up = (3 * torch.randn(count, width + 8, device=device).bfloat16()[:, :width] for _ in range(2))
+    w, s = matrix(40, width, codes=True, device=device)
+    assert single_boxes.supported(gate, [w], [s])
+    res = torch.randn(count, 40, device=device).bfloat16()
+    (y,) = single.rows(gate, [w], [s], None, res, up_ND=up, limit=limit)
+    (want,) = single.rows_reference(gate, [w], [s], None, res, up_ND=up, limit=limit)
+    close(y, want, 2e-2)
+
+
 @pytest.mark.parametrize("codes", ["plain", "codes", "powers"])
 @pytest.mark.parametrize(("count", "width", "limit"), [(1, 384, None), (2, 200, None), (1, 256, 0.5)])
 def test_gated_rows(device: torch.device, codes: str, count: int, width: int, limit: float | None) -> None:
