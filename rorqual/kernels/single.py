@@ -74,7 +74,7 @@ def rows_kernel(
     D: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BO: tl.constexpr,
     NORM: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr,
     RESIDUAL: tl.constexpr, CODES: tl.constexpr, POWERS: tl.constexpr, AHEAD: tl.constexpr,
-    SPAN: tl.constexpr, THREADS: tl.constexpr, INTEGERS: tl.constexpr = False,
+    SPAN: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """y0 = norm(x) w0^T (and y1 with w1), BO outputs a program, plus the residual; the first program also
     writes the normed rows. GATED: silu(x) * up in x's place."""
@@ -129,21 +129,7 @@ def rows_kernel(
             ratio = row * over
             ratio = tl.fma(tl.fma(-ratio, step[:, None], row), over, ratio)
             row = tl.minimum(tl.maximum(ratio, -448.0), 448.0).to(tl.float8e4nv).to(tl.float32)
-            if INTEGERS:
-                wide = tl.inline_asm_elementwise(
-                    "{ .reg .b32 t; shl.b32 t, $4, 24; shr.s32 t, t, 4; and.b32 $0, t, 0x87f00000;"
-                    "shl.b32 t, $4, 16; shr.s32 t, t, 4; and.b32 $1, t, 0x87f00000;"
-                    "shl.b32 t, $4, 8; shr.s32 t, t, 4; and.b32 $2, t, 0x87f00000;"
-                    "shr.s32 t, $4, 4; and.b32 $3, t, 0x87f00000; }",
-                    "=r,=r,=r,=r,r",
-                    [tile],
-                    tl.float32,
-                    is_pure=True,
-                    pack=4,
-                )
-                parts = tl.sum(wide * row[None, :, :], 2) * 1.329227995784916e36
-            else:
-                parts = tl.sum(tile.to(tl.float32) * row[None, :, :], 2)
+            parts = tl.sum(tile.to(tl.float32) * row[None, :, :], 2)
             value = tl.sum(parts * (step * by)[None, :], 1)
         else:
             value = tl.sum(tl.sum(tile.to(tl.float32) * row[None, :, :], 2), 1)

@@ -7,7 +7,7 @@ columns of one product, the 128 runs of a box its rows. Of all places only those
 16): they are multiplied by both scales and added up in fp32.
 """
 
-# mypy: disable-error-code="no-untyped-def,assignment,misc,var-annotated"
+# mypy: disable-error-code="no-untyped-def,assignment,misc,no-redef,var-annotated"
 # ruff: noqa: RUF005 (unpacking is not among what Gluon compiles)
 
 from __future__ import annotations
@@ -53,19 +53,16 @@ def _scales(at, there, POWERS: gl.constexpr):
 
 
 @gluon.jit
-def _short(values, kind: gl.constexpr):
-    """fp32 rounded to the rows' type. To bf16 by pairs: one by one they take the slow units, eight times as long."""
-    if kind == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000; }",
-            "=r,=r,r,r",
-            [values],
-            dtype=gl.float32,
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        return values.to(kind).to(gl.float32)
+def _short(values):
+    """fp32 rounded to bf16, by pairs: one by one they take the slow units, eight times as long."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000; }",
+        "=r,=r,r,r",
+        [values],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=2,
+    )
 
 
 @gluon.jit
@@ -77,6 +74,175 @@ def _met(product, RUNS: gl.constexpr):
     return gl.sum(gl.where(m[:, None] == n[None, :], product, 0.0), 1).reshape(
         [product.shape[0] // RUNS, RUNS]
     )
+
+
+@gluon.jit
+def _lay(rows, weight, squares, turned, plain, steps, eps, D: gl.constexpr):
+    """Rows `[ROOM, RUN]` of fp32, normed if there is a weight, as codes and steps of their runs: in the order of
+    `_turned`, as they are, or both."""
+    ROOM: gl.constexpr = rows[0].shape[0]
+    RUN: gl.constexpr = rows[0].shape[1]
+    FLAT: gl.constexpr = rows[0].type.layout
+    EACH: gl.constexpr = gl.BlockedLayout([ROOM], [32], [gl.num_warps()], [0])
+    if weight is not None:
+        run = gl.arange(0, ROOM, gl.SliceLayout(1, FLAT))
+        for n in gl.static_range(len(rows)):
+            square = gl.sum(rows[n] * rows[n], 1)
+            if ROOM * RUN != D:
+                square = gl.where(run < D // RUN, square, 0.0)
+            squares.index(n).store(square)
+        gl.thread_barrier()
+    for n in gl.static_range(len(rows)):
+        values = rows[n]
+        if weight is not None:
+            # Every thread adds all runs' sums: one barrier, where a reduction across warps has two.
+            mean = gl.sum(squares.index(n).load(EACH), 0) / D
+            values = _short(values * gl.rsqrt(mean + eps) * weight)
+        step = gl.div_rn(gl.maximum(gl.max(gl.abs(values), 1), 1e-4), 448.0)
+        # values / step, rounded correctly: a quotient by the reciprocal, and once what is left over.
+        by, values = gl.broadcast(step[:, None], values)
+        over, values = gl.broadcast(gl.div_rn(1.0, step)[:, None], values)
+        ratio = values * over
+        ratio = gl.fma(gl.fma(-ratio, by, values), over, ratio)
+        code = gl.minimum(gl.maximum(ratio, -448.0), 448.0).to(gl.float8e4nv)
+        if plain is not None:
+            plain.index(n).store(code)
+        if turned is not None:
+            turned.index(n).store(_turned(code))
+        steps.index(n).store(step)
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def _turned(codes):
+    """Runs of 128 codes in the order in which a thread that has 16 codes side by side of a run, and 16 that lie 64
+    further on, holds them as an operand of the tensor cores: those want 4 of each 16."""
+    ROWS: gl.constexpr = codes.shape[0]
+    return codes.reshape([ROWS, 2, 4, 4, 4]).permute([0, 1, 3, 2, 4]).reshape([ROWS, 128])
+
+
+@gluon.jit
+def held_kernel(
+    w0, w1, d0, d1, x, norm, scale0, scale1, residual, y0, y1, out0, out1,
+    w0_row, w1_row, x_row, s0_row, s1_row, r_row, y0_row, y1_row, eps,
+    D: gl.constexpr, N: gl.constexpr, BOXES: gl.constexpr, TWO: gl.constexpr, NORM: gl.constexpr,
+    RESIDUAL: gl.constexpr, POWERS: gl.constexpr, HELD: gl.constexpr,
+):  # fmt: skip
+    """`boxes_kernel` with the first HELD boxes in registers, for rows of at most 16 runs."""
+    tl.extra.cuda.gdc_launch_dependents()
+    WARPS: gl.constexpr = gl.num_warps()
+    RUNS: gl.constexpr = 16
+    RUN: gl.constexpr = 128
+    code: gl.constexpr = w0.dtype.element_ty
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, RUNS, 32])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    LINES: gl.constexpr = gl.NVMMASharedLayout(128, 8, rank=2)
+    if WARPS == 8:
+        WIDE: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0], [0, 64]], [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]],
+            [[16, 0], [32, 0], [64, 0]], [], [128, 128],
+        )  # fmt: skip
+    else:
+        WIDE: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0], [0, 64], [64, 0]],
+            [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [128, 128],
+        )  # fmt: skip
+    kind: gl.constexpr = y0.dtype.element_ty
+    codes = gl.allocate_shared_memory(code, [N, RUNS, RUN], LINES)
+    steps = gl.allocate_shared_memory(gl.float32, [N, RUNS], PLAIN)
+    if NORM:
+        squares = gl.allocate_shared_memory(gl.float32, [N, RUNS], PLAIN)
+    begin = gl.program_id(0) * BOXES
+    first = gl.cdiv(out0, 8)
+    m = gl.arange(0, 8 * RUNS, gl.SliceLayout(1, WIDE))
+    k = gl.arange(0, RUN, gl.SliceLayout(0, WIDE))
+    if BOXES > HELD:
+        room = gl.allocate_shared_memory(code, [BOXES - HELD, 8, RUNS, RUN], d0.layout)
+        lines = room._reinterpret(code, [BOXES - HELD, 8 * RUNS, RUN], LINES)
+        plain = gl.allocate_shared_memory(code, [N, RUNS, RUN], LINES)
+        full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(full, count=1)
+        mbarrier.expect(full, (BOXES - HELD) * d0.block_type.nbytes)
+        for i in gl.static_range(HELD, BOXES):
+            if begin + i < first:
+                tma.async_copy_global_to_shared(d0, [(begin + i) * 8, 0, 0], full, room.index(i - HELD))
+            else:
+                tma.async_copy_global_to_shared(
+                    d1, [(begin + i - first) * 8, 0, 0], full, room.index(i - HELD)
+                )
+    else:
+        plain: gl.constexpr = None
+    lefts = ()
+    for i in gl.static_range(HELD):
+        other = begin + i >= first
+        o = (begin + i) * 8 - gl.where(other, first * 8, 0) + m // RUNS
+        # Beyond the weight: its last row and run again.
+        o = gl.maximum(gl.minimum(o, gl.where(other, out1, out0) - 1), 0)
+        at = o.to(gl.int64) * gl.where(other, w1_row, w0_row) + gl.minimum(m % RUNS, D // RUN - 1) * RUN
+        tile = gl.load(gl.where(other, w1, w0) + at[:, None] + k[None, :], eviction_policy="evict_first")
+        lefts = lefts + (gl.convert_layout(_turned(tile), LEFT, assert_trivial=True),)
+    none = gl.zeros([8 * RUNS, RUNS], gl.float32, MMA)
+    zero = gl.sum(_met(none, RUNS), 1)
+    OUT: gl.constexpr = zero.type.layout
+    ACROSS: gl.constexpr = gl.SliceLayout(0, OUT.parent)
+    row = gl.arange(0, 8, OUT)
+    # Scales lie in shared memory meanwhile: registers are short.
+    SPREAD: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [WARPS, 1], [1, 0])
+    box = begin + gl.arange(0, BOXES, gl.SliceLayout(1, SPREAD))
+    across = gl.arange(0, RUNS, gl.SliceLayout(0, SPREAD))
+    other = box >= first
+    o = (box - gl.where(other, first, 0)) * 8
+    table = gl.where(other, scale1, scale0) + o // 128 * gl.where(other, s1_row, s0_row)
+    there = (o < gl.where(other, out1, out0))[:, None] & (across < D // RUN)[None, :]
+    scales = gl.allocate_shared_memory(gl.float32, [BOXES, RUNS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    scales.store(_scales(table[:, None] + across[None, :], there, POWERS))
+    scale_rows = scales._reinterpret(gl.float32, [BOXES, RUNS], PLAIN)
+    flat_run = gl.arange(0, RUNS, gl.SliceLayout(1, FLAT))
+    lane = gl.arange(0, RUN, gl.SliceLayout(0, FLAT))
+    # Never zeros: four codes known to be equal make ptxas 12.8 pack two of them with a register never written.
+    d = gl.minimum(flat_run, D // RUN - 1)[:, None] * RUN + lane[None, :]
+    if NORM:
+        weight = gl.load(norm + d).to(x.dtype.element_ty).to(gl.float32)
+    tl.extra.cuda.gdc_wait()
+    rows = ()
+    for n in gl.static_range(N):
+        rows = rows + (gl.load(x + n * x_row + d).to(gl.float32),)
+    if NORM:
+        _lay(rows, weight, squares, codes, plain, steps, eps, D)
+    else:
+        _lay(rows, None, None, codes, plain, steps, eps, D)
+    for n in gl.static_range(N):
+        products = ()
+        for i in gl.static_range(BOXES):
+            if i < HELD:
+                right = codes.index(n).permute((1, 0))
+                product = warpgroup_mma(lefts[i], right, none, use_acc=False, is_async=True)
+            else:
+                if i == HELD and n == 0:
+                    mbarrier.wait(full, 0)
+                right = plain.index(n).permute((1, 0))
+                product = warpgroup_mma(lines.index(i - HELD), right, none, use_acc=False, is_async=True)
+            products = products + (product,)
+        if BOXES == 1:
+            products = (warpgroup_mma_wait(0, deps=products),)
+        else:
+            products = warpgroup_mma_wait(0, deps=products)
+        step = steps.index(n).load(gl.SliceLayout(0, MMA))
+        for i in gl.static_range(BOXES):
+            value = gl.sum(
+                _met(products[i] * step[None, :], RUNS) * scale_rows.index(i).load(ACROSS)[None, :], 1
+            )
+            other = begin + i >= first
+            o = (begin + i) * 8 - gl.where(other, first * 8, 0) + row
+            inside = o < gl.where(other, out1, out0)
+            if RESIDUAL:
+                before = gl.load(residual + n * r_row + o, inside, other=0.0)
+                value = value.to(kind).to(gl.float32) + before.to(gl.float32)
+            y = gl.where(other, y1, y0) + n * gl.where(other, y1_row, y0_row)
+            gl.store(y + o, value.to(kind), inside)
 
 
 @gluon.jit
@@ -98,7 +264,6 @@ def boxes_kernel(
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     LINES: gl.constexpr = gl.NVMMASharedLayout(128, 8, rank=2)
-    EACH: gl.constexpr = gl.BlockedLayout([ROOM], [32], [WARPS], [0])
     kind: gl.constexpr = y0.dtype.element_ty
     room = gl.allocate_shared_memory(w0.dtype, [CHUNKS * BOXES, EIGHT, RUNS, RUN], w0.layout)
     lines = room._reinterpret(w0.dtype, [CHUNKS, BOXES * EIGHT * RUNS, RUN], LINES)
@@ -161,35 +326,15 @@ def boxes_kernel(
                 by = gl.minimum(gl.maximum(by, -limit), limit)
             values = values / (1.0 + gl.exp(-values))
             if not LIMIT:
-                values = _short(values, x.dtype.element_ty)
-            values = _short(values * by, x.dtype.element_ty)
+                values = _short(values)
+            values = _short(values * by)
         rows = rows + (values,)
         if RESIDUAL:
             before = before + (gl.load(residual + n * r_row + o, inside, other=0.0),)
     if NORM:
-        for n in gl.static_range(N):
-            values = rows[n]
-            square = gl.sum(values * values, 1)
-            if ROOM * RUN != D:
-                square = gl.where(run < D // RUN, square, 0.0)
-            squares.index(n).store(square)
-        gl.thread_barrier()
-    for n in gl.static_range(N):
-        values = rows[n]
-        if NORM:
-            # Every thread adds all runs' sums: one barrier, where a reduction across warps has two.
-            mean = gl.sum(squares.index(n).load(EACH), 0) / D
-            values = _short(values * gl.rsqrt(mean + eps) * weight, x.dtype.element_ty)
-        step = gl.div_rn(gl.maximum(gl.max(gl.abs(values), 1), 1e-4), 448.0)
-        # values / step, rounded correctly: a quotient by the reciprocal, and once what is left over.
-        by, values = gl.broadcast(step[:, None], values)
-        over, values = gl.broadcast(gl.div_rn(1.0, step)[:, None], values)
-        ratio = values * over
-        ratio = gl.fma(gl.fma(-ratio, by, values), over, ratio)
-        codes.index(n).store(gl.minimum(gl.maximum(ratio, -448.0), 448.0).to(codes.dtype))
-        steps.index(n).store(step)
-    fence_async_shared()
-    gl.thread_barrier()
+        _lay(rows, weight, squares, None, codes, steps, eps, D)
+    else:
+        _lay(rows, None, None, None, codes, steps, eps, D)
     y = gl.where(other, y1, y0)
     y_row = gl.where(other, y1_row, y0_row)
     for n in gl.static_range(N):
@@ -249,6 +394,17 @@ def launch(
     two = len(weights) == 2
     total = sum(-(-o // ROWS) for o in outs)
     runs = max(RUNS, 1 << (width // RUN - 1).bit_length())
+    if how.get("HELD"):
+        held = [boxes(w) for w in weights]
+        held_kernel[(-(-total // how["BOXES"]),)](
+            weights[0], weights[-1], held[0], held[-1], x_ND, norm[0] if norm is not None else x_ND, by[0], by[-1],
+            residual_NO, ys[0], ys[-1], outs[0], outs[1] if two else 0, weights[0].stride(0), weights[-1].stride(0),
+            x_ND.stride(0), by[0].stride(0), by[-1].stride(0), residual_NO.stride(0) if residual_NO is not None else 0,
+            ys[0].stride(0), ys[-1].stride(0), norm[1] if norm is not None else 0.0, D=width, N=count, TWO=two,
+            NORM=norm is not None, RESIDUAL=residual_NO is not None, POWERS=powers, launch_pdl=True, **how,
+        )  # fmt: skip
+        return
+    how = {k: v for k, v in how.items() if k != "HELD"}
     held = [boxes(w) for w in weights]
     boxes_kernel[(-(-total // how["BOXES"]),)](
         held[0], held[-1], x_ND, up_ND, norm[0] if norm is not None else x_ND, by[0], by[-1], residual_NO, ys[0],
