@@ -127,10 +127,11 @@ def held_kernel(
     w0, w1, d0, d1, x, norm, scale0, scale1, residual, y0, y1, out0, out1,
     w0_row, w1_row, x_row, s0_row, s1_row, r_row, y0_row, y1_row, eps,
     D: gl.constexpr, N: gl.constexpr, BOXES: gl.constexpr, TWO: gl.constexpr, NORM: gl.constexpr,
-    RESIDUAL: gl.constexpr, POWERS: gl.constexpr, HELD: gl.constexpr,
+    RESIDUAL: gl.constexpr, POWERS: gl.constexpr, HELD: gl.constexpr, LATE: gl.constexpr = False,
 ):  # fmt: skip
     """`boxes_kernel` with the first HELD boxes in registers, for rows of at most 16 runs."""
-    tl.extra.cuda.gdc_launch_dependents()
+    if not LATE:
+        tl.extra.cuda.gdc_launch_dependents()
     WARPS: gl.constexpr = gl.num_warps()
     RUNS: gl.constexpr = 16
     RUN: gl.constexpr = 128
@@ -207,6 +208,8 @@ def held_kernel(
     if NORM:
         weight = gl.load(norm + d).to(x.dtype.element_ty).to(gl.float32)
     tl.extra.cuda.gdc_wait()
+    if LATE:
+        tl.extra.cuda.gdc_launch_dependents()
     rows = ()
     for n in gl.static_range(N):
         rows = rows + (gl.load(x + n * x_row + d).to(gl.float32),)
@@ -250,11 +253,13 @@ def boxes_kernel(
     w0, w1, x, up, norm, scale0, scale1, residual, y0, y1, limit, out0, out1,
     x_row, up_row, s0_row, s1_row, r_row, y0_row, y1_row, eps,
     D: gl.constexpr, N: gl.constexpr, BOXES: gl.constexpr, TWO: gl.constexpr, NORM: gl.constexpr,
-    GATED: gl.constexpr, LIMIT: gl.constexpr, RESIDUAL: gl.constexpr, POWERS: gl.constexpr, ROOM: gl.constexpr,
+    GATED: gl.constexpr, LIMIT: gl.constexpr, RESIDUAL: gl.constexpr, POWERS: gl.constexpr, ROOM: gl.constexpr, LATE: gl.constexpr = False,
+    trace=None,
 ):  # fmt: skip
     """y0 = norm(x) w0^T (and y1 with w1) plus the residual, BOXES boxes a program. GATED: silu(x) * up in x's place.
     ROOM: runs of a row, up to a power of two, at least a box's."""
-    tl.extra.cuda.gdc_launch_dependents()
+    if not LATE:
+        tl.extra.cuda.gdc_launch_dependents()
     WARPS: gl.constexpr = gl.num_warps()
     EIGHT: gl.constexpr = w0.block_type.shape[0]
     RUNS: gl.constexpr = w0.block_type.shape[1]
@@ -315,6 +320,8 @@ def boxes_kernel(
     if NORM:
         weight = gl.load(norm + d).to(x.dtype.element_ty).to(gl.float32)
     tl.extra.cuda.gdc_wait()
+    if LATE:
+        tl.extra.cuda.gdc_launch_dependents()
     rows = ()
     before = ()
     for n in gl.static_range(N):
