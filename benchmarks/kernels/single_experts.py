@@ -39,7 +39,8 @@ ODD: list[tuple[str, tuple[int, ...], float | None]] = [
 ]
 """Kinds, experts, width, hidden and shared experts, and the limit."""
 RINGS: list[dict[str, Any]] = [{}] + [
-    {"how": {"STAGES": stages, "HELD": held}} for stages, held in ((6, 0), (5, 0), (4, 0), (4, 1), (4, 2))
+    {"how": how}
+    for how in ({"BUFFERS": 8}, {"BUFFERS": 2}, {"STAGES": 4}, {"STAGES": 4, "HELD": 1}, {"maxnreg": 104})
 ]
 
 

@@ -144,23 +144,27 @@ def _part(item, W: gl.constexpr, RUN: gl.constexpr, RUNS: gl.constexpr, SHARED: 
 
 
 @gluon.jit
-def _words(
-    words, item, W: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, RUNS: gl.constexpr, RUN: gl.constexpr,
+def _place(
+    item, W: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, RUNS: gl.constexpr, RUN: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Where an item of the second product finds its part of inner `[RUNS, RUN]`, and what lies there now. Runs beyond
-    the row are its last one again: what the box has there is zeros."""
+    """Where, in bytes, an item of the second product finds its part of inner `[RUNS, RUN]`. Runs beyond the row are its
+    last one again: what the box has there is zeros."""
     COMMON: gl.constexpr = (SHARED * W + RUNS * RUN - 1) // (RUNS * RUN)
     ROUTED: gl.constexpr = (W + RUNS * RUN - 1) // (RUNS * RUN)
     begin = gl.where(item < COMMON, K * W, (item - COMMON) // ROUTED * W)
     start, many = _part(item, W, RUN, RUNS, SHARED)
     run = gl.arange(0, RUNS, gl.SliceLayout(1, LAYOUT))[:, None]
     lane = gl.arange(0, RUN, gl.SliceLayout(0, LAYOUT))[None, :]
-    at = 4 * (begin + (start + gl.minimum(run, many - 1)) * RUN + lane)
-    found = gl.inline_asm_elementwise(
+    return 4 * (begin + (start + gl.minimum(run, many - 1)) * RUN + lane)
+
+
+@gluon.jit
+def _words(words, at):
+    """What lies there now."""
+    return gl.inline_asm_elementwise(
         PEEK, PEEK_OPERANDS, [at, words.to(gl.int64)], gl.int32, is_pure=False, pack=4
     )
-    return found, at
 
 
 @gluon.jit
@@ -207,141 +211,154 @@ def _met(product, RUNS: gl.constexpr):
 @gluon.jit
 def _up_scales(
     tables, ids, experts, W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, UPS: gl.constexpr,
-    RUNS: gl.constexpr, CHUNKS: gl.constexpr, LAYOUT: gl.constexpr,
+    RUNS: gl.constexpr, CHUNKS: gl.constexpr, COMMON: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Scales of the runs of this program's items of the first product, gate's and up's in turn `[2 UPS, RUNS]`."""
+    """Scales of the runs of this program's first UPS items of the first product, gate's and up's in turn
+    `[2 UPS, RUNS]`; COMMON: of the shared experts alone, which nobody chose."""
     gate, up, common_gate, common_up = tables
     number = gl.arange(0, 2 * UPS, gl.SliceLayout(1, LAYOUT))[:, None]
     second = number % 2 == 1
     tile = gl.program_id(0) + number // 2 // CHUNKS * gl.num_programs(0)
     slot = tile // (W // 8)
     run = number // 2 % CHUNKS * RUNS + gl.arange(0, RUNS, gl.SliceLayout(0, LAYOUT))[None, :]
-    there = (slot < K + SHARED) & (run < D // 128)
     common = slot < SHARED
-    expert = gl.load(ids + slot - SHARED, (slot < K + SHARED) & (slot >= SHARED), other=0)
-    expert = gl.where((expert >= 0) & (expert < experts), expert, 0)
-    at = (gl.where(common, slot, expert) * (W // 128) + tile % (W // 8) // 16) * (D // 128) + run
-    table = gl.where(common, gl.where(second, common_up, common_gate), gl.where(second, up, gate))
-    return gl.load(table + at, there, other=0)
+    if COMMON:
+        at = (slot * (W // 128) + tile % (W // 8) // 16) * (D // 128) + run
+        return gl.load(gl.where(second, common_up, common_gate) + at, common & (run < D // 128), other=0)
+    else:
+        there = (slot >= SHARED) & (slot < K + SHARED)
+        expert = gl.load(ids + slot - SHARED, there, other=0)
+        expert = gl.where((expert >= 0) & (expert < experts), expert, 0)
+        at = (expert * (W // 128) + tile % (W // 8) // 16) * (D // 128) + run
+        return gl.load(gl.where(second, up, gate) + at, there & (run < D // 128), other=0)
 
 
 @gluon.jit
 def _down_scales(
-    down, common_down, common_row, ids, experts, W: gl.constexpr, D: gl.constexpr, K: gl.constexpr,
-    SHARED: gl.constexpr, DOWNS: gl.constexpr, RUNS: gl.constexpr, COMMON: gl.constexpr, ROUTED: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    tables, common_row, ids, experts, number, W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr,
+    RUNS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Scales of the runs of this program's items of the second product `[DOWNS, RUNS]`."""
+    """Scales of the runs of this program's item `number` of the second product `[RUNS]`."""
+    down, common_down = tables
+    COMMON: gl.constexpr = (SHARED * W + RUNS * 128 - 1) // (RUNS * 128)
+    ROUTED: gl.constexpr = (W + RUNS * 128 - 1) // (RUNS * 128)
     PER: gl.constexpr = COMMON + K * ROUTED
-    number = gl.arange(0, DOWNS, gl.SliceLayout(1, LAYOUT))[:, None]
     block = (gl.program_id(0) + number // PER * gl.num_programs(0)) // 8
     item = number % PER
+    start, many = _part(item, W, 128, RUNS, SHARED)
     common = item < COMMON
-    k = (item - COMMON) // ROUTED
-    start = gl.where(common, item, (item - COMMON) % ROUTED) * RUNS
-    run = start + gl.arange(0, RUNS, gl.SliceLayout(0, LAYOUT))[None, :]
-    there = (block < D // 128) & (run < gl.where(common, SHARED * W // 128, W // 128))
-    expert = gl.load(ids + k, (block < D // 128) & (item >= COMMON), other=0)
+    expert = gl.load(ids + (item - COMMON) // ROUTED, item >= COMMON, other=0)
     expert = gl.where((expert >= 0) & (expert < experts), expert, 0)
-    at = gl.where(common, block * common_row, (expert * (D // 128) + block) * (W // 128)) + run
-    return gl.load(gl.where(common, common_down, down) + at, there, other=0)
+    at = gl.where(common, block * common_row, (expert * (D // 128) + block) * (W // 128)) + start
+    table = gl.where(common, common_down, down)
+    return gl.load(table + at + gl.minimum(gl.arange(0, RUNS, LAYOUT), many - 1))
 
 
 @gluon.jit
-def ring_kernel(
-    gate, up, down, common_gate, common_up, common_down, x, ids, weights,
-    gate_scale, up_scale, down_scale, common_gate_scale, common_up_scale, common_down_scale, common_s_row,
-    residual, y, words, epochs, limit, experts,
+def _bring(
+    descriptors, room, ids, experts,
     W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
-    HELD: gl.constexpr, UPS: gl.constexpr, DOWNS: gl.constexpr, POWERS: gl.constexpr, LIMIT: gl.constexpr,
-    COPIES: gl.constexpr, RESIDUAL: gl.constexpr, PART: gl.constexpr,
+    HELD: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
-    """y `[D]` = the sum over experts of weight * down (swiglu(gate x, up x)), and the residual; by 8 warps.
-
-    HELD: how many of the second product's first items have a place of their own, outside the ring, and are asked
-    for ahead. UPS and DOWNS: items of a program in both products, at most, up to a power of two. PART: both
-    products (0), the first (1) or the second (2) alone.
-    """
-    CODES: gl.constexpr = gate.dtype == gl.float8e4nv
-    RUNS: gl.constexpr = gate.block_type.shape[1]
-    RUN: gl.constexpr = gate.block_type.shape[2]
-    DEPTH: gl.constexpr = RUNS * RUN
+    """The fetching warp: items into the ring, each as soon as its place is free."""
+    RUNS: gl.constexpr = descriptors[0].block_type.shape[1]
+    DEPTH: gl.constexpr = RUNS * descriptors[0].block_type.shape[2]
     UP_CHUNKS: gl.constexpr = (D + DEPTH - 1) // DEPTH
-    COMMON: gl.constexpr = (SHARED * W + DEPTH - 1) // DEPTH
-    ROUTED: gl.constexpr = (W + DEPTH - 1) // DEPTH
-    PER: gl.constexpr = COMMON + K * ROUTED
-    N: gl.constexpr = 2 * RUNS if CODES else RUNS
-    # A warp has 16 rows of a product: the runs of one row of a box.
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, N, 32 if CODES else 16])
-    FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RUN, RUN // 4], [8, 1], [1, 0])
-    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    LINES: gl.constexpr = gl.NVMMASharedLayout(128, gate.dtype.primitive_bitwidth, rank=2)
+    PER: gl.constexpr = (SHARED * W + DEPTH - 1) // DEPTH + K * ((W + DEPTH - 1) // DEPTH)
+    boxes, full, free = room
     p = gl.program_id(0)
     P = gl.num_programs(0)
-    boxes = gl.allocate_shared_memory(gate.dtype, [2 * STAGES + 2 * HELD, 8, RUNS, RUN], gate.layout)
-    runs = boxes._reinterpret(gate.dtype, [2 * STAGES + 2 * HELD, 8 * RUNS, RUN], LINES)
-    x_columns = gl.allocate_shared_memory(gate.dtype, [UP_CHUNKS, N, RUN], LINES)
-    x_steps = gl.allocate_shared_memory(gl.float32, [UP_CHUNKS, N], PLAIN)
-    columns = gl.allocate_shared_memory(gate.dtype, [2, N, RUN], LINES)
-    steps = gl.allocate_shared_memory(gl.float32, [2, N], PLAIN)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES + HELD, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES + HELD):
-        mbarrier.init(full.index(i), count=1)
-    descriptors = gate, up, down, common_gate, common_up, common_down
-    room = boxes, full
-    for item in range(STAGES):
-        _fetch(item, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 0)
-    if PART != 1:
-        for i in gl.static_range(HELD):
-            if p * 16 < D:
-                bar = full.index(STAGES + i)
-                mbarrier.expect(bar, 2 * gate.block_type.nbytes)
-                for half in gl.static_range(2):
-                    box = boxes.index(2 * (STAGES + i) + half)
-                    tma.async_copy_global_to_shared(common_down, [p * 16 + 8 * half, i * RUNS, 0], bar, box)
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
-    for item in range(STAGES):
-        _fetch(item, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 1)
-    tag = gl.load(epochs) & 0xFFFF
+    items = 0
     if PART != 2:
-        for chunk in gl.static_range(UP_CHUNKS):
-            run = chunk * RUNS + gl.arange(0, RUNS, gl.SliceLayout(1, FLAT))
-            lane = gl.arange(0, RUN, gl.SliceLayout(0, FLAT))
-            # Runs beyond the row are its last one again, for the box has zeros there. (Zeros here too: four codes
-            # known to be equal make ptxas 12.8 pack two of them with a register that was never written.)
-            run = gl.minimum(run, D // RUN - 1)
-            row = gl.load(x + run[:, None] * RUN + lane[None, :])
-            _lay(row.to(gl.float32), x_columns.index(chunk), x_steps.index(chunk), 1.0)
-    if CODES:
-        TABLE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        SPREAD: gl.constexpr = gl.BlockedLayout([1, 1], [32 // RUNS, RUNS], [8, 1], [1, 0])
-        if PART != 2:
-            by = _up_scales(
-                (gate_scale, up_scale, common_gate_scale, common_up_scale), ids, experts, W, D, K, SHARED, UPS, RUNS,
-                UP_CHUNKS, SPREAD,
-            )  # fmt: skip
-            up_table = gl.allocate_shared_memory(gl.float32, [2 * UPS, RUNS], TABLE)
-            up_table.store(_power(by, POWERS))
-            up_by = up_table._reinterpret(gl.float32, [2 * UPS, RUNS], PLAIN)
-        if PART != 1:
-            by = _down_scales(
-                down_scale, common_down_scale, common_s_row, ids, experts, W, D, K, SHARED, DOWNS, RUNS, COMMON,
-                ROUTED, SPREAD,
-            )  # fmt: skip
-            down_table = gl.allocate_shared_memory(gl.float32, [DOWNS, RUNS], TABLE)
-            down_table.store(_power(by, POWERS))
-            down_by = down_table._reinterpret(gl.float32, [DOWNS, RUNS], PLAIN)
-    fence_async_shared()
-    gl.thread_barrier()
+        items += ((K + SHARED) * (W // 8) - p + P - 1) // P * UP_CHUNKS
+    if PART != 1:
+        items += gl.maximum((D // 16 - p + P - 1) // P * PER - HELD, 0)
+    for item in range(gl.minimum(STAGES, items)):
+        _fetch(item, descriptors, (boxes, full), ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 1)
+    for item in range(STAGES, items):
+        mbarrier.wait(free.index(item % STAGES), ((item // STAGES) & 1) ^ 1)
+        _fetch(item, descriptors, (boxes, full), ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 2)
+
+
+@gluon.jit
+def _lay_all(
+    words, tag, ids, experts, columns, steps, ready, taken, up_table, up_ready, tables, common_row,
+    W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, UPS: gl.constexpr,
+    POWERS: gl.constexpr, COPIES: gl.constexpr, PART: gl.constexpr,
+):  # fmt: skip
+    """Four warps: the scales of the routed experts' first product, then inner as columns, item after item, as soon
+    as its words are there and a place is free."""
+    CODES: gl.constexpr = columns.dtype == gl.float8e4nv
+    BUFFERS: gl.constexpr = columns.shape[0]
+    RUN: gl.constexpr = columns.shape[2]
+    RUNS: gl.constexpr = columns.shape[1] // (2 if CODES else 1)
+    DEPTH: gl.constexpr = RUNS * RUN
+    PER: gl.constexpr = (SHARED * W + DEPTH - 1) // DEPTH + K * ((W + DEPTH - 1) // DEPTH)
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RUN, RUN // 4], [4, 1], [1, 0])
+    LINE: gl.constexpr = gl.SliceLayout(1, FLAT)
+    p = gl.program_id(0)
+    P = gl.num_programs(0)
+    gate_scale, up_scale, down_scale, common_gate_scale, common_up_scale, common_down_scale = tables
+    downs = down_scale, common_down_scale
+    if CODES and PART != 2:
+        SPREAD: gl.constexpr = gl.BlockedLayout([1, 1], [32 // RUNS, RUNS], [4, 1], [1, 0])
+        by = _up_scales(
+            (gate_scale, up_scale, common_gate_scale, common_up_scale), ids, experts, W, D, K, SHARED, UPS, RUNS,
+            (D + DEPTH - 1) // DEPTH, False, SPREAD,
+        )  # fmt: skip
+        up_table.store(_power(by, POWERS))
+        mbarrier.arrive(up_ready)
+    if PART != 1:
+        words += p % COPIES * ((K + SHARED) * W)
+        items = (D // 16 - p + P - 1) // P * PER
+        # Words are looked up an item ahead.
+        found = _words(words, _place(0, W, K, SHARED, RUNS, RUN, FLAT))
+        factor = gl.full([RUNS], 1.0, gl.float32, LINE)
+        if CODES:
+            factor = _down_scales(downs, common_row, ids, experts, 0, W, D, K, SHARED, RUNS, LINE)
+            factor = _power(factor, POWERS)
+        for number in range(items):
+            place = number % BUFFERS
+            row = _settled(found, _place(number % PER, W, K, SHARED, RUNS, RUN, FLAT), words, tag)
+            mbarrier.wait(taken.index(place), ((number // BUFFERS) & 1) ^ 1)
+            _lay(row, columns.index(place), steps.index(place), factor)
+            fence_async_shared()
+            mbarrier.arrive(ready.index(place))
+            # Words are asked for behind the fence: it waits for whatever was asked for before.
+            after = gl.minimum(number + 1, items - 1)
+            found = _words(words, _place(after % PER, W, K, SHARED, RUNS, RUN, FLAT))
+            if CODES:
+                factor = _down_scales(downs, common_row, ids, experts, after, W, D, K, SHARED, RUNS, LINE)
+                factor = _power(factor, POWERS)
+
+
+@gluon.jit
+def _multiply(
+    runs, full, free, x_columns, x_steps, columns, steps, ready, taken, common_by, up_by, up_ready,
+    ids, weights, residual, y, words, epochs, tag, limit, experts,
+    W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
+    HELD: gl.constexpr, LIMIT: gl.constexpr, COPIES: gl.constexpr, RESIDUAL: gl.constexpr, PART: gl.constexpr,
+):  # fmt: skip
+    """Eight warps: both products."""
+    CODES: gl.constexpr = runs.dtype == gl.float8e4nv
+    RUNS: gl.constexpr = runs.shape[1] // 8
+    DEPTH: gl.constexpr = RUNS * runs.shape[2]
+    UP_CHUNKS: gl.constexpr = (D + DEPTH - 1) // DEPTH
+    COMMON: gl.constexpr = (SHARED * W + DEPTH - 1) // DEPTH
+    PER: gl.constexpr = COMMON + K * ((W + DEPTH - 1) // DEPTH)
+    BUFFERS: gl.constexpr = columns.shape[0]
+    N: gl.constexpr = columns.shape[1]
+    # A warp has 16 rows of a product: the runs of one row of a box.
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, N, 32 if CODES else 16])
+    p = gl.program_id(0)
+    P = gl.num_programs(0)
     none = gl.zeros([8 * RUNS, N], gl.float32, MMA)
     zero = gl.sum(_met(none, RUNS), 1)
     EIGHT: gl.constexpr = zero.type.layout
     ACROSS: gl.constexpr = gl.SliceLayout(0, EIGHT.parent)
     count = 0
     if PART != 2:
-        tiles = ((K + SHARED) * (W // 8) - p + P - 1) // P
-        for i in range(tiles):
+        for i in range(((K + SHARED) * (W // 8) - p + P - 1) // P):
             tile = p + i * P
             slot = tile // (W // 8)
             k = slot - SHARED
@@ -349,6 +366,8 @@ def ring_kernel(
             weight = gl.load(weights + k, slot >= SHARED, other=1.0).to(gl.float32)
             gates = zero
             ups = zero
+            if CODES:
+                mbarrier.wait(up_ready, 0, pred=slot >= SHARED)
             for chunk in gl.static_range(UP_CHUNKS):
                 stage = count % STAGES
                 mbarrier.wait(full.index(stage), (count // STAGES) & 1)
@@ -356,10 +375,7 @@ def ring_kernel(
                 one = warpgroup_mma(runs.index(2 * stage), right, none, use_acc=False, is_async=True)
                 two = warpgroup_mma(runs.index(2 * stage + 1), right, none, use_acc=False, is_async=True)
                 one, two = warpgroup_mma_wait(0, deps=[one, two])
-                gl.thread_barrier()
-                _fetch(
-                    count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 2
-                )  # fmt: skip
+                mbarrier.arrive(free.index(stage))
                 if CODES:
                     step = x_steps.index(chunk).load(gl.SliceLayout(0, MMA))[None, :]
                     one *= step
@@ -367,8 +383,12 @@ def ring_kernel(
                 one = _met(one, RUNS)
                 two = _met(two, RUNS)
                 if CODES:
-                    one *= up_by.index(2 * count).load(ACROSS)[None, :]
-                    two *= up_by.index(2 * count + 1).load(ACROSS)[None, :]
+                    if slot < SHARED:
+                        one *= common_by.index(2 * count).load(ACROSS)[None, :]
+                        two *= common_by.index(2 * count + 1).load(ACROSS)[None, :]
+                    else:
+                        one *= up_by.index(2 * count).load(ACROSS)[None, :]
+                        two *= up_by.index(2 * count + 1).load(ACROSS)[None, :]
                 gates += gl.sum(one, 1)
                 ups += gl.sum(two, 1)
                 count += 1
@@ -386,92 +406,163 @@ def ring_kernel(
             gl.store(to, word, (copy < COPIES)[None, :])
     if PART != 1:
         kind: gl.constexpr = y.dtype.element_ty
-        words += p % COPIES * ((K + SHARED) * W)
+        number = 0
         for c in range((D // 16 - p + P - 1) // P):
+            channel = (p + c * P) * 16 + gl.arange(0, 8, EIGHT)
+            if RESIDUAL:
+                over = gl.load(residual + channel)
+                under = gl.load(residual + channel + 8)
             # Sums stay products of all runs with all columns until the end: what does not count is 15 in 16 of them,
             # but telling it apart takes longer than adding. (Beyond a row, boxes are zeros.)
             upper = none
             lower = none
-            # Words are looked up two items ahead, by turns into two sets of registers.
-            found, at = _words(words, 0, W, K, SHARED, RUNS, RUN, FLAT)
-            even, even_at = _words(words, gl.minimum(1, PER - 1), W, K, SHARED, RUNS, RUN, FLAT)
-            odd, odd_at = _words(words, gl.minimum(2, PER - 1), W, K, SHARED, RUNS, RUN, FLAT)
-            begun = _settled(found, at, words, tag)
-            weighted = down_by.index(c * PER).load(gl.SliceLayout(1, FLAT)) if CODES else 1.0
-            _lay(begun, columns.index(0), steps.index(0), weighted)
-            fence_async_shared()
-            gl.thread_barrier()
-            for pair in range((PER + 1) // 2):
-                for turn in gl.static_range(2):
-                    item = 2 * pair + turn
-                    if item < PER:
-                        stage = count % STAGES
-                        phase = (count // STAGES) & 1
-                        if item < HELD:
-                            stage = STAGES + item
-                            phase = 0
-                        mbarrier.wait(full.index(stage), phase)
-                        right = columns.index(turn).permute((1, 0))
-                        if CODES:
-                            one = warpgroup_mma(
-                                runs.index(2 * stage), right, none, use_acc=False, is_async=True
-                            )
-                            two = warpgroup_mma(
-                                runs.index(2 * stage + 1), right, none, use_acc=False, is_async=True
-                            )
-                        else:
-                            upper = warpgroup_mma(runs.index(2 * stage), right, upper, is_async=True)
-                            lower = warpgroup_mma(runs.index(2 * stage + 1), right, lower, is_async=True)
-                        after = gl.minimum(item + 3, PER - 1)
-                        if CODES:
-                            taken = steps.index(turn).load(gl.SliceLayout(0, MMA))[None, :]
-                            weighted = down_by.index(c * PER + gl.minimum(item + 1, PER - 1)).load(
-                                gl.SliceLayout(1, FLAT)
-                            )
-                        else:
-                            weighted = 1.0
-                        if item + 1 < PER:  # the row of the next item
-                            if turn == 0:
-                                _lay(
-                                    _settled(even, even_at, words, tag),
-                                    columns.index(1),
-                                    steps.index(1),
-                                    weighted,
-                                )
-                                fence_async_shared()
-                            else:
-                                _lay(
-                                    _settled(odd, odd_at, words, tag),
-                                    columns.index(0),
-                                    steps.index(0),
-                                    weighted,
-                                )
-                                fence_async_shared()
-                        if CODES:
-                            one, two = warpgroup_mma_wait(0, deps=[one, two])
-                        else:
-                            upper, lower = warpgroup_mma_wait(0, deps=[upper, lower])
-                        gl.thread_barrier()
-                        # Words are asked for behind the barrier: the fence waits for whatever was asked for before.
-                        if turn == 0:
-                            even, even_at = _words(words, after, W, K, SHARED, RUNS, RUN, FLAT)
-                        else:
-                            odd, odd_at = _words(words, after, W, K, SHARED, RUNS, RUN, FLAT)
-                        if item >= HELD:
-                            _fetch(
-                                count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 2
-                            )  # fmt: skip
-                            count += 1
-                        if CODES:
-                            upper += one * taken
-                            lower += two * taken
-            for half in gl.static_range(2):
-                total = gl.sum(_met(lower if half else upper, RUNS), 1)
-                channel = (p + c * P) * 16 + 8 * half + gl.arange(0, 8, EIGHT)
-                if RESIDUAL:
-                    total = total.to(kind).to(gl.float32) + gl.load(residual + channel).to(gl.float32)
-                gl.store(y + channel, total.to(kind))
+            for item in range(PER):
+                stage = count % STAGES
+                phase = (count // STAGES) & 1
+                if item < HELD:
+                    stage = STAGES + item
+                    phase = 0
+                place = number % BUFFERS
+                mbarrier.wait(ready.index(place), (number // BUFFERS) & 1)
+                if CODES:
+                    step = steps.index(place).load(gl.SliceLayout(0, MMA))[None, :]
+                mbarrier.wait(full.index(stage), phase)
+                right = columns.index(place).permute((1, 0))
+                if CODES:
+                    one = warpgroup_mma(runs.index(2 * stage), right, none, use_acc=False, is_async=True)
+                    two = warpgroup_mma(runs.index(2 * stage + 1), right, none, use_acc=False, is_async=True)
+                    one, two = warpgroup_mma_wait(0, deps=[one, two])
+                else:
+                    upper = warpgroup_mma(runs.index(2 * stage), right, upper, is_async=True)
+                    lower = warpgroup_mma(runs.index(2 * stage + 1), right, lower, is_async=True)
+                    upper, lower = warpgroup_mma_wait(0, deps=[upper, lower])
+                mbarrier.arrive(taken.index(place))
+                if item >= HELD:
+                    mbarrier.arrive(free.index(stage))
+                    count += 1
+                if CODES:
+                    upper += one * step
+                    lower += two * step
+                number += 1
+            total = gl.sum(_met(upper, RUNS), 1)
+            other = gl.sum(_met(lower, RUNS), 1)
+            if RESIDUAL:
+                total = total.to(kind).to(gl.float32) + over.to(gl.float32)
+                other = other.to(kind).to(gl.float32) + under.to(gl.float32)
+            gl.store(y + channel, total.to(kind))
+            gl.store(y + channel + 8, other.to(kind))
         # This program has seen words of all the others, so all of them have read the number.
         gl.thread_barrier()
         if (p == 0) & (PART == 0):
             gl.store(epochs, gl.load(epochs) + 1)
+
+
+@gluon.jit
+def ring_kernel(
+    gate, up, down, common_gate, common_up, common_down, x, ids, weights,
+    gate_scale, up_scale, down_scale, common_gate_scale, common_up_scale, common_down_scale, common_s_row,
+    residual, y, words, epochs, limit, experts,
+    W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
+    HELD: gl.constexpr, BUFFERS: gl.constexpr, UPS: gl.constexpr, COMMON_UPS: gl.constexpr, POWERS: gl.constexpr,
+    LIMIT: gl.constexpr, COPIES: gl.constexpr, RESIDUAL: gl.constexpr, PART: gl.constexpr, LAYING: gl.constexpr,
+    FETCHING: gl.constexpr,
+):  # fmt: skip
+    """y `[D]` = the sum over experts of weight * down (swiglu(gate x, up x)), and the residual. Eight warps multiply,
+    four lay inner down as columns, one fetches.
+
+    HELD: how many of the second product's first items have a place of their own, outside the ring, and are asked
+    for ahead. UPS: items of a program in the first product, at most, up to a power of two; COMMON_UPS: those of the
+    shared experts. PART: both products (0), the first (1) or the second (2) alone. LAYING, FETCHING: registers.
+    """
+    CODES: gl.constexpr = gate.dtype == gl.float8e4nv
+    RUNS: gl.constexpr = gate.block_type.shape[1]
+    RUN: gl.constexpr = gate.block_type.shape[2]
+    UP_CHUNKS: gl.constexpr = (D + RUNS * RUN - 1) // (RUNS * RUN)
+    N: gl.constexpr = 2 * RUNS if CODES else RUNS
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RUN, RUN // 4], [8, 1], [1, 0])
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    TABLE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    LINES: gl.constexpr = gl.NVMMASharedLayout(128, gate.dtype.primitive_bitwidth, rank=2)
+    BARS: gl.constexpr = mbarrier.MBarrierLayout()
+    p = gl.program_id(0)
+    boxes = gl.allocate_shared_memory(gate.dtype, [2 * STAGES + 2 * HELD, 8, RUNS, RUN], gate.layout)
+    runs = boxes._reinterpret(gate.dtype, [2 * STAGES + 2 * HELD, 8 * RUNS, RUN], LINES)
+    x_columns = gl.allocate_shared_memory(gate.dtype, [UP_CHUNKS, N, RUN], LINES)
+    columns = gl.allocate_shared_memory(gate.dtype, [BUFFERS, N, RUN], LINES)
+    x_steps = gl.allocate_shared_memory(gl.float32, [UP_CHUNKS, N], PLAIN)
+    steps = gl.allocate_shared_memory(gl.float32, [BUFFERS, N], PLAIN)
+    common_table = gl.allocate_shared_memory(gl.float32, [2 * COMMON_UPS, RUNS], TABLE)
+    up_table = gl.allocate_shared_memory(gl.float32, [2 * UPS, RUNS], TABLE)
+    common_by = common_table._reinterpret(gl.float32, [2 * COMMON_UPS, RUNS], PLAIN)
+    up_by = up_table._reinterpret(gl.float32, [2 * UPS, RUNS], PLAIN)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES + HELD, 1], BARS)
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARS)
+    ready = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARS)
+    taken = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARS)
+    up_ready = gl.allocate_shared_memory(gl.int64, [1], BARS)
+    for i in gl.static_range(STAGES + HELD):
+        mbarrier.init(full.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(free.index(i), count=1)
+    for i in gl.static_range(BUFFERS):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(taken.index(i), count=1)
+    mbarrier.init(up_ready, count=1)
+    descriptors = gate, up, down, common_gate, common_up, common_down
+    for item in range(STAGES):
+        _fetch(item, descriptors, (boxes, full), ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 0)
+    if PART != 1:
+        for i in gl.static_range(HELD):
+            if p * 16 < D:
+                bar = full.index(STAGES + i)
+                mbarrier.expect(bar, 2 * gate.block_type.nbytes)
+                for half in gl.static_range(2):
+                    box = boxes.index(2 * (STAGES + i) + half)
+                    tma.async_copy_global_to_shared(common_down, [p * 16 + 8 * half, i * RUNS, 0], bar, box)
+    tables = gate_scale, up_scale, down_scale, common_gate_scale, common_up_scale, common_down_scale
+    if CODES and PART != 2 and SHARED > 0:
+        SPREAD: gl.constexpr = gl.BlockedLayout([1, 1], [32 // RUNS, RUNS], [8, 1], [1, 0])
+        by = _up_scales(
+            (gate_scale, up_scale, common_gate_scale, common_up_scale), ids, experts, W, D, K, SHARED, COMMON_UPS, RUNS,
+            UP_CHUNKS, True, SPREAD,
+        )  # fmt: skip
+        common_table.store(_power(by, POWERS))
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    tag = gl.load(epochs) & 0xFFFF
+    if PART != 2:
+        for chunk in gl.static_range(UP_CHUNKS):
+            run = chunk * RUNS + gl.arange(0, RUNS, gl.SliceLayout(1, FLAT))
+            lane = gl.arange(0, RUN, gl.SliceLayout(0, FLAT))
+            # Runs beyond the row are its last one again, for the box has zeros there. (Zeros here too: four codes
+            # known to be equal make ptxas 12.8 pack two of them with a register that was never written.)
+            run = gl.minimum(run, D // RUN - 1)
+            row = gl.load(x + run[:, None] * RUN + lane[None, :])
+            _lay(row.to(gl.float32), x_columns.index(chunk), x_steps.index(chunk), 1.0)
+    fence_async_shared()
+    gl.thread_barrier()
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (
+                    runs, full, free, x_columns, x_steps, columns, steps, ready, taken, common_by, up_by, up_ready,
+                    ids, weights, residual, y, words, epochs, tag, limit, experts,
+                    W, D, K, SHARED, STAGES, HELD, LIMIT, COPIES, RESIDUAL, PART,
+                ),
+            ),
+            (
+                _lay_all,
+                (
+                    words, tag, ids, experts, columns, steps, ready, taken, up_table, up_ready, tables, common_s_row,
+                    W, D, K, SHARED, UPS, POWERS, COPIES, PART,
+                ),
+            ),
+            (
+                _bring,
+                (descriptors, (boxes, full, free), ids, experts, W, D, K, SHARED, STAGES, HELD, PART),
+            ),
+        ],
+        [4, 1],
+        [LAYING, FETCHING],
+    )  # fmt: skip
