@@ -142,7 +142,7 @@ def launch(
         *(boxes(m) for m in matrices), x_1D, *choice, *scales, scales[5].stride(-2), residual_1D, y_1D, *state,
         limit or 0.0, count, W=width, D=hidden, K=chosen, SHARED=shared, UPS=_power_of_two(ups),
         COMMON_UPS=_power_of_two(commons), POWERS=powers, LIMIT=limit is not None, RESIDUAL=residual_1D is not None,
-        COPIES=COPIES, PART=part, num_warps=8, launch_pdl=True, **(plans | (how or {})),
+        COPIES=COPIES, PART=part, P=PROGRAMS, num_warps=8, launch_pdl=True, **(plans | (how or {})),
     )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def plan(chosen: int, width: int, shared: int, hidden: int, codes: bool) -> dict
         table = 128 * _power_of_two(-(-(chosen + shared) * width // 8 // PROGRAMS) * ups) + 4096
     return {
         "STAGES": min(6, (ROOM - columns - table) // ITEM) - held, "HELD": held, "BUFFERS": BUFFERS,
-        "LAYING": LAYING, "FETCHING": FETCHING, "maxnreg": REGISTERS,
+        "WARM": 0, "WARPS": 4, "LAYING": LAYING, "FETCHING": FETCHING, "maxnreg": REGISTERS,
     }  # fmt: skip
 
 

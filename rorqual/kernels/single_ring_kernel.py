@@ -40,14 +40,15 @@ setp.eq.b32 p, a, 0;
 @p bra READY;
 add.u32 n, n, 1;
 setp.gt.u32 p, n, 0x800000;
-@p trap;
+@p mov.b64 at, 0;
 ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [at];
 bra AGAIN;
 READY:
 }
 """)
 """Four words as read before, read again until all are of this launch; each thread for itself. What has not come after
-seconds never will: an error then is better than a GPU that hangs."""
+seconds never will: an error then is better than a GPU that hangs. (By an address that is none: with a trap here ptxas
+12.8 gives the whole partition 24 registers.)"""
 PEEK = gl.constexpr("""
 {
 .reg .b64 at;
@@ -75,7 +76,7 @@ def _power(by, POWERS: gl.constexpr):
 def _fetch(
     item, descriptors, room, ids, experts,
     W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
-    HELD: gl.constexpr, PART: gl.constexpr, WHICH: gl.constexpr,
+    HELD: gl.constexpr, PART: gl.constexpr, P: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """Ask for this program's item number `item` if it is of shared experts (WHICH 0), of routed ones (1), or always."""
     gate, up, down, common_gate, common_up, common_down = descriptors
@@ -87,7 +88,6 @@ def _fetch(
     COMMON: gl.constexpr = (SHARED * W + DEPTH - 1) // DEPTH
     ROUTED: gl.constexpr = (W + DEPTH - 1) // DEPTH
     p = gl.program_id(0)
-    P = gl.num_programs(0)
     stage = item % STAGES
     bar = full.index(stage)
     first = boxes.index(2 * stage)
@@ -186,11 +186,11 @@ def _lay(row, columns, steps, by):
         # A power of two, so that the largest number lies between 128 and 256.
         power = gl.maximum(gl.max(gl.abs(row), 1).to(gl.int32, bitcast=True) >> 23, 16)
         row = row * ((261 - power) << 23).to(gl.float32, bitcast=True)[:, None]
-        # The first digit by arithmetic: read back from its code, ptxas 12.8 takes half of them from a register that
-        # was never written. Four bits, or multiples of 2^-9 where E4M3 has no more.
-        bits = row.to(gl.int32, bitcast=True)
-        whole = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576).to(gl.float32, bitcast=True)
-        digit = gl.where(gl.abs(row) < 0.015625, (row + 24576.0) - 24576.0, whole)
+        # The first digit has the four upper bits of bf16's eight, the second one the lower ones: both exact, except
+        # below 2^-6, where E4M3 has multiples of 2^-9 only. (Read back from its code, ptxas 12.8 takes half of the first
+        # digits from a register that was never written.)
+        upper = (row.to(gl.int32, bitcast=True) & -1048576).to(gl.float32, bitcast=True)
+        digit = gl.where(gl.abs(row) < 0.015625, (row + 24576.0) - 24576.0, upper)
         digits = gl.join(digit.to(kind), ((row - digit) * 16.0).to(kind))
         columns.store(digits.permute([2, 0, 1]).reshape([2 * RUNS, row.shape[1]]))
         step = ((power - 7) << 23).to(gl.float32, bitcast=True) * by
@@ -211,14 +211,14 @@ def _met(product, RUNS: gl.constexpr):
 @gluon.jit
 def _up_scales(
     tables, ids, experts, W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, UPS: gl.constexpr,
-    RUNS: gl.constexpr, CHUNKS: gl.constexpr, COMMON: gl.constexpr, LAYOUT: gl.constexpr,
+    P: gl.constexpr, RUNS: gl.constexpr, CHUNKS: gl.constexpr, COMMON: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Scales of the runs of this program's first UPS items of the first product, gate's and up's in turn
     `[2 UPS, RUNS]`; COMMON: of the shared experts alone, which nobody chose."""
     gate, up, common_gate, common_up = tables
     number = gl.arange(0, 2 * UPS, gl.SliceLayout(1, LAYOUT))[:, None]
     second = number % 2 == 1
-    tile = gl.program_id(0) + number // 2 // CHUNKS * gl.num_programs(0)
+    tile = gl.program_id(0) + number // 2 // CHUNKS * P
     slot = tile // (W // 8)
     run = number // 2 % CHUNKS * RUNS + gl.arange(0, RUNS, gl.SliceLayout(0, LAYOUT))[None, :]
     common = slot < SHARED
@@ -236,14 +236,14 @@ def _up_scales(
 @gluon.jit
 def _down_scales(
     tables, common_row, ids, experts, number, W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr,
-    RUNS: gl.constexpr, LAYOUT: gl.constexpr,
+    P: gl.constexpr, RUNS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Scales of the runs of this program's item `number` of the second product `[RUNS]`."""
     down, common_down = tables
     COMMON: gl.constexpr = (SHARED * W + RUNS * 128 - 1) // (RUNS * 128)
     ROUTED: gl.constexpr = (W + RUNS * 128 - 1) // (RUNS * 128)
     PER: gl.constexpr = COMMON + K * ROUTED
-    block = (gl.program_id(0) + number // PER * gl.num_programs(0)) // 8
+    block = (gl.program_id(0) + number // PER * P) // 8
     item = number % PER
     start, many = _part(item, W, 128, RUNS, SHARED)
     common = item < COMMON
@@ -258,7 +258,7 @@ def _down_scales(
 def _bring(
     descriptors, room, ids, experts,
     W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
-    HELD: gl.constexpr, PART: gl.constexpr,
+    HELD: gl.constexpr, PART: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp: items into the ring, each as soon as its place is free."""
     RUNS: gl.constexpr = descriptors[0].block_type.shape[1]
@@ -267,26 +267,25 @@ def _bring(
     PER: gl.constexpr = (SHARED * W + DEPTH - 1) // DEPTH + K * ((W + DEPTH - 1) // DEPTH)
     boxes, full, free = room
     p = gl.program_id(0)
-    P = gl.num_programs(0)
     items = 0
     if PART != 2:
         items += ((K + SHARED) * (W // 8) - p + P - 1) // P * UP_CHUNKS
     if PART != 1:
         items += gl.maximum((D // 16 - p + P - 1) // P * PER - HELD, 0)
     for item in range(gl.minimum(STAGES, items)):
-        _fetch(item, descriptors, (boxes, full), ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 1)
+        _fetch(item, descriptors, (boxes, full), ids, experts, W, D, K, SHARED, STAGES, HELD, PART, P, 1)
     for item in range(STAGES, items):
         mbarrier.wait(free.index(item % STAGES), ((item // STAGES) & 1) ^ 1)
-        _fetch(item, descriptors, (boxes, full), ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 2)
+        _fetch(item, descriptors, (boxes, full), ids, experts, W, D, K, SHARED, STAGES, HELD, PART, P, 2)
 
 
 @gluon.jit
 def _lay_all(
     words, tag, ids, experts, columns, steps, ready, taken, up_table, up_ready, tables, common_row,
     W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, UPS: gl.constexpr,
-    POWERS: gl.constexpr, COPIES: gl.constexpr, PART: gl.constexpr,
+    POWERS: gl.constexpr, COPIES: gl.constexpr, PART: gl.constexpr, P: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: the scales of the routed experts' first product, then inner as columns, item after item, as soon
+    """WARPS warps: the scales of the routed experts' first product, then inner as columns, item after item, as soon
     as its words are there and a place is free."""
     CODES: gl.constexpr = columns.dtype == gl.float8e4nv
     BUFFERS: gl.constexpr = columns.shape[0]
@@ -294,16 +293,15 @@ def _lay_all(
     RUNS: gl.constexpr = columns.shape[1] // (2 if CODES else 1)
     DEPTH: gl.constexpr = RUNS * RUN
     PER: gl.constexpr = (SHARED * W + DEPTH - 1) // DEPTH + K * ((W + DEPTH - 1) // DEPTH)
-    FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RUN, RUN // 4], [4, 1], [1, 0])
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // RUN, RUN // 4], [WARPS, 1], [1, 0])
     LINE: gl.constexpr = gl.SliceLayout(1, FLAT)
     p = gl.program_id(0)
-    P = gl.num_programs(0)
     gate_scale, up_scale, down_scale, common_gate_scale, common_up_scale, common_down_scale = tables
     downs = down_scale, common_down_scale
     if CODES and PART != 2:
-        SPREAD: gl.constexpr = gl.BlockedLayout([1, 1], [32 // RUNS, RUNS], [4, 1], [1, 0])
+        SPREAD: gl.constexpr = gl.BlockedLayout([1, 1], [32 // RUNS, RUNS], [WARPS, 1], [1, 0])
         by = _up_scales(
-            (gate_scale, up_scale, common_gate_scale, common_up_scale), ids, experts, W, D, K, SHARED, UPS, RUNS,
+            (gate_scale, up_scale, common_gate_scale, common_up_scale), ids, experts, W, D, K, SHARED, UPS, P, RUNS,
             (D + DEPTH - 1) // DEPTH, False, SPREAD,
         )  # fmt: skip
         up_table.store(_power(by, POWERS))
@@ -311,25 +309,29 @@ def _lay_all(
     if PART != 1:
         words += p % COPIES * ((K + SHARED) * W)
         items = (D // 16 - p + P - 1) // P * PER
-        # Words are looked up an item ahead.
-        found = _words(words, _place(0, W, K, SHARED, RUNS, RUN, FLAT))
-        factor = gl.full([RUNS], 1.0, gl.float32, LINE)
+        # Words are looked up two items ahead.
+        one = _words(words, _place(0, W, K, SHARED, RUNS, RUN, FLAT))
+        two = _words(words, _place(1 % PER, W, K, SHARED, RUNS, RUN, FLAT))
+        one_by = 1.0
+        two_by = 1.0
         if CODES:
-            factor = _down_scales(downs, common_row, ids, experts, 0, W, D, K, SHARED, RUNS, LINE)
-            factor = _power(factor, POWERS)
+            one_by = _down_scales(downs, common_row, ids, experts, 0, W, D, K, SHARED, P, RUNS, LINE)
+            two_by = _down_scales(downs, common_row, ids, experts, 1 % PER, W, D, K, SHARED, P, RUNS, LINE)
         for number in range(items):
             place = number % BUFFERS
-            row = _settled(found, _place(number % PER, W, K, SHARED, RUNS, RUN, FLAT), words, tag)
+            row = _settled(one, _place(number % PER, W, K, SHARED, RUNS, RUN, FLAT), words, tag)
+            factor = _power(one_by, POWERS) if CODES else 1.0
             mbarrier.wait(taken.index(place), ((number // BUFFERS) & 1) ^ 1)
             _lay(row, columns.index(place), steps.index(place), factor)
             fence_async_shared()
             mbarrier.arrive(ready.index(place))
             # Words are asked for behind the fence: it waits for whatever was asked for before.
-            after = gl.minimum(number + 1, items - 1)
-            found = _words(words, _place(after % PER, W, K, SHARED, RUNS, RUN, FLAT))
+            after = gl.minimum(number + 2, items - 1)
+            one = two
+            two = _words(words, _place(after % PER, W, K, SHARED, RUNS, RUN, FLAT))
             if CODES:
-                factor = _down_scales(downs, common_row, ids, experts, after, W, D, K, SHARED, RUNS, LINE)
-                factor = _power(factor, POWERS)
+                one_by = two_by
+                two_by = _down_scales(downs, common_row, ids, experts, after, W, D, K, SHARED, P, RUNS, LINE)
 
 
 @gluon.jit
@@ -338,6 +340,7 @@ def _multiply(
     ids, weights, residual, y, words, epochs, tag, limit, experts,
     W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
     HELD: gl.constexpr, LIMIT: gl.constexpr, COPIES: gl.constexpr, RESIDUAL: gl.constexpr, PART: gl.constexpr,
+    P: gl.constexpr, WARM: gl.constexpr,
 ):  # fmt: skip
     """Eight warps: both products."""
     CODES: gl.constexpr = runs.dtype == gl.float8e4nv
@@ -351,7 +354,6 @@ def _multiply(
     # A warp has 16 rows of a product: the runs of one row of a box.
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, N, 32 if CODES else 16])
     p = gl.program_id(0)
-    P = gl.num_programs(0)
     none = gl.zeros([8 * RUNS, N], gl.float32, MMA)
     zero = gl.sum(_met(none, RUNS), 1)
     EIGHT: gl.constexpr = zero.type.layout
@@ -424,14 +426,14 @@ def _multiply(
                     phase = 0
                 place = number % BUFFERS
                 mbarrier.wait(ready.index(place), (number // BUFFERS) & 1)
-                if CODES:
-                    step = steps.index(place).load(gl.SliceLayout(0, MMA))[None, :]
                 mbarrier.wait(full.index(stage), phase)
                 right = columns.index(place).permute((1, 0))
                 if CODES:
                     one = warpgroup_mma(runs.index(2 * stage), right, none, use_acc=False, is_async=True)
                     two = warpgroup_mma(runs.index(2 * stage + 1), right, none, use_acc=False, is_async=True)
                     one, two = warpgroup_mma_wait(0, deps=[one, two])
+                    # (Asked for before the wait, ptxas 12.8 ends by SIGSEGV at some shapes.)
+                    step = steps.index(place).load(gl.SliceLayout(0, MMA))[None, :]
                 else:
                     upper = warpgroup_mma(runs.index(2 * stage), right, upper, is_async=True)
                     lower = warpgroup_mma(runs.index(2 * stage + 1), right, lower, is_async=True)
@@ -464,8 +466,8 @@ def ring_kernel(
     residual, y, words, epochs, limit, experts,
     W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, STAGES: gl.constexpr,
     HELD: gl.constexpr, BUFFERS: gl.constexpr, UPS: gl.constexpr, COMMON_UPS: gl.constexpr, POWERS: gl.constexpr,
-    LIMIT: gl.constexpr, COPIES: gl.constexpr, RESIDUAL: gl.constexpr, PART: gl.constexpr, LAYING: gl.constexpr,
-    FETCHING: gl.constexpr,
+    LIMIT: gl.constexpr, COPIES: gl.constexpr, RESIDUAL: gl.constexpr, PART: gl.constexpr, P: gl.constexpr, WARM: gl.constexpr,
+    WARPS: gl.constexpr, LAYING: gl.constexpr, FETCHING: gl.constexpr,
 ):  # fmt: skip
     """y `[D]` = the sum over experts of weight * down (swiglu(gate x, up x)), and the residual. Eight warps multiply,
     four lay inner down as columns, one fetches.
@@ -510,7 +512,7 @@ def ring_kernel(
     mbarrier.init(up_ready, count=1)
     descriptors = gate, up, down, common_gate, common_up, common_down
     for item in range(STAGES):
-        _fetch(item, descriptors, (boxes, full), ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 0)
+        _fetch(item, descriptors, (boxes, full), ids, experts, W, D, K, SHARED, STAGES, HELD, PART, P, 0)
     if PART != 1:
         for i in gl.static_range(HELD):
             if p * 16 < D:
@@ -523,8 +525,8 @@ def ring_kernel(
     if CODES and PART != 2 and SHARED > 0:
         SPREAD: gl.constexpr = gl.BlockedLayout([1, 1], [32 // RUNS, RUNS], [8, 1], [1, 0])
         by = _up_scales(
-            (gate_scale, up_scale, common_gate_scale, common_up_scale), ids, experts, W, D, K, SHARED, COMMON_UPS, RUNS,
-            UP_CHUNKS, True, SPREAD,
+            (gate_scale, up_scale, common_gate_scale, common_up_scale), ids, experts, W, D, K, SHARED, COMMON_UPS, P,
+            RUNS, UP_CHUNKS, True, SPREAD,
         )  # fmt: skip
         common_table.store(_power(by, POWERS))
     tl.extra.cuda.gdc_wait()
@@ -548,21 +550,21 @@ def ring_kernel(
                 (
                     runs, full, free, x_columns, x_steps, columns, steps, ready, taken, common_by, up_by, up_ready,
                     ids, weights, residual, y, words, epochs, tag, limit, experts,
-                    W, D, K, SHARED, STAGES, HELD, LIMIT, COPIES, RESIDUAL, PART,
+                    W, D, K, SHARED, STAGES, HELD, LIMIT, COPIES, RESIDUAL, PART, P, WARM,
                 ),
             ),
             (
                 _lay_all,
                 (
                     words, tag, ids, experts, columns, steps, ready, taken, up_table, up_ready, tables, common_s_row,
-                    W, D, K, SHARED, UPS, POWERS, COPIES, PART,
+                    W, D, K, SHARED, UPS, POWERS, COPIES, PART, P, WARPS,
                 ),
             ),
             (
                 _bring,
-                (descriptors, (boxes, full, free), ids, experts, W, D, K, SHARED, STAGES, HELD, PART),
+                (descriptors, (boxes, full, free), ids, experts, W, D, K, SHARED, STAGES, HELD, PART, P),
             ),
         ],
-        [4, 1],
+        [WARPS, 1],
         [LAYING, FETCHING],
     )  # fmt: skip
