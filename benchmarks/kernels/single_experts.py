@@ -40,7 +40,10 @@ ODD: list[tuple[str, tuple[int, ...], float | None]] = [
 """Kinds, experts, width, hidden and shared experts, and the limit."""
 RINGS: list[dict[str, Any]] = [{}] + [
     {"how": how}
-    for how in ({"BUFFERS": 8}, {"BUFFERS": 2}, {"STAGES": 4}, {"STAGES": 4, "HELD": 1}, {"maxnreg": 104})
+    for how in (
+        {"WARM": 0}, {"WARPS": 4, "LAYING": 80, "maxnreg": 80}, {"BUFFERS": 8}, {"BUFFERS": 2}, {"STAGES": 4},
+        {"STAGES": 4, "HELD": 1}, {"STAGES": 5, "HELD": 0}, {"STAGES": 6, "HELD": 0}, {"STAGES": 5, "HELD": 1},
+    )  # fmt: skip
 ]
 
 

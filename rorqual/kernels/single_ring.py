@@ -40,10 +40,10 @@ ITEM = 2 * 8 * RUNS * 128
 ROOM = 190 * 1024
 """Bytes of shared memory that a program takes at most. The kernel in front has the rest: while it runs, the ring is
 filled with the shared experts' boxes."""
-REGISTERS = 80
-"""Registers of a thread when the kernel starts, by 16 warps: 40,000 in all leave room for the kernel in front. The
+REGISTERS = 64
+"""Registers of a thread when the kernel starts, by 20 warps: 40,000 in all leave room for the kernel in front. The
 warps share them out: those that lay columns have LAYING, the fetching one FETCHING, those that multiply the rest."""
-LAYING, FETCHING = 80, 32
+WARPS, LAYING, FETCHING = 8, 56, 32
 BUFFERS = 4
 """Items of the second product whose columns are laid ahead."""
 COPIES = 8
@@ -162,7 +162,7 @@ def plan(chosen: int, width: int, shared: int, hidden: int, codes: bool) -> dict
         table = 128 * _power_of_two(-(-(chosen + shared) * width // 8 // PROGRAMS) * ups) + 4096
     return {
         "STAGES": min(6, (ROOM - columns - table) // ITEM) - held, "HELD": held, "BUFFERS": BUFFERS,
-        "WARM": 0, "WARPS": 4, "LAYING": LAYING, "FETCHING": FETCHING, "maxnreg": REGISTERS,
+        "WARM": 1, "WARPS": WARPS, "LAYING": LAYING, "FETCHING": FETCHING, "maxnreg": REGISTERS,
     }  # fmt: skip
 
 
