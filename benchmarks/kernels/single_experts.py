@@ -41,9 +41,11 @@ ODD: list[tuple[str, tuple[int, ...], float | None]] = [
 RINGS: list[dict[str, Any]] = [{}] + [
     {"how": how}
     for how in (
-        {"WARM": 0}, {"WARPS": 4, "LAYING": 80, "maxnreg": 80}, {"BUFFERS": 8}, {"BUFFERS": 2}, {"STAGES": 4},
-        {"STAGES": 4, "HELD": 1}, {"STAGES": 5, "HELD": 0}, {"STAGES": 6, "HELD": 0}, {"STAGES": 5, "HELD": 1},
-    )  # fmt: skip
+        {"LAYERS": 4, "LAYING": 80, "maxnreg": 80},
+        {"BUFFERS": 2},
+        {"BUFFERS": 8},
+        {"STAGES": 4, "HELD": 1},
+    )
 ]
 
 

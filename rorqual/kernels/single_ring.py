@@ -17,6 +17,10 @@ barrier stands between the products. The shared experts come first: their matric
 kernels in front have ended. The routed ones follow in the same order in both products, so that what the second one
 begins with was ready long ago.
 
+Eight warps of a program multiply. Eight more turn words into columns, up to BUFFERS items ahead, from the shared
+experts' on, while the first product still runs; one fetches. (By the same warps, one after the other, an item of the
+second product took twice as long as its reading.)
+
 All programs must be on the GPU at once, one a multiprocessor: `supported` and `Rings` see to that.
 """
 
@@ -40,12 +44,13 @@ ITEM = 2 * 8 * RUNS * 128
 ROOM = 190 * 1024
 """Bytes of shared memory that a program takes at most. The kernel in front has the rest: while it runs, the ring is
 filled with the shared experts' boxes."""
-REGISTERS = 64
-"""Registers of a thread when the kernel starts, by 20 warps: 40,000 in all leave room for the kernel in front. The
-warps share them out: those that lay columns have LAYING, the fetching one FETCHING, those that multiply the rest."""
-WARPS, LAYING, FETCHING = 8, 56, 32
+REGISTERS, LAYING, FETCHING = 64, 56, 32
+"""Registers of a thread when the kernel starts (40,000 in all leave room for the kernel in front), of those that lay
+columns and of the one that fetches; those that multiply have the rest, 88. None spill."""
+LAYERS = 8
+"""Warps that lay columns (4 take 0.7 us longer in FP8)."""
 BUFFERS = 4
-"""Items of the second product whose columns are laid ahead."""
+"""Items of the second product whose columns are laid ahead at most."""
 COPIES = 8
 """Copies of the words: all programs read the same ones at the same time, and a line of L2 serves few at once."""
 PROGRAMS = 128
@@ -162,7 +167,7 @@ def plan(chosen: int, width: int, shared: int, hidden: int, codes: bool) -> dict
         table = 128 * _power_of_two(-(-(chosen + shared) * width // 8 // PROGRAMS) * ups) + 4096
     return {
         "STAGES": min(6, (ROOM - columns - table) // ITEM) - held, "HELD": held, "BUFFERS": BUFFERS,
-        "WARM": 1, "WARPS": WARPS, "LAYING": LAYING, "FETCHING": FETCHING, "maxnreg": REGISTERS,
+        "LAYERS": LAYERS, "LAYING": LAYING, "FETCHING": FETCHING, "maxnreg": REGISTERS,
     }  # fmt: skip
 
 
