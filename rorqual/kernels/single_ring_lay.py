@@ -165,7 +165,7 @@ def _down_scales(
     COMMON: gl.constexpr = (SHARED * W + RUNS * 128 - 1) // (RUNS * 128)
     ROUTED: gl.constexpr = (W + RUNS * 128 - 1) // (RUNS * 128)
     PER: gl.constexpr = COMMON + K * ROUTED
-    block = (gl.program_id(0) + number // PER * P) // 8
+    block = gl.minimum((gl.program_id(0) + number // PER * P) // 8, D // 128 - 1)
     item = number % PER
     start, many = _part(item, W, 128, RUNS, SHARED)
     common = item < COMMON
@@ -177,6 +177,19 @@ def _down_scales(
 
 
 @gluon.jit
+def _lay_next(row, number, by, columns, steps, ready, taken, POWERS: gl.constexpr):
+    """Lay a row down where number `number` belongs, once there is room."""
+    BUFFERS: gl.constexpr = columns.shape[0]
+    place = number % BUFFERS
+    mbarrier.wait(taken.index(place), ((number // BUFFERS) & 1) ^ 1)
+    if columns.dtype == gl.float8e4nv:
+        by = power(by, POWERS)
+    lay(row, columns.index(place), steps.index(place), by)
+    fence_async_shared()
+    mbarrier.arrive(ready.index(place))
+
+
+@gluon.jit
 def lay_all(
     words, start, ids, experts, columns, steps, ready, taken, up_table, up_ready, tables, common_row,
     W: gl.constexpr, D: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, UPS: gl.constexpr,
@@ -185,7 +198,6 @@ def lay_all(
     """LAYERS warps: the scales of the routed experts' first product, then inner as columns, item after item, as soon
     as its words are there and a place is free."""
     CODES: gl.constexpr = columns.dtype == gl.float8e4nv
-    BUFFERS: gl.constexpr = columns.shape[0]
     RUN: gl.constexpr = columns.shape[2]
     RUNS: gl.constexpr = columns.shape[1] // (2 if CODES else 1)
     DEPTH: gl.constexpr = RUNS * RUN
@@ -218,18 +230,23 @@ def lay_all(
         if CODES:
             one_by = _down_scales(downs, common_row, ids, experts, 0, W, D, K, SHARED, P, RUNS, LINE)
             two_by = _down_scales(downs, common_row, ids, experts, 1 % PER, W, D, K, SHARED, P, RUNS, LINE)
-        for number in range(items):
-            place = number % BUFFERS
+        # By turns into two sets of registers: copying one into the other would wait for it. If the last item has no
+        # other beside it, one more is laid for nobody.
+        for pair in range((items + 1) // 2):
+            number = 2 * pair
             row = _settled(one, _place(number % PER, W, K, SHARED, RUNS, RUN, FLAT), words, tag)
-            factor = power(one_by, POWERS) if CODES else 1.0
-            mbarrier.wait(taken.index(place), ((number // BUFFERS) & 1) ^ 1)
-            lay(row, columns.index(place), steps.index(place), factor)
-            fence_async_shared()
-            mbarrier.arrive(ready.index(place))
+            _lay_next(row, number, one_by, columns, steps, ready, taken, POWERS)
             # Words are asked for behind the fence: it waits for whatever was asked for before.
-            after = gl.minimum(number + 2, items - 1)
-            one = two
-            two = _words(words, _place(after % PER, W, K, SHARED, RUNS, RUN, FLAT))
+            one = _words(words, _place((number + 2) % PER, W, K, SHARED, RUNS, RUN, FLAT))
             if CODES:
-                one_by = two_by
-                two_by = _down_scales(downs, common_row, ids, experts, after, W, D, K, SHARED, P, RUNS, LINE)
+                one_by = _down_scales(
+                    downs, common_row, ids, experts, number + 2, W, D, K, SHARED, P, RUNS, LINE
+                )
+            number += 1
+            row = _settled(two, _place(number % PER, W, K, SHARED, RUNS, RUN, FLAT), words, tag)
+            _lay_next(row, number, two_by, columns, steps, ready, taken, POWERS)
+            two = _words(words, _place((number + 2) % PER, W, K, SHARED, RUNS, RUN, FLAT))
+            if CODES:
+                two_by = _down_scales(
+                    downs, common_row, ids, experts, number + 2, W, D, K, SHARED, P, RUNS, LINE
+                )
