@@ -227,10 +227,13 @@ def serve(
     dtype: str | None = None,
     device: str | None = None,
     speculate: bool = False,
+    page: bool = True,
     inside: bool = True,
     warm: int | None = None,
 ) -> None:
-    """Serve a model over HTTP: the APIs of DeepSeek, OpenAI and Anthropic. Ctrl-C finishes what runs and ends.
+    """Serve a model over HTTP: a page to talk on at /, and the APIs of DeepSeek, OpenAI and Anthropic.
+
+    Ctrl-C finishes what runs and ends.
 
     Example: rorqual serve smollm2 --port 8000
 
@@ -269,6 +272,8 @@ def serve(
         "cpu", "cuda", "cuda:1"; by default the GPU if there is one.
     speculate
         Draft with the checkpoint's MTP module.
+    page
+        Offer the page at /.
     inside
         Requests may ask for what goes on inside the model: experts chosen, drafts, earlier tokens looked at.
     warm
@@ -290,6 +295,7 @@ def serve(
         timeout=timeout,
         cors=cors,
         strict=strict,
+        page=page,
         inside=inside,
     )
     loaded = _load(model, dtype, device)

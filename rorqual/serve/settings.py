@@ -18,6 +18,7 @@ class Settings:
     refuses unknown fields, which are ignored otherwise. `cors`: origins that browsers may call from. `retry_after`:
     seconds that a client turned away is asked to wait. `drain`: seconds that a shutdown leaves to answers under way.
     `remembered`: tokens of past answers kept, so that they go back into a context exactly as they were written.
+    `page`: whether `/` is a page to talk on.
     `inside`: requests may ask for what goes on inside the model.
     """
 
@@ -36,6 +37,7 @@ class Settings:
     retry_after: int = 1
     drain: float = 60.0
     remembered: int = 8_000_000
+    page: bool = True
     inside: bool = True
 
     def __post_init__(self) -> None:
