@@ -226,10 +226,22 @@ def serve(
     dtype: str | None = None,
     device: str | None = None,
     speculate: bool = False,
+    first_timeout: float | None = 600.0,
+    max_body: int = 16 * 2**20,
+    drain: float = 60.0,
+    fp8_cache: bool = False,
+    gpus: int | None = None,
+    ranks: int | None = None,
+    data: int | None = None,
+    tensor: int | None = None,
+    expert: int | None = None,
 ) -> None:
     """Serve a model over HTTP: the APIs of DeepSeek, OpenAI and Anthropic. Ctrl-C finishes what runs and ends.
 
-    Example: rorqual serve smollm2 --port 8000
+    Example: rorqual serve deepseek-v3 --gpus 8
+
+    Without MODEL it serves the demo model. With --gpus torchrun starts one process a GPU; several machines are
+    joined by calling torchrun yourself: torchrun --nnodes 2 --nproc-per-node 8 ... -m rorqual serve MODEL.
 
     Keys come from --api-key-file or the environment variable RORQUAL_API_KEYS (separated by commas); without any the
     server is open to whoever reaches it.
@@ -266,10 +278,32 @@ def serve(
         "cpu", "cuda", "cuda:1"; by default the GPU if there is one.
     speculate
         Draft with the checkpoint's MTP module.
+    first_timeout
+        Seconds until an answer's first token.
+    max_body
+        Bytes of a request's body; longer ones are refused.
+    drain
+        Seconds that a shutdown leaves to answers under way.
+    fp8_cache
+        Keep caches in the released 8-bit layouts (V3.2 and V4): more of them fit, answers are rounded.
+    gpus
+        One process on each of so many GPUs of this machine, as one server.
+    ranks
+        The same on the CPU: so many processes.
+    data
+        Rows of processes with requests of their own; experts are spread over all. By default one a GPU for models with
+        experts.
+    tensor
+        Processes that share each layer's heads and widths. By default all of them for dense models, and with
+        --speculate.
+    expert
+        Processes that the experts are spread over: all of them, or as many as --tensor says.
     """
     try:
+        from rorqual import weights
         from rorqual.serve import Settings, create_app, read_keys
-        from rorqual.serve.run import run
+        from rorqual.serve import ranks as many
+        from rorqual.serve.run import bind, run
     except ImportError as problem:
         raise ValueError(f"the server needs {problem.name}: pip install 'rorqual[serve]'") from None
     keys = tuple(key for key in os.environ.get("RORQUAL_API_KEYS", "").split(",") if key)
@@ -280,11 +314,56 @@ def serve(
         max_queue=max_queue,
         max_tokens=max_tokens,
         timeout=timeout,
+        first_timeout=first_timeout,
+        max_body=max_body,
+        drain=drain,
         cors=cors,
         strict=strict,
     )
-    loaded = _load(model, dtype, device)
-    run(create_app(loaded, settings, max_requests=max_requests, speculate=speculate), host=host, port=port)
+    options: dict[str, Any] = {"max_requests": max_requests, "speculate": speculate, "fp8_cache": fp8_cache}
+    if not many.is_rank():
+        count = _processes(gpus, ranks, device)
+        if count is not None:
+            bind(host, port).close()  # a port that is taken is said at once
+            many.launch(count, sys.argv[1:], drain=drain)
+            return
+        if data or tensor or expert:
+            raise ValueError("data, tensor and expert lay out several processes: say how many with --gpus")
+        listener: Any = bind(host, port)
+        loaded = _load(model, dtype, device)
+    else:
+        many.begin()
+        listener = bind(host, port) if os.environ["RANK"] == "0" else None
+        place = weights.resolve(model)
+        layout = many.layout_for(
+            place, data=data, tensor=tensor, expert=expert, speculate=speculate, device=device
+        )
+        loaded = many.in_turns(layout, place, lambda: _load(str(place), dtype, "cpu"))
+        options["layout"] = layout
+        if layout.rank != 0:
+            many.follow(loaded, **options)
+            return
+    run(create_app(loaded, settings, **options), host=host, port=port, listener=listener)
+
+
+def _processes(gpus: int | None, ranks: int | None, device: str | None) -> int | None:
+    """How many processes are to be started; None for this one alone."""
+    import torch
+
+    count = gpus if ranks is None else ranks
+    if gpus is not None and ranks is not None:
+        raise ValueError("give --gpus or --ranks, not both")
+    if count is not None and count < 1:
+        raise ValueError(f"there must be at least one process, got {count}")
+    if ranks is not None and device != "cpu":
+        raise ValueError("--ranks is for the CPU: add --device cpu, or use --gpus")
+    if gpus is not None and device is not None:
+        raise ValueError(
+            "--gpus takes the machine's first GPUs: leave --device out (CUDA_VISIBLE_DEVICES chooses)"
+        )
+    if gpus is not None and gpus > torch.cuda.device_count():
+        raise ValueError(f"--gpus {gpus}, but this machine has {torch.cuda.device_count()}")
+    return count
 
 
 def _load(model: str, dtype: str | None, device: str | None) -> rorqual.Model:

@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
-from rorqual.engine import Engine
+from rorqual.engine import Engine, TeamError
 from rorqual.serve import chat, completions, messages, responses, tokens
 from rorqual.serve.ask import Ask
 from rorqual.serve.body import read_body
@@ -54,7 +54,10 @@ def create_app(
             service.draining = True
             await asyncio.to_thread(service.driver.stop)
             if own:
-                service.engine.close()
+                try:
+                    service.engine.close()
+                except TeamError as error:  # the other ranks are gone already
+                    log.error("%s", error)
 
     app = FastAPI(title="rorqual", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service, app.state.doors = service, doors
