@@ -26,6 +26,7 @@ from rorqual.serve.metrics import Metrics
 from rorqual.serve.parts import End, Part, Usage
 from rorqual.serve.service import Service
 from rorqual.serve.settings import Settings
+from rorqual.serve.tracing import Told, Tracing, configured
 from rorqual.serve.turn import Turn
 from rorqual.serve.wire import Events, Whole, dump, refused
 
@@ -48,6 +49,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.driver.start()
+        doors.tracing = doors.tracing or configured(service.settings.name)
         try:
             yield
         finally:
@@ -58,6 +60,8 @@ def create_app(
                     service.engine.close()
                 except TeamError as error:  # the other ranks are gone already
                     log.error("%s", error)
+            if doors.tracing is not None:
+                await asyncio.to_thread(doors.tracing.close)
 
     app = FastAPI(title="rorqual", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service, app.state.doors = service, doors
@@ -93,6 +97,7 @@ class Doors:
     def __init__(self, service: Service) -> None:
         self.service = service
         self.metrics = Metrics(service)
+        self.tracing: Tracing | None = None
         self._keys = [hashlib.sha256(key.encode()).digest() for key in service.settings.keys]
 
     # ------------------------------------------------------------------------------------- answers
@@ -101,6 +106,7 @@ class Doors:
         """The handler of a route that answers with a model's words."""
 
         async def handler(request: Request) -> Response:
+            request.state.begun = time.monotonic()
             try:
                 self.check_key(request)
                 self.service.admit(0)
@@ -116,7 +122,7 @@ class Doors:
     def sending(self, request: Request, ask: Ask, style: Style) -> Response:
         """The response that runs a job; it counts the job's answers out at its end."""
         settings = self.service.settings
-        account = _Account(self, request.url.path, len(ask.job.answers))
+        account = _Account(self, request, ask)
 
         def run() -> Running:
             account.running = Running(
@@ -248,17 +254,31 @@ class Doors:
         response = refused(refusal, style)
         self.metrics.requests.labels(request.scope["route"].path, response.status_code).inc()
         _log(route=request.url.path, status=response.status_code, code=refusal.code)
+        begun = getattr(request.state, "begun", None)
+        if self.tracing is not None and begun is not None:
+            self.tracing.record(
+                Told(
+                    _route(request),
+                    request.method,
+                    request.headers,
+                    response.status_code,
+                    begun,
+                    refusal.code,
+                )
+            )
         return response
 
 
 class _Account:
     """What is noted of one request from its start to its end."""
 
-    def __init__(self, doors: Doors, route: str, answers: int) -> None:
-        self.doors, self.route, self.answers = doors, route, answers
-        self.begun = time.monotonic()
+    def __init__(self, doors: Doors, request: Request, ask: Ask) -> None:
+        self.doors, self.request, self.job = doors, request, ask.job
+        self.route, self.answers = request.url.path, len(ask.job.answers)
+        self.begun: float = request.state.begun
         self.running: Running | None = None
         self.usage = Usage()
+        self.finishes: list[str] = []
 
     def note(self, part: Part) -> None:
         """A part went out."""
@@ -266,6 +286,7 @@ class _Account:
             self.answers -= 1  # before the client has read it: its next request may follow at once
             self.doors.service.release(1)
             self.usage = self.usage + part.usage
+            self.finishes.append(part.finish)
             self.doors.metrics.answered(part.usage, part.problem is not None)
 
     def close(self, problem: Exception | None) -> None:
@@ -276,6 +297,9 @@ class _Account:
         if running is not None:
             running.cancel()
         metrics.whole.observe(now - self.begun)
+        queued = running.queued if running is not None else None
+        if queued is not None:
+            metrics.queued.observe(queued - self.begun)
         if running is not None and running.first is not None:
             metrics.first.observe(running.first - self.begun)
             more = running.tokens - len(running.job.answers)
@@ -296,6 +320,28 @@ class _Account:
             cached=usage.cached,
             completion=usage.completion,
         )
+        if self.doors.tracing is not None:
+            self.doors.tracing.record(
+                Told(
+                    _route(self.request),
+                    self.request.method,
+                    self.request.headers,
+                    status,
+                    self.begun,
+                    code=None if problem is None else "cancelled" if gone else refusal_of(problem).code,
+                    usage=usage,
+                    finishes=self.finishes,
+                    sampling=self.job.answers[0].sampling,
+                    answers=len(self.job.answers),
+                    queued=queued,
+                    first=running.first if running is not None else None,
+                )
+            )
+
+
+def _route(request: Request) -> str:
+    """The route as it was declared."""
+    return str(request.scope["route"].path)
 
 
 def style_of(path: str) -> Style:

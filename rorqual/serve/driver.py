@@ -55,6 +55,14 @@ class Ticket:
         self.handle: Handle | None = None
         self.cancelled = False
         self.seen = 0
+        self.begun: float | None = None
+        """When the pass began in which the engine first worked on it."""
+
+    @property
+    def running(self) -> bool:
+        """Whether the engine works on it (over several ranks it can't be seen before the first token)."""
+        request = self.handle.request if self.handle is not None else None
+        return request is not None and request.running
 
     def news(self) -> News | None:
         """What is new; None for nothing."""
@@ -130,6 +138,7 @@ class Driver:
                 pass
             if self._stopping:
                 return
+            began = time.monotonic()
             if self.engine.busy:
                 try:
                     self.engine.step()
@@ -141,7 +150,7 @@ class Driver:
                     self.engine.fail_all(error)
                 self.steps += 1
             self.last = time.monotonic()
-            self._tell()
+            self._tell(began)
 
     def _admit(self, ticket: Ticket) -> None:
         if ticket.cancelled:
@@ -168,11 +177,13 @@ class Driver:
             self._drop(ticket)
         self._send(lost)
 
-    def _tell(self) -> None:
-        """Hand out what the pass has brought."""
+    def _tell(self, began: float) -> None:
+        """Hand out what the pass has brought that began at that time."""
         told = []
         for ticket in list(self._live):
             news = ticket.news()
+            if ticket.begun is None and (news is not None or ticket.running):
+                ticket.begun = began
             if news is not None:
                 told.append((ticket, news))
                 if news.done is not None:
@@ -235,10 +246,17 @@ class Running:
         self._loop = asyncio.get_running_loop()
         self._timer = self._loop.call_later(self._period, self._tick)
         self._open: dict[int, Ticket] = {}
+        self._tickets: list[Ticket] = []
         for number, answer in enumerate(job.answers):
             ticket = Ticket(answer, lambda news, number=number: self._told(number, news), job.priority)  # type: ignore[misc]
             self._open[number] = ticket
+            self._tickets.append(ticket)
             driver.submit(ticket)
+
+    @property
+    def queued(self) -> float | None:
+        """When the engine began with the first of its answers."""
+        return min((t.begun for t in self._tickets if t.begun is not None), default=None)
 
     def _told(self, number: int, news: News) -> None:
         self._news.append((number, news))

@@ -29,6 +29,9 @@ class Metrics:
         )
         self.cancelled = made(Counter, "cancelled", "Requests whose client went away")
         self.problems = made(Counter, "format_problems", "Answers that broke the model's output format")
+        self.queued = made(
+            Histogram, "queue_seconds", "Time until the engine begins with an answer", buckets=_WAITS
+        )
         self.first = made(Histogram, "first_token_seconds", "Time to the first token", buckets=_WAITS)
         self.between = made(
             Histogram, "token_seconds", "Mean time between tokens of an answer", buckets=_TOKENS

@@ -14,7 +14,9 @@ from typing import Any
 
 # One process that has imported everything, and from which servers start: they cost next to nothing.
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.serve.processes", "tests.serve.puppet", "rorqual.serve.run", "rorqual.serve.ranks"])
+CONTEXT.set_forkserver_preload(
+    ["tests.serve.processes", "tests.serve.puppet", "rorqual.serve.run", "rorqual.serve.ranks"]
+)
 
 
 def free_port() -> int:

@@ -50,12 +50,19 @@ def test_a_signal_lets_answers_finish_and_turns_others_away(tmp_path: Path, numb
             turned = status(made, "/v1/chat/completions", json=ASK)
             assert turned.status_code == 503 and turned.headers["retry-after"] == "1"
             assert turned.json()["error"]["code"] == "draining"
-            assert status(made, "/v1/messages", json={**ASK, "model": "rorqual", "max_tokens": 3}).status_code == 529
+            assert (
+                status(made, "/v1/messages", json={**ASK, "model": "rorqual", "max_tokens": 3}).status_code
+                == 529
+            )
             assert status(made, "/health").status_code == 200  # it is to be left alone until it has ended
             made.gate.set()
             lines = [line for line in pieces if line.startswith("data")]
         assert lines[-1] == "data: [DONE]"
-        told = "".join(json.loads(line[6:])["choices"][0]["delta"].get("content") or "" for line in lines[:-1] if "choices" in line)
+        told = "".join(
+            json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+            for line in lines[:-1]
+            if "choices" in line
+        )
         assert told.count("word") == 50
         assert made.code() == 0
         with pytest.raises(httpx.HTTPError):
