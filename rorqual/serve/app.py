@@ -110,7 +110,7 @@ class Doors:
             try:
                 self.check_key(request)
                 self.service.admit(0)
-                raw = await read_body(request, self.service.settings.max_body)
+                raw = await self._body(request)
                 ask = await asyncio.to_thread(understand, raw, self.service)
                 self.service.admit(len(ask.job.answers))
             except Exception as error:
@@ -131,6 +131,7 @@ class Doors:
                 keep_alive=settings.keep_alive,
                 timeout=settings.timeout,
                 first_timeout=settings.first_timeout,
+                stall=settings.stall,
             )
             return account.running
 
@@ -186,7 +187,7 @@ class Doors:
         async def handler(request: Request) -> Response:
             try:
                 self.check_key(request)
-                raw = await read_body(request, self.service.settings.max_body)
+                raw = await self._body(request)
                 return _json(await asyncio.to_thread(read, raw, self.service))
             except Exception as error:
                 return self.refuse(request, error, style)
@@ -231,6 +232,9 @@ class Doors:
     async def figures(self, request: Request) -> Response:
         """The figures."""
         return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _body(self, request: Request) -> bytes:
+        return await read_body(request, self.service.settings.max_body, self.service.settings.body_timeout)
 
     # -------------------------------------------------------------------------------------- keys
 

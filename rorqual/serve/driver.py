@@ -220,7 +220,8 @@ class Running:
     """A job under way. Iterate for batches of (choice, part); leave the loop, or call `cancel`, to stop it.
 
     keep_alive: after so many seconds without anything new an empty batch comes. timeout: seconds for all of it;
-    first_timeout: until its first token. Raises Refusal for what goes wrong.
+    first_timeout: until its first token; stall: for what is made of one batch, which takes long if nobody reads it: the
+    task that it was made in is then cancelled, as it is when `timeout` has passed. Raises Refusal for what goes wrong.
     """
 
     def __init__(
@@ -231,17 +232,23 @@ class Running:
         keep_alive: float = 10.0,
         timeout: float | None = None,
         first_timeout: float | None = None,
+        stall: float = 120.0,
     ) -> None:
         self.driver, self.job = driver, job
         self.started = time.monotonic()
         self.first: float | None = None
         """When the first token came."""
         self.tokens = 0
-        self._timeout, self._first_timeout = timeout, first_timeout
+        self._timeout, self._first_timeout, self._stall = timeout, first_timeout, stall
+        self._task = asyncio.current_task()
+        self._handed: float | None = None
+        """When the batch was handed out that is being sent; None while it waits for one."""
         self._news: deque[tuple[int, News]] = deque()
         self._event = asyncio.Event()
         # One timer that goes on by itself: nothing is set or taken back for a token.
-        self._period = min(limit for limit in (keep_alive, timeout, first_timeout) if limit is not None)
+        self._period = min(
+            limit for limit in (keep_alive, timeout, first_timeout, stall) if limit is not None
+        )
         self._due = False
         self._loop = asyncio.get_running_loop()
         self._timer = self._loop.call_later(self._period, self._tick)
@@ -265,6 +272,12 @@ class Running:
     def _tick(self) -> None:
         self._due = True
         self._event.set()
+        if self._handed is not None:
+            now = time.monotonic()
+            late = self._timeout is not None and now - self.started > self._timeout + self._period
+            if (late or now - self._handed > self._stall) and self._task is not None:
+                self._task.cancel()
+                return
         self._timer = self._loop.call_later(self._period, self._tick)
 
     def cancel(self) -> None:
@@ -284,14 +297,18 @@ class Running:
                 if self._due:
                     self._check()
                     if not self._news:
+                        self._handed = time.monotonic()
                         yield []
+                        self._handed = None
                 parts: list[tuple[int, Part]] = []
                 while self._news:
                     number, news = self._news.popleft()
                     if number in self._open:
                         parts += [(number, part) for part in self._read(number, news)]
                 if parts:
+                    self._handed = time.monotonic()
                     yield merged(parts)
+                    self._handed = None
         finally:
             self.cancel()
 
