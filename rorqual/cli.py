@@ -48,11 +48,16 @@ def inspect(
     context: int | None = None,
     batch: int = 1,
     svg: Path | None = None,
+    fit: str | None = None,
+    data: int | None = None,
+    tensor: int | None = None,
+    fp8_cache: bool = False,
     json_: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
     """Anatomy of a model: parts, FLOPs and cache a token, what it needs and where it fits.
 
     Example: rorqual inspect deepseek-v3 --context 100000 --svg v3.svg
+    Example: rorqual inspect deepseek-v3 --fit 8xH200 --context 32768 --batch 64
 
     Parameters
     ----------
@@ -64,6 +69,14 @@ def inspect(
         Sequences served at once.
     svg
         Also draw the layers into this file.
+    fit
+        Only this: whether a machine serves it, and how many sequences fit. 8xH200, 2x48gb, cpu16gb, ...
+    data
+        With --fit: rows of processes, as `rorqual serve` has them.
+    tensor
+        With --fit: processes that share each layer.
+    fp8_cache
+        With --fit: caches in the released 8-bit layouts.
     json_
         Print the figures as JSON instead.
     """
@@ -72,6 +85,19 @@ def inspect(
 
     subject = _subject(name)
     config = getattr(subject, "config", subject)
+    if fit is not None:
+        from rorqual.engine import fit as fits
+
+        length = context or getattr(subject, "context", config.max_positions)
+        place = fits.machine(fit)
+        found = fits.room(
+            config, place, context=length, requests=batch, data=data, tensor=tensor, fp8_cache=fp8_cache
+        )
+        told = {"model": name, "context": length, **found.as_dict()}
+        print(json.dumps(told, indent=1) if json_ else "\n".join(fits.lines(found, length)))
+        return
+    if data or tensor or fp8_cache:
+        raise ValueError("data, tensor and fp8-cache say how --fit MACHINE is laid out: give that too")
     if svg is not None:  # first: a path that can't be written is said before pages of figures
         svg.write_text(draw(config, name), encoding="utf-8")
         Console(stderr=True).print(f"drawn into {svg}", highlight=False)
