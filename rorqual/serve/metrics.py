@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 if TYPE_CHECKING:
     from rorqual.serve.parts import Usage
@@ -19,6 +26,7 @@ class Metrics:
 
     def __init__(self, service: Service) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
 
         def made(kind: Any, name: str, told: str, labels: tuple[str, ...] = (), **options: Any) -> Any:
             return kind(f"rorqual_{name}", told, labels, registry=self.registry, **options)
@@ -37,9 +45,13 @@ class Metrics:
             Histogram, "token_seconds", "Mean time between tokens of an answer", buckets=_TOKENS
         )
         self.whole = made(Histogram, "request_seconds", "Time of whole requests", buckets=_WAITS)
+        team = getattr(service.engine, "team", None)
         scheduler, pages = getattr(service.engine, "scheduler", None), getattr(service.engine, "pages", None)
         gauges = {"active": ("Answers taken and not finished", lambda: service.active)}
-        if scheduler is not None:
+        if team is not None:  # this rank's scheduler knows its own row alone
+            gauges["running"] = "Answers that the engine works on", lambda: service.active - team.waiting
+            gauges["waiting"] = "Answers that wait for the engine", lambda: team.waiting
+        elif scheduler is not None:
             gauges["running"] = "Answers that the engine works on", lambda: len(scheduler.running)
             gauges["waiting"] = "Answers that wait for the engine", lambda: scheduler.waiting
         if pages is not None:

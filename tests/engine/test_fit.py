@@ -37,7 +37,9 @@ def test_caches_are_the_engine_s() -> None:
     assert found.caches == left and found.sequences == left // (70272 * 32768) * 8 and found.fits
     assert not room(member("deepseek-v3"), machine("8xH200"), context=32768, requests=200).fits
     whole = room(member("deepseek-v3"), machine("8xH200"), context=32768, tensor=8)
-    assert whole.weights < found.weights and whole.sequences < found.sequences  # latents are whole on each rank
+    assert (
+        whole.weights < found.weights and whole.sequences < found.sequences
+    )  # latents are whole on each rank
     eighth = room(member("deepseek-v3.2"), machine("8xH200"), context=9, fp8_cache=True)
     lanes = Transformer(member("deepseek-v3.2"), dtype=torch.bfloat16, device="meta").lanes(True)[:61]
     assert eighth.token == page_bytes(lanes, 64) / 64
