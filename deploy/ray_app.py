@@ -32,6 +32,17 @@ DRAIN = 60.0
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
 
+async def _pieces(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    try:
+        async for piece in answer.content.iter_any():
+            yield piece
+    except aiohttp.ClientError:
+        return  # the replica went in the middle of an answer: what came stands
+    finally:
+        answer.close()
+
+
+# Ray sends the class to its workers with what it knows here: what it uses must stand above it.
 @serve.deployment
 @serve.ingress(app)
 class Replica:
@@ -111,16 +122,6 @@ class Replica:
             self.process.wait(DRAIN + 20)
         except subprocess.TimeoutExpired:
             self.process.kill()
-
-
-async def _pieces(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    try:
-        async for piece in answer.content.iter_any():
-            yield piece
-    except aiohttp.ClientError:
-        return  # the replica went in the middle of an answer: what came stands
-    finally:
-        answer.close()
 
 
 def build(arguments: dict[str, Any]) -> Any:
