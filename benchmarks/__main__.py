@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from benchmarks import invariant, lite, spec, tiny, turns, two
+from benchmarks import invariant, lite, serving, soak, spec, tiny, turns, two
 from benchmarks.context import context
 from benchmarks.decode import latent, smollm2
 from benchmarks.load import load
@@ -16,6 +16,7 @@ from benchmarks.start import start
 
 K = 1024
 CPU = {"smollm2": smollm2, "latent": latent, "loading": loading, "tiny": tiny.main, "turns": turns.turns}
+CPU |= {"serve-tiny": serving.cpu, "soak": soak.main}
 GPU = {
     "lite": lite.main,
     "lite-profile": partial(lite.main, True),
@@ -24,6 +25,7 @@ GPU = {
     "invariant-profile": partial(invariant.main, True),
     "spec": spec.main,
     "load": load,
+    "serve": serving.gpu,
     "start": start,
     "context-v32": partial(context, "v32", "deepseek-v3.2", [4 * K, 16 * K, 64 * K, 128 * K]),
     "context-v3": partial(context, "v3", "deepseek-v3", [4 * K, 16 * K, 64 * K, 128 * K]),

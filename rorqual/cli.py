@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 from rich.console import Console
+from rich.progress import Progress
 
 import rorqual
 
@@ -252,6 +253,7 @@ def serve(
     dtype: str | None = None,
     device: str | None = None,
     speculate: bool = False,
+    warm: int | None = None,
     first_timeout: float | None = 600.0,
     max_body: int = 16 * 2**20,
     drain: float = 60.0,
@@ -304,6 +306,9 @@ def serve(
         "cpu", "cuda", "cuda:1"; by default the GPU if there is one.
     speculate
         Draft with the checkpoint's MTP module.
+    warm
+        Answers at once that the engine gets ready for before the server listens: their kernels are compiled and their
+        passes recorded. By default 64 on a GPU, none on a CPU.
     first_timeout
         Seconds until an answer's first token.
     max_body
@@ -369,7 +374,14 @@ def serve(
         if layout.rank != 0:
             many.follow(loaded, **options)
             return
-    run(create_app(loaded, settings, **options), host=host, port=port, listener=listener)
+    served = create_app(loaded, settings, **options)
+    most = (64 if loaded.device.type == "cuda" else 0) if warm is None else warm
+    if most:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("getting ready", total=1.0)
+            for share in served.state.service.engine.warm(most):
+                progress.update(task, completed=share)
+    run(served, host=host, port=port, listener=listener)
 
 
 def _processes(gpus: int | None, ranks: int | None, device: str | None) -> int | None:

@@ -272,10 +272,10 @@ def sweep(p: Pass, kind: str) -> None:
         return plan
 
     def row_plan(least: int, most: int, cut: tuple[int, int]) -> Any:
-        def plan(width: int, outputs: int, codes: bool) -> dict[str, int]:
+        def plan(width: int, outputs: int) -> dict[str, int]:
             if least <= outputs <= most:
                 return {"BO": cut[0], "num_warps": cut[1]}
-            return rows(width, outputs, codes)
+            return rows(width, outputs)
 
         return plan
 
@@ -330,10 +330,10 @@ def single_launches(p: Pass, trial: tuple[str, Any, Any]) -> Callable[[], None]:
                     [a.q.weight, a.kv_a.weight],
                     [a.q.scale, a.kv_a.scale],
                     norm,
-                    how=row(2048, 3648, codes),
+                    how=row(2048, 3648),
                 )
             elif name.startswith("o"):
-                single.rows(x, [a.o.weight], [a.o.scale], None, x, how=row(2048, 2048, codes))
+                single.rows(x, [a.o.weight], [a.o.scale], None, x, how=row(2048, 2048))
             elif name.startswith("router"):
                 normed = torch.empty_like(x)
                 single.rows(
@@ -344,7 +344,7 @@ def single_launches(p: Pass, trial: tuple[str, Any, Any]) -> Callable[[], None]:
                     None,
                     normed,
                     torch.float32,
-                    how=row(2048, 64, False),
+                    how=row(2048, 64),
                 )
             else:
                 e, s = moe.experts, moe.shared

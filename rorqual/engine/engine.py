@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -14,6 +14,7 @@ from rorqual.engine.loop import Completion, Delta
 from rorqual.engine.prompts import answers_of, is_batch
 from rorqual.engine.request import Handle
 from rorqual.engine.sampling import Sampling, brief
+from rorqual.engine.warm import warm
 from rorqual.kernels.ahead import prepare
 from rorqual.nn import InputError, Transformer
 from rorqual.nn.layout import Layout
@@ -161,6 +162,14 @@ class Engine(Core):
         self.close()
 
     # ------------------------------------------------------------------------------------ requests
+
+    def warm(self, most: int = 64) -> Iterator[float]:
+        """Before users come: compile the kernels and record the graphs of passes of up to `most` answers, by
+        answering prompts of its own. Yields the share that is done. Raises `InputError` if the engine runs in a
+        thread already (`start`)."""
+        if self._thread is not None:
+            raise InputError("warm an engine before it is started")
+        return warm(self, max(1, min(most, self.slots)))
 
     def submit(self, prompt: Any, sampling: Sampling | None = None, *, priority: int = 0) -> Handle:
         """Queue one prompt (text, ids or a 1-D tensor). Higher `priority` is served first. Raises what

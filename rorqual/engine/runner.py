@@ -232,6 +232,15 @@ class Runner:
         group = Group(slice(0, 1), [0], [1], 1, 1, zero[None].int(), zero, ends, offsets, decoding=True)
         self.model.run_paged(zero[None], PagedStep(zero, [group], self.page_size), self.stores)
 
+    @torch.inference_mode()
+    def record(self, size: int, columns: Sequence[int]) -> None:
+        """Record the decoding passes of `size` answers with page tables so wide, if passes are recorded here."""
+        if self.graphs is None or self.together is not None:
+            return
+        with batch_invariant(self.invariant):
+            for wide in columns:
+                self.graphs.run([], 1 + self.speculate, (size, wide))
+
     def _run(self, plan: Plan) -> Pass:
         """Any plan, as it comes."""
         if self.graphs is not None and self.device.type == "cuda":

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.kernels import fp8_linear
+from rorqual.kernels.fuse import swiglu_reference
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.quant import E8M0, FP8
 from rorqual.kernels.skinny import await_inputs, release
@@ -32,6 +33,9 @@ ROWS = 2
 
 WIDEST = 8192
 """Channels of a row that one program holds at most."""
+
+WIDEST_GATED = 16384
+"""The same between a dense layer's matrices."""
 
 
 @triton.jit
@@ -65,14 +69,15 @@ def factor(at, mask, POWERS: tl.constexpr):
 
 @triton.jit
 def rows_kernel(
-    x, norm, w0, w1, scale0, scale1, residual, y0, y1, normed, out0, out1,
-    x_row, w0_row, w1_row, s0_row, s1_row, r_row, y0_row, y1_row, eps, asked, asked_size,
+    x, up, norm, w0, w1, scale0, scale1, residual, y0, y1, normed, limit, out0, out1,
+    x_row, up_row, w0_row, w1_row, s0_row, s1_row, r_row, y0_row, y1_row, eps, asked, asked_size,
     D: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BO: tl.constexpr,
-    NORM: tl.constexpr, NORMED: tl.constexpr, RESIDUAL: tl.constexpr, CODES: tl.constexpr,
-    POWERS: tl.constexpr, AHEAD: tl.constexpr, SPAN: tl.constexpr, THREADS: tl.constexpr,
+    NORM: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr,
+    RESIDUAL: tl.constexpr, CODES: tl.constexpr, POWERS: tl.constexpr, AHEAD: tl.constexpr,
+    SPAN: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """y0 = norm(x) w0^T (and y1 with w1), BO outputs a program, plus the residual; the first program also
-    writes the normed rows."""
+    writes the normed rows. GATED: silu(x) * up in x's place."""
     release(AHEAD)
     first = tl.cdiv(out0, BO)
     other = tl.program_id(0) >= first
@@ -101,6 +106,15 @@ def rows_kernel(
     values = tl.zeros((BO, NP), tl.float32)
     for n in tl.static_range(N):
         row = tl.load(x + n * x_row + d, mask=d < D, other=0.0).to(tl.float32)
+        if GATED:
+            by_row = tl.load(up + n * up_row + d, mask=d < D, other=0.0).to(tl.float32)
+            if LIMIT:
+                row = tl.minimum(row, limit)
+                by_row = tl.minimum(tl.maximum(by_row, -limit), limit)
+            row = row * tl.sigmoid(row)
+            if not LIMIT:
+                row = row.to(x.dtype.element_ty).to(tl.float32)
+            row = (row * by_row).to(x.dtype.element_ty).to(tl.float32)
         if NORM:
             rms = tl.rsqrt(tl.sum(row * row) / D + eps)
             short = (row * rms * weight).to(x.dtype.element_ty)
@@ -145,8 +159,12 @@ def rows_reference(
     norm: tuple[Tensor, float] | None = None,
     residual_NO: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    up_ND: Tensor | None = None,
+    limit: float | None = None,
 ) -> list[Tensor]:
     """The definition of `rows`; the normed row is not among its results."""
+    if up_ND is not None:
+        x_ND = swiglu_reference(x_ND, up_ND, limit)
     if norm is not None:
         x_ND = F.rms_norm(x_ND, (x_ND.shape[1],), norm[0].to(x_ND.dtype), norm[1])
     out = []
@@ -159,15 +177,13 @@ def rows_reference(
     return out
 
 
-def rows_plan(width: int, outputs: int, codes: bool) -> dict[str, int]:
+def rows_plan(width: int, outputs: int) -> dict[str, int]:
     """Outputs a program and its warps, by the shape alone."""
     if width > 4096:
         return {"BO": 2, "num_warps": 8}
     if outputs <= 512:
         return {"BO": 1, "num_warps": 4}
-    if outputs <= 2048:
-        return {"BO": 4, "num_warps": 8}
-    return {"BO": 2 if codes and outputs > 3000 else 4, "num_warps": 4}
+    return {"BO": 4 if outputs <= 2048 else 8, "num_warps": 8}
 
 
 def launch_options(x: Tensor) -> dict[str, Any]:
@@ -187,14 +203,16 @@ def rows(
     out_dtype: torch.dtype | None = None,
     later: Tensor | None = None,
     how: dict[str, int] | None = None,
+    up_ND: Tensor | None = None,
+    limit: float | None = None,
 ) -> list[Tensor]:
     """Rows x `[N, D]` (at most `ROWS`), normed by `norm` (weight and eps) if given, through one or two weights
     `[O, D]`: a list of `[N, O]`.
 
     A weight is plain (`scales` None), or E4M3 codes with scales `[ceil(O / 128), ceil(D / 128)]`; then the row
     is quantised in runs of 128 channels. `residual_NO` is added to the (one) product. `normed_ND` takes the normed
-    rows. `later` is a weight of a kernel to come, which
-    this one asks to be brought into L2. All weights must be fit (`rows_fit`).
+    rows. `later` is a weight of a kernel to come, which this one asks to be brought into L2. With `up_ND` it is
+    swiglu(x, up), within `limit`, that goes through the weight. All weights must be fit (`rows_fit`).
     """
     (count, width), dtype = x_ND.shape, out_dtype or x_ND.dtype
     outs = [w.shape[0] for w in weights]
@@ -203,30 +221,34 @@ def rows(
     powers = codes and scales[0].dtype == E8M0  # type: ignore[union-attr]
     by = [s.view(torch.uint8) if powers and s is not None else s for s in scales]
     s_rows = [s.stride(0) if s is not None else 0 for s in by]
-    how = how or rows_plan(width, sum(outs), codes)
+    how = how or rows_plan(width, sum(outs))
     two = len(weights) == 2
     grid = triton.cdiv(outs[0], how["BO"]) + (triton.cdiv(outs[1], how["BO"]) if two else 0)
     weight, size, span = asking(later, grid, how["num_warps"])
     rows_kernel[(grid,)](
-        x_ND, norm[0] if norm is not None else x_ND, weights[0], weights[-1], by[0], by[-1], residual_NO, ys[0], ys[-1],
-        normed_ND, outs[0], outs[1] if two else 0, x_ND.stride(0), weights[0].stride(0), weights[-1].stride(0),
-        s_rows[0], s_rows[-1], residual_NO.stride(0) if residual_NO is not None else 0, ys[0].stride(0),
-        ys[-1].stride(0), norm[1] if norm is not None else 0.0, weight, size,
+        x_ND, up_ND, norm[0] if norm is not None else x_ND, weights[0], weights[-1], by[0], by[-1], residual_NO, ys[0],
+        ys[-1], normed_ND, limit or 0.0, outs[0], outs[1] if two else 0, x_ND.stride(0),
+        up_ND.stride(0) if up_ND is not None else 0, weights[0].stride(0), weights[-1].stride(0), s_rows[0], s_rows[-1],
+        residual_NO.stride(0) if residual_NO is not None else 0, ys[0].stride(0), ys[-1].stride(0),
+        norm[1] if norm is not None else 0.0, weight, size,
         D=width, GROUPS=triton.next_power_of_2(triton.cdiv(width, 128)), N=count, NP=triton.next_power_of_2(count),
-        NORM=norm is not None, NORMED=normed_ND is not None, RESIDUAL=residual_NO is not None, CODES=codes,
-        POWERS=powers, SPAN=span, THREADS=32 * how["num_warps"], **how, **launch_options(x_ND),
+        NORM=norm is not None, NORMED=normed_ND is not None, GATED=up_ND is not None, LIMIT=limit is not None,
+        RESIDUAL=residual_NO is not None, CODES=codes, POWERS=powers, SPAN=span, THREADS=32 * how["num_warps"], **how,
+        **launch_options(x_ND),
     )  # fmt: skip
     return ys
 
 
-def rows_fit(x_ND: Tensor, *weights: tuple[Tensor, Tensor | None, tuple[int, int] | None]) -> bool:
+def rows_fit(
+    x_ND: Tensor, *weights: tuple[Tensor, Tensor | None, tuple[int, int] | None], widest: int = WIDEST
+) -> bool:
     """Whether `rows` takes these rows and weights (codes or floats, scales, block)."""
     return (
         usable(x_ND, *(w for w, _, _ in weights))
         and not torch.is_grad_enabled()
         and 0 < x_ND.shape[0] <= ROWS
         and x_ND.dtype == torch.bfloat16
-        and x_ND.shape[1] <= WIDEST
+        and x_ND.shape[1] <= widest
         and x_ND.stride(1) == 1
         and all(fits(w, s, block) for w, s, block in weights)
         and len({(w.dtype, None if s is None else s.dtype) for w, s, _ in weights}) == 1

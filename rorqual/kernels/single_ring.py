@@ -40,8 +40,8 @@ ITEM = 2 * 8 * RUNS * 128
 ROOM = 190 * 1024
 """Bytes of shared memory that a program takes at most. The kernel in front has the rest: while it runs, the ring is
 filled with the shared experts' boxes."""
-REGISTERS = 96
-"""Registers of a thread at most, for the same reason."""
+REGISTERS = 160
+"""Registers of a thread at most: more than FP8's sums need, so that none spill (bf16 needs 56)."""
 COPIES = 8
 """Copies of the words: all programs read the same ones at the same time, and a line of L2 serves few at once."""
 PROGRAMS = 128

@@ -50,20 +50,14 @@ READY:
 seconds never will: an error then is better than a GPU that hangs."""
 PEEK = gl.constexpr("""
 {
-.reg .pred p;
 .reg .b64 at;
-setp.ne.b32 p, $16, 0;
-mov.b32 $0, $12;
-mov.b32 $1, $12;
-mov.b32 $2, $12;
-mov.b32 $3, $12;
 cvt.s64.s32 at, $4;
 add.s64 at, at, $8;
-@p ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [at];
+ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [at];
 }
 """)
-"""Four words as they are now; where there are none, ones of this launch."""
-PEEK_OPERANDS = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,l,l,l,l,r,r,r,r,r,r,r,r")
+"""Four words as they are now."""
+PEEK_OPERANDS = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,l,l,l,l")
 WAIT_OPERANDS = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,l,l,l,l,r,r,r,r")
 
 
@@ -151,20 +145,20 @@ def _part(item, W: gl.constexpr, RUN: gl.constexpr, RUNS: gl.constexpr, SHARED: 
 
 @gluon.jit
 def _words(
-    words, item, tag, W: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, RUNS: gl.constexpr, RUN: gl.constexpr,
+    words, item, W: gl.constexpr, K: gl.constexpr, SHARED: gl.constexpr, RUNS: gl.constexpr, RUN: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Where an item of the second product finds its part of inner `[RUNS, RUN]`, and what lies there now."""
+    """Where an item of the second product finds its part of inner `[RUNS, RUN]`, and what lies there now. Runs beyond
+    the row are its last one again: what the box has there is zeros."""
     COMMON: gl.constexpr = (SHARED * W + RUNS * RUN - 1) // (RUNS * RUN)
     ROUTED: gl.constexpr = (W + RUNS * RUN - 1) // (RUNS * RUN)
     begin = gl.where(item < COMMON, K * W, (item - COMMON) // ROUTED * W)
     start, many = _part(item, W, RUN, RUNS, SHARED)
     run = gl.arange(0, RUNS, gl.SliceLayout(1, LAYOUT))[:, None]
     lane = gl.arange(0, RUN, gl.SliceLayout(0, LAYOUT))[None, :]
-    at = 4 * (begin + (start + run) * RUN + lane)
-    inside, at = gl.broadcast((run < many).to(gl.int32), at)
+    at = 4 * (begin + (start + gl.minimum(run, many - 1)) * RUN + lane)
     found = gl.inline_asm_elementwise(
-        PEEK, PEEK_OPERANDS, [at, words.to(gl.int64), tag, inside], gl.int32, is_pure=False, pack=4
+        PEEK, PEEK_OPERANDS, [at, words.to(gl.int64)], gl.int32, is_pure=False, pack=4
     )
     return found, at
 
@@ -179,9 +173,9 @@ def _settled(found, at, words, tag):
 
 
 @gluon.jit
-def _lay(row, columns, steps):
+def _lay(row, columns, steps, by):
     """Lay a row `[RUNS, RUN]` down as columns `[RUNS, RUN]`; for codes as two digits of each run's own step,
-    `[2 RUNS, RUN]` and `[RUNS]`."""
+    `[2 RUNS, RUN]`, and the columns' steps `[2 RUNS]` times `by` `[RUNS]`."""
     kind: gl.constexpr = columns.dtype
     RUNS: gl.constexpr = row.shape[0]
     if kind == gl.float8e4nv:
@@ -195,20 +189,18 @@ def _lay(row, columns, steps):
         digit = gl.where(gl.abs(row) < 0.015625, (row + 24576.0) - 24576.0, whole)
         digits = gl.join(digit.to(kind), ((row - digit) * 16.0).to(kind))
         columns.store(digits.permute([2, 0, 1]).reshape([2 * RUNS, row.shape[1]]))
-        steps.store(((power - 7) << 23).to(gl.float32, bitcast=True))
+        step = ((power - 7) << 23).to(gl.float32, bitcast=True) * by
+        steps.store(gl.join(step, step * 0.0625).permute([1, 0]).reshape([2 * RUNS]))
     else:
         columns.store(row.to(kind))
 
 
 @gluon.jit
-def _met(product, many, RUNS: gl.constexpr):
-    """Of the products of 8 * RUNS runs with all columns `[8 RUNS, N]` those of a run with its own: `[8, RUNS]`; of the
-    first `many` runs. (What lies where a box reaches beyond its matrix may be no number.)"""
+def _met(product, RUNS: gl.constexpr):
+    """Of the products of 8 * RUNS runs with all columns `[8 RUNS, N]` those of a run with its own: `[8, RUNS]`."""
     LAYOUT: gl.constexpr = product.type.layout
     m = gl.arange(0, 8 * RUNS, gl.SliceLayout(1, LAYOUT)) % RUNS
     n = gl.arange(0, product.shape[1], gl.SliceLayout(0, LAYOUT))
-    product *= gl.where(n < RUNS, 1.0, 0.0625)[None, :]
-    m = gl.where(m < many, m, RUNS)
     return gl.sum(gl.where(m[:, None] == (n % RUNS)[None, :], product, 0.0), 1).reshape([8, RUNS])
 
 
@@ -289,9 +281,9 @@ def ring_kernel(
     boxes = gl.allocate_shared_memory(gate.dtype, [2 * STAGES + 2 * HELD, 8, RUNS, RUN], gate.layout)
     runs = boxes._reinterpret(gate.dtype, [2 * STAGES + 2 * HELD, 8 * RUNS, RUN], LINES)
     x_columns = gl.allocate_shared_memory(gate.dtype, [UP_CHUNKS, N, RUN], LINES)
-    x_steps = gl.allocate_shared_memory(gl.float32, [UP_CHUNKS, RUNS], PLAIN)
+    x_steps = gl.allocate_shared_memory(gl.float32, [UP_CHUNKS, N], PLAIN)
     columns = gl.allocate_shared_memory(gate.dtype, [2, N, RUN], LINES)
-    steps = gl.allocate_shared_memory(gl.float32, [2, RUNS], PLAIN)
+    steps = gl.allocate_shared_memory(gl.float32, [2, N], PLAIN)
     full = gl.allocate_shared_memory(gl.int64, [STAGES + HELD, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES + HELD):
         mbarrier.init(full.index(i), count=1)
@@ -316,8 +308,11 @@ def ring_kernel(
         for chunk in gl.static_range(UP_CHUNKS):
             run = chunk * RUNS + gl.arange(0, RUNS, gl.SliceLayout(1, FLAT))
             lane = gl.arange(0, RUN, gl.SliceLayout(0, FLAT))
-            row = gl.load(x + run[:, None] * RUN + lane[None, :], (run * RUN < D)[:, None], other=0.0)
-            _lay(row.to(gl.float32), x_columns.index(chunk), x_steps.index(chunk))
+            # Runs beyond the row are its last one again, for the box has zeros there. (Zeros here too: four codes
+            # known to be equal make ptxas 12.8 pack two of them with a register that was never written.)
+            run = gl.minimum(run, D // RUN - 1)
+            row = gl.load(x + run[:, None] * RUN + lane[None, :])
+            _lay(row.to(gl.float32), x_columns.index(chunk), x_steps.index(chunk), 1.0)
     if CODES:
         TABLE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
         SPREAD: gl.constexpr = gl.BlockedLayout([1, 1], [32 // RUNS, RUNS], [8, 1], [1, 0])
@@ -340,7 +335,7 @@ def ring_kernel(
     fence_async_shared()
     gl.thread_barrier()
     none = gl.zeros([8 * RUNS, N], gl.float32, MMA)
-    zero = gl.sum(_met(none, RUNS, RUNS), 1)
+    zero = gl.sum(_met(none, RUNS), 1)
     EIGHT: gl.constexpr = zero.type.layout
     ACROSS: gl.constexpr = gl.SliceLayout(0, EIGHT.parent)
     count = 0
@@ -365,12 +360,15 @@ def ring_kernel(
                 _fetch(
                     count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 2
                 )  # fmt: skip
-                one = _met(one, D // RUN - chunk * RUNS, RUNS)
-                two = _met(two, D // RUN - chunk * RUNS, RUNS)
                 if CODES:
-                    step = x_steps.index(chunk).load(ACROSS)
-                    one *= (step * up_by.index(2 * count).load(ACROSS))[None, :]
-                    two *= (step * up_by.index(2 * count + 1).load(ACROSS))[None, :]
+                    step = x_steps.index(chunk).load(gl.SliceLayout(0, MMA))[None, :]
+                    one *= step
+                    two *= step
+                one = _met(one, RUNS)
+                two = _met(two, RUNS)
+                if CODES:
+                    one *= up_by.index(2 * count).load(ACROSS)[None, :]
+                    two *= up_by.index(2 * count + 1).load(ACROSS)[None, :]
                 gates += gl.sum(one, 1)
                 ups += gl.sum(two, 1)
                 count += 1
@@ -390,13 +388,17 @@ def ring_kernel(
         kind: gl.constexpr = y.dtype.element_ty
         words += p % COPIES * ((K + SHARED) * W)
         for c in range((D // 16 - p + P - 1) // P):
-            upper = zero
-            lower = zero
+            # Sums stay products of all runs with all columns until the end: what does not count is 15 in 16 of them,
+            # but telling it apart takes longer than adding. (Beyond a row, boxes are zeros.)
+            upper = none
+            lower = none
             # Words are looked up two items ahead, by turns into two sets of registers.
-            found, at = _words(words, 0, tag, W, K, SHARED, RUNS, RUN, FLAT)
-            even, even_at = _words(words, gl.minimum(1, PER - 1), tag, W, K, SHARED, RUNS, RUN, FLAT)
-            odd, odd_at = _words(words, gl.minimum(2, PER - 1), tag, W, K, SHARED, RUNS, RUN, FLAT)
-            _lay(_settled(found, at, words, tag), columns.index(0), steps.index(0))
+            found, at = _words(words, 0, W, K, SHARED, RUNS, RUN, FLAT)
+            even, even_at = _words(words, gl.minimum(1, PER - 1), W, K, SHARED, RUNS, RUN, FLAT)
+            odd, odd_at = _words(words, gl.minimum(2, PER - 1), W, K, SHARED, RUNS, RUN, FLAT)
+            begun = _settled(found, at, words, tag)
+            weighted = down_by.index(c * PER).load(gl.SliceLayout(1, FLAT)) if CODES else 1.0
+            _lay(begun, columns.index(0), steps.index(0), weighted)
             fence_async_shared()
             gl.thread_barrier()
             for pair in range((PER + 1) // 2):
@@ -410,39 +412,62 @@ def ring_kernel(
                             phase = 0
                         mbarrier.wait(full.index(stage), phase)
                         right = columns.index(turn).permute((1, 0))
-                        one = warpgroup_mma(runs.index(2 * stage), right, none, use_acc=False, is_async=True)
-                        two = warpgroup_mma(
-                            runs.index(2 * stage + 1), right, none, use_acc=False, is_async=True
-                        )
+                        if CODES:
+                            one = warpgroup_mma(
+                                runs.index(2 * stage), right, none, use_acc=False, is_async=True
+                            )
+                            two = warpgroup_mma(
+                                runs.index(2 * stage + 1), right, none, use_acc=False, is_async=True
+                            )
+                        else:
+                            upper = warpgroup_mma(runs.index(2 * stage), right, upper, is_async=True)
+                            lower = warpgroup_mma(runs.index(2 * stage + 1), right, lower, is_async=True)
                         after = gl.minimum(item + 3, PER - 1)
+                        if CODES:
+                            weighted = down_by.index(c * PER + gl.minimum(item + 1, PER - 1)).load(
+                                gl.SliceLayout(1, FLAT)
+                            )
+                        else:
+                            weighted = 1.0
                         if item + 1 < PER:  # the row of the next item
-                            # Words are asked for after the fence, which waits for whatever was asked for before.
                             if turn == 0:
-                                _lay(_settled(even, even_at, words, tag), columns.index(1), steps.index(1))
+                                _lay(
+                                    _settled(even, even_at, words, tag),
+                                    columns.index(1),
+                                    steps.index(1),
+                                    weighted,
+                                )
                                 fence_async_shared()
-                                even, even_at = _words(words, after, tag, W, K, SHARED, RUNS, RUN, FLAT)
                             else:
-                                _lay(_settled(odd, odd_at, words, tag), columns.index(0), steps.index(0))
+                                _lay(
+                                    _settled(odd, odd_at, words, tag),
+                                    columns.index(0),
+                                    steps.index(0),
+                                    weighted,
+                                )
                                 fence_async_shared()
-                                odd, odd_at = _words(words, after, tag, W, K, SHARED, RUNS, RUN, FLAT)
-                        one, two = warpgroup_mma_wait(0, deps=[one, two])
+                        if CODES:
+                            one, two = warpgroup_mma_wait(0, deps=[one, two])
+                            # (Asked for before the wait, ptxas 12.8 ends by SIGSEGV at some shapes.)
+                            taken = steps.index(turn).load(gl.SliceLayout(0, MMA))[None, :]
+                        else:
+                            upper, lower = warpgroup_mma_wait(0, deps=[upper, lower])
                         gl.thread_barrier()
+                        # Words are asked for behind the barrier: the fence waits for whatever was asked for before.
+                        if turn == 0:
+                            even, even_at = _words(words, after, W, K, SHARED, RUNS, RUN, FLAT)
+                        else:
+                            odd, odd_at = _words(words, after, W, K, SHARED, RUNS, RUN, FLAT)
                         if item >= HELD:
                             _fetch(
                                 count + STAGES, descriptors, room, ids, experts, W, D, K, SHARED, STAGES, HELD, PART, 2
                             )  # fmt: skip
                             count += 1
-                        _, many = _part(item, W, RUN, RUNS, SHARED)
-                        one = _met(one, many, RUNS)
-                        two = _met(two, many, RUNS)
                         if CODES:
-                            step = steps.index(turn).load(ACROSS) * down_by.index(c * PER + item).load(ACROSS)
-                            one *= step[None, :]
-                            two *= step[None, :]
-                        upper += gl.sum(one, 1)
-                        lower += gl.sum(two, 1)
+                            upper += one * taken
+                            lower += two * taken
             for half in gl.static_range(2):
-                total = lower if half else upper
+                total = gl.sum(_met(lower if half else upper, RUNS), 1)
                 channel = (p + c * P) * 16 + 8 * half + gl.arange(0, 8, EIGHT)
                 if RESIDUAL:
                     total = total.to(kind).to(gl.float32) + gl.load(residual + channel).to(gl.float32)

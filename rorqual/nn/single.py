@@ -18,6 +18,7 @@ from rorqual.kernels.mode import is_invariant
 from rorqual.kernels.route import Rule, chosen
 from rorqual.nn.linear import Linear
 from rorqual.nn.mla import MLA
+from rorqual.nn.mlp import SwiGLU
 from rorqual.nn.moe import MoE
 from rorqual.nn.norm import RMSNorm
 from rorqual.nn.paged import PagedStep, Store
@@ -91,7 +92,9 @@ def attend(
 def feed(
     brick: nn.Module, norm: RMSNorm, x_1ND: Tensor, ids_1N: Tensor, step: Step | None = None
 ) -> Tensor | None:
-    """x + experts(norm(x)), of one token."""
+    """x + experts(norm(x)), of one token; x + the dense layer's."""
+    if isinstance(brick, SwiGLU):
+        return _feed_dense(brick, norm, x_1ND)
     if not isinstance(brick, MoE):
         return None
     x_ND, router, s = x_1ND[0], brick.router, brick.shared
@@ -116,6 +119,21 @@ def feed(
     y = single_experts.through_experts(
         normed_ND, choice, *stacks, limit=e.limit, shared=shared, residual_1D=x_ND, state=state
     )
+    return y[None]
+
+
+def _feed_dense(brick: SwiGLU, norm: RMSNorm, x_1ND: Tensor) -> Tensor | None:
+    x_ND = x_1ND[0]
+    inner_NW = x_ND.new_empty(len(x_ND), brick.down.weight.shape[1])  # only to ask
+    first, last = (_triple(brick.gate), _triple(brick.up)), _triple(brick.down)
+    if (
+        any(m.bias is not None for m in (brick.gate, brick.up, brick.down))
+        or not single.rows_fit(x_ND, *first)
+        or not single.rows_fit(inner_NW, last, widest=single.WIDEST_GATED)
+    ):
+        return None
+    gate_NW, up_NW = single.rows(x_ND, *_lists(brick.gate, brick.up), norm=(norm.weight, norm.eps))
+    (y,) = single.rows(gate_NW, *_lists(brick.down), residual_NO=x_ND, up_ND=up_NW, limit=brick.limit)
     return y[None]
 
 

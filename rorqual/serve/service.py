@@ -139,6 +139,8 @@ class Service:
             told = f"{len(talk.messages)} messages are more than the context of {self.context} tokens holds"
             raise Refusal(400, told, "messages", "context_length_exceeded")
         thinking, effort = thinks(talk, encoding)
+        if talk.tools and not encoding.supports_tools:
+            raise Refusal(400, "this model's chat format has no tools", "tools", "unsupported")
         options_of = {"tools": talk.tools or None, "thinking": thinking}
         messages, known = self.memory.recall(talk.messages)
         try:

@@ -73,6 +73,18 @@ def test_rows(
         close(normed, torch.nn.functional.rms_norm(x, (width,), *by))
 
 
+@pytest.mark.parametrize("codes", ["plain", "codes", "powers"])
+@pytest.mark.parametrize(("count", "width", "limit"), [(1, 384, None), (2, 200, None), (1, 256, 0.5)])
+def test_gated_rows(device: torch.device, codes: str, count: int, width: int, limit: float | None) -> None:
+    """The second half of a dense layer."""
+    gate, up = (3 * torch.randn(count, width + 8, device=device).bfloat16()[:, :width] for _ in range(2))
+    w, s = matrix(33, width, codes=codes != "plain", device=device, powers=codes == "powers")
+    res = torch.randn(count, 33, device=device).bfloat16()
+    (y,) = single.rows(gate, [w], [s], None, res, how={"BO": 4, "num_warps": 4}, up_ND=up, limit=limit)
+    (want,) = single.rows_reference(gate, [w], [s], None, res, up_ND=up, limit=limit)
+    close(y, want, 2e-2 if codes != "plain" else 6e-3)
+
+
 def test_rows_in_fp32(device: torch.device) -> None:
     """A router's logits."""
     x, (w, _) = torch.randn(1, 96, device=device).bfloat16(), matrix(11, 96, codes=False, device=device)

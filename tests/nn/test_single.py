@@ -89,14 +89,14 @@ def test_same_state(
 
     def noted_feed(*args: object) -> Tensor | None:
         y = feed(*args)  # type: ignore[arg-type]
-        ways.append("experts" if y is not None else "-")
+        ways.append("fed" if y is not None else "-")
         return y
 
     want, pages = state(model, False, width, monkeypatch)
     monkeypatch.setattr(single, "attend", noted_attend)
     monkeypatch.setattr(single, "feed", noted_feed)
     got, others = state(model, True, width, monkeypatch)
-    assert ways == ["attention", "-", "attention", "experts" if width == 1 else "-"]
+    assert ways == ["attention", "fed", "attention", "fed" if width == 1 else "-"]
     assert float((got.double() - want.double()).abs().max() / want.double().abs().max()) < 2e-2
     for page, other in zip(pages, others, strict=True):
         assert float((page.double() - other.double()).abs().max() / page.double().abs().max()) < 1e-2

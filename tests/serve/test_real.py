@@ -6,6 +6,7 @@ import itertools
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from rorqual import Engine, Sampling
 from rorqual.model import Model
 from rorqual.text import get_encoding
+from rorqual.text.registry import ENCODINGS
 from tests.engine.conftest import build
 from tests.serve.conftest import Served, serving, until
 from tests.serve.puppet import TOKENIZER
@@ -41,12 +43,22 @@ def speaking(kind: str, encoding: str) -> Model:
     return model
 
 
-@pytest.fixture(scope="module", params=["v31", "v32", "v4"])
+NEWER = ("v31", "v32", "v4")
+"""Generations whose models have MTP and whose formats have both reasoning and calls."""
+
+
+@pytest.fixture(scope="module", params=NEWER)
 def servers(request: pytest.FixtureRequest) -> Iterator[tuple[Served, Served]]:
     """Two servers of one model: without and with speculation."""
+    with two_of(request.param) as both:
+        yield both
+
+
+@contextmanager
+def two_of(encoding: str) -> Iterator[tuple[Served, Served]]:
     from rorqual.serve import create_app
 
-    model = speaking("v4" if request.param == "v4" else "v3", request.param)
+    model = speaking("v4" if encoding == "v4" else "v3", encoding)
     plain, drafting = (
         create_app(model, memory=40_000_000, max_requests=4, page_size=64, speculate=speculate)
         for speculate in (False, True)
@@ -97,14 +109,34 @@ def ask(server: Served, stream: bool, **body: Any) -> tuple[Any, ...]:
 @pytest.mark.parametrize("thinking", [False, True])
 def test_every_way_gives_the_same_answer(servers: tuple[Served, Served], kind: str, thinking: bool) -> None:
     """Streamed or whole, drafted or not, found in the prefix cache or not. A bias ends the reasoning early."""
+    every_way(servers, kind, thinking)
+
+
+@pytest.mark.parametrize("encoding", [name for name in ENCODINGS if name not in NEWER])
+def test_every_way_in_older_formats(encoding: str) -> None:
+    """The same for the formats of before, whatever each of them has."""
+    with two_of(encoding) as servers:
+        for kind, thinking in itertools.product(KINDS, (False, True)):
+            every_way(servers, kind, thinking, hits_too=False)
+
+
+def every_way(servers: tuple[Served, Served], kind: str, thinking: bool, hits_too: bool = True) -> None:
     end = {str(TOKENIZER.id_of("</think>")): 15, str(TOKENIZER.eos[0]): 6}
     body = {**KINDS[kind], "thinking": {"type": "enabled" if thinking else "disabled"}, "logit_bias": end}
-    if thinking and kind == "tools" and servers[0].service.encoding.tools == "chat":
+    has = servers[0].service.encoding
+    never = (
+        (kind == "tools" and (has.tools == "never" or (thinking and has.tools == "chat")))
+        or (thinking and has.thinking == "never")
+        or (not thinking and has.thinking == "always")
+    )
+    if never:
         answer = httpx.post(
             servers[0].url + "/v1/chat/completions",
             json={"messages": [{"role": "user", "content": "x"}], **body},
         )
-        assert answer.status_code == 400 and "thinking" in answer.json()["error"]["message"]
+        assert answer.status_code == 400 and answer.json()["error"]["param"] in ("thinking", "tools"), (
+            answer.json()
+        )
         return
     found: list[Any] = []
     hits: list[int] = []
@@ -113,12 +145,14 @@ def test_every_way_gives_the_same_answer(servers: tuple[Served, Served], kind: s
     for (number, server), stream, again in itertools.product(
         enumerate(servers), (False, True), (False, True)
     ):
-        if again and stream == (number == 0):
+        if again and (stream == (number == 0) or not hits_too):
             continue  # a hit of each server is enough
         messages = [
             {"role": "system", "content": words[:96]},
             {"role": "user", "content": "What?"},
         ]
+        if "system" not in has.roles:
+            messages = messages[1:]
         *answer, hit = ask(server, stream, messages=messages, **body)
         found.append(answer)
         hits.append(hit)
