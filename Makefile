@@ -1,6 +1,6 @@
 # Every target sets up what it needs: a fresh clone, make, and Python >= 3.11 with venv are enough.
 #
-#   make demo | test | quick | lint | types | contracts | check | format | bench | clean
+#   make demo | serve | test | quick | lint | types | contracts | check | format | bench | clean
 #
 #   make demo PYTHON=python3.12          another interpreter for .venv
 #   make test ARGS="tests/nn -k rope"    arguments for pytest (for the benchmarks with bench, and so on)
@@ -19,7 +19,7 @@ PIP  := $(PY) -m pip install --disable-pip-version-check $(if $(CI),--quiet) -c 
 RUN_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: help setup demo test quick lint types contracts check format bench clean
+.PHONY: help setup demo serve test quick lint types contracts check format bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -42,6 +42,10 @@ $(DEV_STAMP): $(RUN_STAMP)
 
 demo: $(RUN_STAMP)
 	$(PY) -m rorqual.demo $(ARGS)
+
+serve: $(RUN_STAMP)
+	$(PIP) -q -e '.[serve]'
+	$(PY) -m rorqual serve $(ARGS)
 
 # Two workers of one thread each beat one process of two threads on small tensors, and one thread sums in one order.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal

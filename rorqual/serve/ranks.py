@@ -26,6 +26,7 @@ from rorqual.engine import Engine, TeamError
 from rorqual.family import MoE
 from rorqual.nn import Layout, Transformer
 from rorqual.nn.spread import spread
+from rorqual.serve.run import log, prepare_logs
 from rorqual.weights import read_config
 
 PLACE, WATCHER = "RORQUAL_RANKS_DIR", "RORQUAL_RANKS_WATCHER"
@@ -188,7 +189,12 @@ def layout_for(
         rows = data or (world if sparse and not speculate else 1)
         tensor = max(1, world // rows)
     kind = "cpu" if device == "cpu" else None
-    return Layout(data=data, tensor=tensor, expert=expert, device=kind)
+    layout = Layout(data=data, tensor=tensor, expert=expert, device=kind)
+    if layout.rank == 0:
+        prepare_logs()
+        told = "%d processes: %d data x %d tensor ranks, experts over %d"
+        log.info(told, layout.world, layout.data, layout.tensor, layout.expert)
+    return layout
 
 
 def in_turns(layout: Layout, place: Path, load: Callable[[], M]) -> M:

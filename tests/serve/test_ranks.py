@@ -10,12 +10,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import rorqual
 from rorqual.cli import app
+from rorqual.serve import ranks
 from tests.serve.conftest import until
 from tests.serve.processes import free_port
 from tests.serve.puppet import TOKENIZER
@@ -64,22 +66,23 @@ def group(place: Path, kind: str, encoding: str, *options: str) -> Iterator[tupl
     model = speaking(kind, encoding)
     rorqual.save(model, place / kind)
     made = Group(place, kind, *options)
-    ranks: list[int] = []
+    pids: list[int] = []
     try:
         until(made.up, 120)
-        ranks = made.ranks()
-        assert len(ranks) == 2 and all(alive(rank) for rank in ranks)
+        pids = made.ranks()
+        assert len(pids) == 2 and all(alive(pid) for pid in pids)
         yield made, model
     finally:
         made.process.kill()
         made.process.wait()
-    until(lambda: not any(alive(rank) for rank in ranks))
+    until(lambda: not any(alive(pid) for pid in pids))
     if made.process.returncode >= 0:
         assert not list(place.glob("rorqual-ranks-*"))
 
 
 def test_two_ranks_serve_drain_and_end_together(tmp_path: Path) -> None:
     with group(tmp_path, "v3", "v31") as (made, model):
+        assert "2 processes: 2 data x 1 tensor ranks" in made.log
         right = model.generate("Hello", rorqual.Sampling(0.0, max_new_tokens=8)).text
         assert made.post(max_tokens=8).json()["choices"][0]["text"] == right
         with httpx.stream(
@@ -99,7 +102,8 @@ def test_two_ranks_serve_drain_and_end_together(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_dies_ends_the_server_and_is_named(tmp_path: Path) -> None:
-    with group(tmp_path, "gqa", "chatml", "--tensor", "2") as (made, _):
+    with group(tmp_path, "gqa", "chatml") as (made, _):
+        assert "2 processes: 1 data x 2 tensor ranks" in made.log
         with httpx.stream(
             "POST", made.url + "/v1/completions", json={"prompt": "a", "stream": True, **LONG}, timeout=60
         ) as answer:
@@ -110,6 +114,27 @@ def test_a_rank_that_dies_ends_the_server_and_is_named(tmp_path: Path) -> None:
         assert json.loads(last[6:])["error"]["code"] in ("unavailable", "internal_error"), last
         assert made.process.wait(60) == 1
         assert "rank 1 was ended by SIGKILL" in made.log and "Traceback" not in made.log, made.log
+
+
+@pytest.mark.parametrize(("copies", "turns"), [(0.3, 1), (0.6, 2), (5.0, 2)])
+def test_ranks_read_in_turns_where_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copies: float, turns: int
+) -> None:
+    """`copies`: the model's size as a share of the memory."""
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    monkeypatch.setattr(os, "sysconf", lambda name: int(1000 / copies) if name == "SC_PHYS_PAGES" else 1)
+    monkeypatch.setattr(ranks, "spread", lambda model, layout: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    told: list[str] = []
+
+    def least(value: int) -> int:
+        told.append("meet")
+        return value
+
+    layout: Any = SimpleNamespace(rank=1, world=2, least=least)
+    ranks.in_turns(layout, tmp_path, lambda: told.append("load") or "model")  # type: ignore[func-returns-value,type-var,return-value]
+    assert told == ["meet", *["meet"] * (turns - 1), "load", "meet"]
 
 
 @pytest.mark.parametrize(
