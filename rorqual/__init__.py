@@ -5,7 +5,7 @@ model = rorqual.load("path/or/hub-id/or/file.gguf")
 print(model.generate("The sea is", rorqual.Sampling(temperature=0.0)).text)
 """
 
-from rorqual.engine import Completion, Engine, Grammar, Sampling
+from rorqual.engine import Completion, Engine, Grammar, Inside, Sampling
 from rorqual.family import ModelConfig, config, models
 from rorqual.kernels.mode import invariant
 from rorqual.model import Model, load, save
@@ -16,6 +16,7 @@ __all__ = [
     "Completion",
     "Engine",
     "Grammar",
+    "Inside",
     "Layout",
     "Model",
     "ModelConfig",

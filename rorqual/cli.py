@@ -253,6 +253,7 @@ def serve(
     dtype: str | None = None,
     device: str | None = None,
     speculate: bool = False,
+    inside: bool = True,
     warm: int | None = None,
     first_timeout: float | None = 600.0,
     max_body: int = 16 * 2**20,
@@ -306,6 +307,8 @@ def serve(
         "cpu", "cuda", "cuda:1"; by default the GPU if there is one.
     speculate
         Draft with the checkpoint's MTP module.
+    inside
+        Requests may ask for what goes on inside the model: experts chosen, drafts, earlier tokens looked at.
     warm
         Answers at once that the engine gets ready for before the server listens: their kernels are compiled and their
         passes recorded. By default 64 on a GPU, none on a CPU.
@@ -350,6 +353,7 @@ def serve(
         drain=drain,
         cors=cors,
         strict=strict,
+        inside=inside,
     )
     options: dict[str, Any] = {"max_requests": max_requests, "speculate": speculate, "fp8_cache": fp8_cache}
     if not many.is_rank():

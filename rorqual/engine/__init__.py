@@ -3,6 +3,7 @@
 from rorqual.engine.core import EngineFull
 from rorqual.engine.engine import Engine
 from rorqual.engine.grammar import Grammar, GrammarError
+from rorqual.engine.inside import Facts, Inside, Look, Sight
 from rorqual.engine.loop import Answer, Completion, Delta, generate
 from rorqual.engine.request import Handle
 from rorqual.engine.sampling import Sampler, Sampling, SamplingError
@@ -15,12 +16,16 @@ __all__ = [
     "Delta",
     "Engine",
     "EngineFull",
+    "Facts",
     "Grammar",
     "GrammarError",
     "Handle",
+    "Inside",
+    "Look",
     "Sampler",
     "Sampling",
     "SamplingError",
+    "Sight",
     "TeamError",
     "generate",
     "generate_speculative",

@@ -22,8 +22,10 @@ class Batch:
     ids_N: Tensor
     step: PagedStep
     drawing: list[Request]
-    columns: Tensor
+    at: list[int]
     """Columns that are drawn from: the first of every drawing row, then the second of those with a draft."""
+    columns: Tensor
+    """The same on the device."""
     late: tuple[Tensor, Tensor] | None
     drafts: tuple[Tensor, Tensor] | None
     next_N: Tensor
@@ -124,4 +126,4 @@ def lay_out(plan: Plan, page_size: int, staging: Staging, one_group_of_chunks: b
     drafts = (sent[7], sent[8]) if draft_at else None
     step = PagedStep(positions_N, made, page_size)
     step.shared["slots", 1] = slots_N
-    return Batch(ids_N, step, drawing, columns_C, late, drafts, next_N, widths)
+    return Batch(ids_N, step, drawing, columns, columns_C, late, drafts, next_N, widths)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import traceback
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from rorqual.engine.looks import Looks
 from rorqual.engine.loop import Answer, Delta
 from rorqual.engine.pages import Pages
 from rorqual.engine.request import Handle, Request
@@ -18,6 +17,7 @@ from rorqual.engine.runner import Drawn, Flight, Pass, Runner
 from rorqual.engine.sampling import SamplingError
 from rorqual.engine.scheduler import Plan, Scheduler
 from rorqual.engine.team import Team, TeamError
+from rorqual.engine.thread import drive, forget_frames, waker
 from rorqual.kernels.held import refresh_scales
 from rorqual.kernels.linear import packing
 from rorqual.nn import InputError, Transformer
@@ -61,6 +61,9 @@ class Core:
         self.pages = Pages(pages + 1, rings, page_size, prefix_cache)
         self.scheduler = Scheduler(self.pages, slots, step_tokens, model.config.max_positions)
         self.runner = Runner(model, pages + 1, page_size, rings, slots, speculate, invariant, fp8_cache)
+        gathers = layout is not None and layout.gathers
+        self.facts = None if gathers else self.runner.facts
+        """What there is to see of the model for those who look inside; None where that isn't written."""
         self.max_waiting, self.speculate = max_waiting, speculate
         self._lock = threading.RLock()
         self._progress = threading.Condition(self._lock)
@@ -94,6 +97,8 @@ class Core:
                 f"the request may grow to {len(answer.prompt) + answer.sampling.max_new_tokens} tokens, but the "
                 f"engine's pages hold {held} in all: shorten it, lower max_new_tokens, or give the engine more memory"
             )
+        if answer.inside is not None and self.facts is None:
+            raise InputError("looking inside isn't written for data ranks that share experts: leave it out")
         with self._lock:
             if self._closed:
                 raise InputError("the engine is closed")
@@ -109,10 +114,17 @@ class Core:
             handle = Handle(self)
             self._arrivals += 1
             request = Request(answer, handle, priority, self._arrivals, list(answer.prompt))
+            request.looks = self.looks_of(answer)
             handle.request = request
             self.scheduler.add(request)
             self._progress.notify_all()
         return handle
+
+    def looks_of(self, answer: Answer) -> Looks | None:
+        """What collects an answer's tokens as seen from inside; None if it doesn't ask."""
+        if answer.inside is None or answer.done.inside is None or self.facts is None:
+            return None
+        return Looks(answer.inside, self.facts, len(answer.prompt), answer.done.inside)
 
     # ---------------------------------------------------------------------------------------- step
 
@@ -291,7 +303,7 @@ class Core:
         if drawn.error:
             self._fail([request], SamplingError(drawn.error))
             return
-        done = request.answer.done
+        done, looks = request.answer.done, request.looks
         if request.running:
             request.held += len(drawn.tokens) - 1
         done.drafted += drawn.drafted
@@ -303,7 +315,8 @@ class Core:
                 done.top_logprobs.append(drawn.top[i])
             request.ids.append(token)
             text = request.answer.take(token)
-            request.handle._put(Delta(0, token, text, done.finish_reason))
+            known = () if looks is None else looks.take(drawn, i, last=done.finish_reason is not None)
+            request.handle._put(Delta(0, token, text, done.finish_reason, known))
             if done.finish_reason is not None:
                 self._record(request)
                 self.scheduler.drop(request)
@@ -359,6 +372,8 @@ class Core:
                 self._progress.notify_all()
                 return
             request.answer.done.finish_reason = "cancelled"
+            if request.looks is not None:
+                request.looks.close()
             self.scheduler.drop(request)
             handle._notify()
             self._progress.notify_all()
@@ -418,9 +433,9 @@ class Core:
         with self._lock:
             if self._thread is None and not self._closed:
                 self._ended = threading.Event()
-                known = weakref.ref(self, _waker(self._progress))
+                known = weakref.ref(self, waker(self._progress))
                 self._thread = threading.Thread(
-                    target=_drive,
+                    target=drive,
                     args=(known, self._progress, self._ended),
                     name="rorqual-engine",
                     daemon=True,
@@ -463,42 +478,3 @@ class Core:
                 self.step()
             elif not handle._ready:
                 self._progress.wait(timeout=1.0)
-
-
-def _drive(known: weakref.ref[Core], progress: threading.Condition, ended: threading.Event) -> None:
-    """What an engine's thread does until it is told to end, or nobody knows the engine any more."""
-    while True:
-        with progress:
-            while True:
-                engine = known()
-                if engine is None or ended.is_set():
-                    return
-                if engine.busy:
-                    break
-                del engine
-                progress.wait()
-        if not engine._drive_once():
-            return
-        del engine
-
-
-def _waker(progress: threading.Condition) -> Any:
-    """For when an engine is gone: its thread looks."""
-
-    def wake(_: object) -> None:
-        with progress:
-            progress.notify_all()
-
-    return wake
-
-
-def forget_frames(error: BaseException | None) -> None:
-    """Let go of the frames an error came through, which keep a pass's tensors and the engine alive as long as somebody
-    keeps the error; where it came from stays as a note."""
-    if error is not None and error.__traceback__ is not None:
-        error.add_note("It came up in a pass of the engine:\n" + "".join(traceback.format_exception(error)))
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 
 from rorqual.engine.core import Core
+from rorqual.engine.inside import Inside
 from rorqual.engine.loop import Completion, Delta
 from rorqual.engine.prompts import answers_of, is_batch
 from rorqual.engine.request import Handle
@@ -171,21 +172,34 @@ class Engine(Core):
             raise InputError("warm an engine before it is started")
         return warm(self, max(1, min(most, self.slots)))
 
-    def submit(self, prompt: Any, sampling: Sampling | None = None, *, priority: int = 0) -> Handle:
-        """Queue one prompt (text, ids or a 1-D tensor). Higher `priority` is served first. Raises what
-        `model.generate` would for a bad prompt or sampling, and `EngineFull` when too many wait. Dropping the
-        handle does not stop the answer: `cancel` does."""
+    def submit(
+        self,
+        prompt: Any,
+        sampling: Sampling | None = None,
+        *,
+        priority: int = 0,
+        inside: Inside | None = None,
+    ) -> Handle:
+        """Queue one prompt (text, ids or a 1-D tensor). Higher `priority` is served first. `inside`: what to tell of
+        the model's inside, in `Delta.inside` as it becomes known and whole in `Completion.inside`; the tokens are the
+        same with it. Raises what `model.generate` would for a bad prompt or sampling, and `EngineFull` when too many
+        wait. Dropping the handle does not stop the answer: `cancel` does."""
         _check_priority(priority)
-        (answer,) = answers_of(self.model, [prompt], sampling)
+        (answer,) = answers_of(self.model, [prompt], sampling, inside)
         return self.submit_answer(answer, priority)
 
     def generate(
-        self, prompts: Any, sampling: Sampling | Sequence[Sampling] | None = None, *, priority: int = 0
+        self,
+        prompts: Any,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        priority: int = 0,
+        inside: Inside | None = None,
     ) -> Any:
         """`model.generate`, run by the engine: the same shapes, the same answers."""
         _check_priority(priority)
         many = is_batch(prompts)
-        answers = answers_of(self.model, list(prompts) if many else [prompts], sampling)
+        answers = answers_of(self.model, list(prompts) if many else [prompts], sampling, inside)
         handles = []
         try:
             for answer in answers:
@@ -198,10 +212,15 @@ class Engine(Core):
         return done if many else done[0]
 
     async def stream(
-        self, prompt: Any, sampling: Sampling | None = None, *, priority: int = 0
+        self,
+        prompt: Any,
+        sampling: Sampling | None = None,
+        *,
+        priority: int = 0,
+        inside: Inside | None = None,
     ) -> AsyncIterator[Delta]:
         """The answer to one prompt as it comes, for asyncio. Leaving the loop cancels the request."""
-        handle = self.submit(prompt, sampling, priority=priority)
+        handle = self.submit(prompt, sampling, priority=priority, inside=inside)
         try:
             async for delta in handle:
                 yield delta

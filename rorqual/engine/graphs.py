@@ -21,12 +21,16 @@ from rorqual.kernels.ahead import compiled_ahead
 from rorqual.kernels.single_ring import Rings
 from rorqual.nn.layout import apart
 from rorqual.nn.paged import Group, PagedStep
+from rorqual.nn.watch import Watch
 
 Forward = Callable[[Tensor, PagedStep], tuple[Tensor, Tensor]]
 """ids [1, N] and step -> what the pass gives: logits [N, V] and states that MTP reads."""
 
 Further = Callable[[Tensor, Tensor, PagedStep, Tensor], Tensor]
 """States, the ids [1, N] after them, step, and the tokens [S] to draft from -> logits [S, V]."""
+
+Kept = tuple[bool, bool]
+"""What a pass keeps for those who look inside: experts, and what indexers picked."""
 
 SIZES = (
     1,
@@ -103,7 +107,7 @@ class Graphs:
         self.page_size = page_size
         self.left, self.staging = left, staging
         self._rings = rings
-        self._made: dict[tuple[int, int, int], Recorded] = {}
+        self._made: dict[tuple[int, int, int, Kept], Recorded] = {}
         self._pool: Any = None
 
     def fits(self, count: int) -> bool:
@@ -115,22 +119,30 @@ class Graphs:
         """The pass recorded last, for those who measure."""
         return next(reversed(self._made.values()), None)
 
-    def run(self, requests: Sequence[Request], width: int, least: tuple[int, int] = (1, 1)) -> Recorded:
+    def run(
+        self,
+        requests: Sequence[Request],
+        width: int,
+        least: tuple[int, int] = (1, 1),
+        kept: Kept = (False, False),
+    ) -> Recorded:
         """The pass of these requests, each bringing its last token (and, if `width` is 2, its draft or a token in
         its place). `least`: sequences and page-table columns that the graph has room for at least (the same on all
-        ranks that meet in it)."""
+        ranks that meet in it). `kept`: choices to keep, for which there are graphs of their own: the same kernels, but
+        what bricks chose stays in memory until the next replay."""
         size = SIZES[bisect_left(SIZES, max(len(requests), least[0]))]
         blocks = max([least[1], *(len(r.pages) for r in requests)])
         blocks = max(8, 1 << (blocks - 1).bit_length())
         idle = self.left.newest_S.shape[0] - 1
         array = numbers(requests, size, width, blocks, idle)
-        key = (size, width, blocks)
+        key = (size, width, blocks, kept)
         if key not in self._made:
             packed = torch.zeros(
                 size * (FIELDS + blocks), dtype=torch.int64, device=self.left.newest_S.device
             )
             fields(packed, size)[4].fill_(idle)
-            self._made[key] = (self._record if packed.is_cuda else self._plainly)(packed, size, width)
+            record = self._record if packed.is_cuda else self._plainly
+            self._made[key] = record(packed, size, width, kept)
         made = self._made[key]
         self.staging.fill(array, made.packed)
         made.replay()
@@ -148,7 +160,7 @@ class Graphs:
         return made.drafting[:rows]
 
     def _pass(
-        self, packed: Tensor, size: int, width: int, offsets: Tensor
+        self, packed: Tensor, size: int, width: int, offsets: Tensor, kept: Kept
     ) -> tuple[Laid, PagedStep, Tensor, Tensor]:
         """What a graph holds."""
         laid = lay(packed, size, width, self.page_size, self.left)
@@ -171,6 +183,8 @@ class Graphs:
         step = PagedStep(laid.positions_N, [group], self.page_size)
         step.shared["slots", 1] = laid.slots_N
         step.shared["rings"] = self._rings
+        if any(kept):
+            step.watch = Watch(*kept)
         forward = self._forward()
         assert forward is not None
         return laid, step, *forward(laid.ids_N[None], step)
@@ -182,20 +196,20 @@ class Graphs:
         columns = offsets[:-1] + (made.counts - 1)
         return further(made.state, made.following.view(1, -1), made.step, columns)
 
-    def _prepared(self, packed: Tensor, size: int, width: int) -> tuple[Tensor, Recorded]:
+    def _prepared(self, packed: Tensor, size: int, width: int, kept: Kept) -> tuple[Tensor, Recorded]:
         """Memory that a pass is given from outside, and the pass run once."""
         offsets = torch.arange(0, size * width + 1, width, device=packed.device, dtype=torch.int32)
-        made = Recorded(packed, *self._pass(packed, size, width, offsets), lambda: None)
+        made = Recorded(packed, *self._pass(packed, size, width, offsets, kept), lambda: None)
         if self._further is not None:
             made.following = torch.zeros(size, width, dtype=torch.int64, device=packed.device)
             made.counts = torch.ones(size, dtype=torch.int64, device=packed.device)
         return offsets, made
 
-    def _plainly(self, packed: Tensor, size: int, width: int) -> Recorded:
-        offsets, made = self._prepared(packed, size, width)
+    def _plainly(self, packed: Tensor, size: int, width: int, kept: Kept) -> Recorded:
+        offsets, made = self._prepared(packed, size, width, kept)
 
         def again() -> None:
-            made.laid, made.step, made.logits, made.state = self._pass(packed, size, width, offsets)
+            made.laid, made.step, made.logits, made.state = self._pass(packed, size, width, offsets, kept)
 
         def mtp() -> None:
             made.drafting = self._after(made, offsets)
@@ -203,26 +217,26 @@ class Graphs:
         made.replay, made.replay_mtp = again, mtp
         return made
 
-    def _record(self, packed: Tensor, size: int, width: int) -> Recorded:
+    def _record(self, packed: Tensor, size: int, width: int, kept: Kept) -> Recorded:
         with _RECORDING:
-            return self._recorded(packed, size, width)
+            return self._recorded(packed, size, width, kept)
 
-    def _recorded(self, packed: Tensor, size: int, width: int) -> Recorded:
+    def _recorded(self, packed: Tensor, size: int, width: int, kept: Kept) -> Recorded:
         # What runs before recording compiles kernels and makes what they keep; `packed` is blank, so that no
         # live page is written to.
         side = _aside(packed.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             with contextlib.suppress(Exception), apart(), compiled_ahead():
-                self._prepared(packed, size, width)
-            offsets, made = self._prepared(packed, size, width)
+                self._prepared(packed, size, width, kept)
+            offsets, made = self._prepared(packed, size, width, kept)
             if self._further is not None:
                 self._after(made, offsets)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads (a communicator's watchdog) may look at events meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            made.laid, made.step, made.logits, made.state = self._pass(packed, size, width, offsets)
+            made.laid, made.step, made.logits, made.state = self._pass(packed, size, width, offsets, kept)
         self._pool = graph.pool()
         made.replay = graph.replay
         if self._further is not None:

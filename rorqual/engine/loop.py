@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rorqual.engine.draws import logprobs_of
 from rorqual.engine.grammar import GrammarError, GrammarState, fill_masks
+from rorqual.engine.inside import Inside, Look
 from rorqual.engine.sampling import Sampler, Sampling
 from rorqual.kernels.linear import packing
 from rorqual.nn import Cache, ContextError, InputError, Rows, Transformer
@@ -44,16 +45,20 @@ class Completion:
     drafted: int = 0
     """Tokens that MTP drafted for this answer, and how many of them stood."""
     accepted: int = 0
+    inside: list[Look] | None = None
+    """Where it was asked for: the tokens as seen from inside, in order, as far as that is known."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """One token as it comes: its row, id, the text it settles (may be empty), and the reason if last."""
+    """One token as it comes: its row, id, the text it settles (may be empty), and the reason if last. `inside`: what
+    has become known of tokens by now, where it was asked for; often of the token before this one."""
 
     row: int
     id: int
     text: str
     finish_reason: str | None = None
+    inside: tuple[Look, ...] = ()
 
 
 class Answer:
@@ -66,11 +71,13 @@ class Answer:
         ends: frozenset[int],
         decoder: StreamDecoder | None,
         grammar: GrammarState | None = None,
+        inside: Inside | None = None,
     ):
         self.prompt, self.sampling, self.ends, self.decoder = prompt, sampling, ends, decoder
         self.grammar = grammar
         """Where the answer stands in its sampling's grammar; moves on with every token taken."""
-        self.done = Completion(prompt_tokens=len(prompt))
+        self.inside = inside
+        self.done = Completion(prompt_tokens=len(prompt), inside=None if inside is None else [])
         if decoder is not None:
             self.done.text = ""
         if sampling.logprobs is not False:

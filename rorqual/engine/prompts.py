@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rorqual.engine.inside import Inside
 from rorqual.engine.loop import Answer, check_prompts, fit
 from rorqual.engine.sampling import Sampling
 from rorqual.nn import InputError, Transformer
@@ -18,10 +19,15 @@ Prompt = str | Sequence[int] | Tensor
 
 
 def answers_of(
-    model: Transformer, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None
+    model: Transformer,
+    prompts: Sequence[Prompt],
+    sampling: Sampling | Sequence[Sampling] | None,
+    inside: Inside | None = None,
 ) -> list[Answer]:
     """An answer to make for each prompt. Text, stop strings and grammars need a model with a tokenizer
     (`rorqual.Model`); ids do not. Raises `InputError`, `ContextError` or `SamplingError` for what can't be."""
+    if inside is not None and not isinstance(inside, Inside):
+        raise InputError(f"inside must be an Inside or None, got {inside!r:.80}")
     given: Any = model
     tokenizer = getattr(model, "tokenizer", None)
     ends: frozenset[int] = given.end_ids if hasattr(model, "end_ids") else frozenset(model.config.eos)
@@ -46,6 +52,7 @@ def answers_of(
             ends,
             tokenizer.stream() if tokenizer is not None else None,
             None if s.grammar is None else given.compiler.state(s.grammar),
+            inside,
         )
         for p, s in zip(ids, each, strict=True)
     ]

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from rorqual.engine.looks import Looks
 from rorqual.engine.loop import Answer, Completion, Delta
 from rorqual.engine.sampling import Sampling
 from rorqual.engine.staging import Coming
@@ -49,6 +50,8 @@ class Request:
     cached: int = 0
     """Prompt tokens that the prefix cache supplied when the request first ran."""
     preemptions: int = 0
+    looks: Looks | None = None
+    """What is told of the model's inside, if it asks for that."""
 
     @property
     def sampling(self) -> Sampling:

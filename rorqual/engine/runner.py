@@ -12,6 +12,8 @@ from rorqual.engine.batch import Batch, lay_out
 from rorqual.engine.draws import logprobs_of
 from rorqual.engine.grammar import fill_masks
 from rorqual.engine.graphs import Graphs, Recorded
+from rorqual.engine.inside import Facts, Inside
+from rorqual.engine.looks import Insight, Insights
 from rorqual.engine.packed import Left
 from rorqual.engine.rehearse import Rehearsals
 from rorqual.engine.request import Request
@@ -24,6 +26,7 @@ from rorqual.kernels.mode import invariant as batch_invariant
 from rorqual.kernels.single_ring import Rings
 from rorqual.nn import Transformer
 from rorqual.nn.paged import Group, PagedStep, Store, new_store
+from rorqual.nn.watch import Watch
 
 
 @dataclass
@@ -36,6 +39,8 @@ class Drawn:
     drafted: int = 0
     error: str = ""
     """Why nothing could be drawn: unsound logits, or a grammar that can't be followed."""
+    insight: Insight | None = None
+    """What the pass chose, if the request looks inside."""
 
 
 @dataclass
@@ -59,6 +64,10 @@ class Pass:
     state: Tensor
     """What MTP reads."""
     source: Batch | Recorded
+    at: list[int]
+    """The tokens' columns in the pass: of the first ones, then of the second ones."""
+    inside: Inside | None = None
+    """What is to be told of it, if anything."""
     drawn_4R: Tensor | None = None
     """With speculation what was drawn: first tokens, second tokens, how many of the two stand, and failures."""
     undrafted: bool = False
@@ -73,6 +82,7 @@ class Flight:
         self.passed, self.stuck = passed, stuck
         self._coming = Coming(drawn)
         self._logprobs: list[tuple[list[int], list[Tensor]]] = []
+        self._insights: Insights | None = None
 
     def note_logprobs(self, logits_RV: Tensor, ids_R: Tensor, rows: Sequence[int]) -> None:
         """Have the log-probabilities of these rows' tokens come along, for the requests that ask."""
@@ -86,6 +96,23 @@ class Flight:
         index = upload(picked, torch.int64, logits_RV.device)
         found = logprobs_of(logits_RV[index], ids_R[index], top)
         self._logprobs.append(([r for _, r in asking], self._coming.add(*found)))
+
+    def note_inside(self, facts: Facts) -> None:
+        """Have what the pass chose come along, for the requests that look inside."""
+        passed = self.passed
+        asking = [r for r, request in enumerate(passed.requests) if request.looks is not None]
+        if passed.inside is None or not asking:
+            return
+        places = {r: d for d, r in enumerate(passed.drafted)}
+        drafted = [r for r in asking if r in places and passed.widths[r] > 1]
+        at = [passed.at[r] for r in asking]
+        at += [passed.at[len(passed.requests) + places[r]] for r in drafted]
+        device = passed.first_RV.device
+        drafts = (
+            passed.drafts_D[upload([places[r] for r in drafted], torch.int64, device)] if drafted else None
+        )
+        self._insights = Insights(facts, asking, drafted)
+        self._insights.send(self._coming, passed.source.step.watch, upload(at, torch.int64, device), drafts)
 
     def depart(self) -> Flight:
         """Everything that is to come along has been asked for."""
@@ -110,7 +137,15 @@ class Flight:
                     out[r].logprobs.append(chosen)
                     best = list(zip(top_ids, top_values, strict=True))
                     out[r].top.append(best[: _alternatives(self.passed.requests[r])])
+        if self._insights is not None:
+            for r, insight in self._insights.land().items():
+                out[r].insight = insight
         return out
+
+
+def _kept(inside: Inside | None) -> tuple[bool, bool] | None:
+    """What a pass has to keep of its choices; None if nothing."""
+    return (inside.experts, bool(inside.seen)) if inside is not None and inside.watches else None
 
 
 def _alternatives(request: Request) -> int:
@@ -133,6 +168,7 @@ class Runner:
     ) -> None:
         self.invariant = invariant
         self.model, self.page_size, self.device, self.speculate = model, page_size, model.device, speculate
+        self.facts = Facts.of(model, fp8_cache, speculate)
         lanes = model.lanes(fp8_cache)
         if not speculate:
             lanes = lanes[: len(model.layers)]
@@ -199,7 +235,8 @@ class Runner:
         those without a draft is any."""
         assert self.graphs is not None
         width, rows = 1 + self.speculate, len(plan.decodes)
-        made = self.graphs.run(plan.decodes, width, self._least)
+        kept = _kept(plan.inside)
+        made = self.graphs.run(plan.decodes, width, self._least, kept or (False, False))
         logits = made.logits.unflatten(0, (-1, width))[:rows]
         ids, starts = (x.view(-1, width)[:rows] for x in (made.laid.ids_N, made.laid.positions_N))
         return Pass(
@@ -214,6 +251,8 @@ class Runner:
             starts[:, 0],
             made.state,
             made,
+            [r * width + second for second in range(width) for r in range(rows)],
+            plan.inside,
         )
 
     @property
@@ -249,7 +288,9 @@ class Runner:
         for late, table in ((batch.late, self._left.newest_S), (batch.drafts, self._left.draft_S)):
             if late is not None:
                 batch.ids_N[late[0]] = table[late[1]]
-        rows = len(batch.drawing)
+        rows, kept = len(batch.drawing), _kept(plan.inside)
+        if kept is not None:
+            batch.step.watch = Watch(*kept)
         if not self._by_rows:
             state = self._by_token(batch)
             parts = [self._head(state[:, c : c + 1]) for c in batch.columns.tolist()]
@@ -269,6 +310,8 @@ class Runner:
             batch.step.positions_N[batch.columns[:rows]],
             self._finished(state) if self.speculate else state,
             batch,
+            batch.at,
+            plan.inside,
         )
 
     def _head(self, state: Tensor) -> Tensor:
@@ -281,7 +324,8 @@ class Runner:
 
     def _by_token(self, batch: Batch) -> Tensor:
         """The pass token by token, each as if it were alone (batch-invariant mode without kernels for it)."""
-        states = []
+        states, watch = [], batch.step.watch
+        watches: list[Watch] = []
         for group in batch.step.groups:
             for s, (start, count) in enumerate(zip(group.starts, group.counts, strict=True)):
                 first = group.tokens.start + sum(group.counts[:s])
@@ -289,7 +333,12 @@ class Runner:
                     at = slice(first + j, first + j + 1)
                     alone = group.alone(s, start + j)
                     step = PagedStep(batch.step.positions_N[at], [alone], self.page_size)
+                    if watch is not None:
+                        step.watch = Watch(watch.experts, watch.seen)
+                        watches.append(step.watch)
                     states.append(self.model.run_paged(batch.ids_N[None, at], step, self.stores))
+        if watch is not None:
+            watch.take(watches)
         return torch.cat(states, 1)
 
     def _forward(self, ids_1N: Tensor, step: PagedStep) -> tuple[Tensor, Tensor]:
@@ -325,6 +374,8 @@ class Runner:
         if passed.drafted:
             second_D = drawn[1] if len(passed.drafted) == rows else drawn[1, self._index(passed.drafted)]
             flight.note_logprobs(passed.second_DV, second_D, passed.drafted)
+        if passed.inside is not None:
+            flight.note_inside(self.facts)
         flight.depart()
         passed.undrafted = self.speculate
         if self.speculate and all(r.answer.grammar is None for r in requests):

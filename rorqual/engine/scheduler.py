@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, field
 
+from rorqual.engine.inside import Inside
 from rorqual.engine.pages import Pages
 from rorqual.engine.request import Request
 
@@ -21,6 +22,8 @@ class Plan:
     ring_copies: list[tuple[int, int]] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)
     """Requests that have just been given a slot."""
+    inside: Inside | None = None
+    """What its requests want told of tokens that this pass takes in."""
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
@@ -45,6 +48,8 @@ class Scheduler:
         self.slots = list(range(slots - 1, -1, -1))
         self._waiting: list[tuple[tuple[int, int], Request]] = []
         self.preemptions = 0
+        self._looking: set[int] = set()
+        """Requests that look inside."""
 
     # ---------------------------------------------------------------------------------- membership
 
@@ -56,9 +61,12 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """A request joins those that wait."""
         heapq.heappush(self._waiting, (request.rank, request))
+        if request.looks is not None:
+            self._looking.add(id(request))
 
     def drop(self, request: Request) -> None:
         """A request leaves: all it holds is free."""
+        self._looking.discard(id(request))
         if request.running:
             self.running.remove(request)
             self._strip(request)
@@ -104,6 +112,8 @@ class Scheduler:
             if request.flying or not self._admit(request, plan):
                 break
             budget -= self._serve(request, budget, plan)
+        if self._looking:
+            plan.inside = _asked(plan)
         return plan
 
     def _serve(self, request: Request, budget: int, plan: Plan) -> int:
@@ -171,3 +181,14 @@ class Scheduler:
         self.running.append(request)
         plan.admitted.append(request)
         return True
+
+
+def _asked(plan: Plan) -> Inside | None:
+    """What the plan's requests want told of it. Of prompts nothing is; but a request that was thrown out brings tokens
+    of its answer as a chunk."""
+    asked: Inside | None = None
+    again = (r for r, count in plan.chunks if r.held + count == r.length > len(r.answer.prompt))
+    for request in (*plan.decodes, *again):
+        if request.looks is not None:
+            asked = request.looks.inside | asked
+    return asked

@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 
 from rorqual.engine.grammar import Grammar, GrammarError
+from rorqual.engine.inside import Inside, Look, Sight
 from rorqual.engine.loop import Answer, Delta
 from rorqual.engine.request import Handle, Request
 from rorqual.engine.sampling import Sampling, SamplingError
@@ -75,6 +76,8 @@ class _News:
     error: tuple[str, str] | None = None
     end: tuple[int, int, int, int] | None = None
     """Once it has ended: prompt tokens found in the prefix cache, preemptions, tokens drafted and accepted."""
+    inside: list[list[Any]] | None = None
+    """Where it is asked for, by token: what has become known of tokens with it (`_packed`)."""
 
 
 class Relay(Handle):
@@ -93,6 +96,8 @@ class Relay(Handle):
             news.logprobs = [*(news.logprobs or ()), done.logprobs[-1]]
         if done.top_logprobs is not None:
             news.top = [*(news.top or ()), done.top_logprobs[-1]]
+        if done.inside is not None:
+            news.inside = [*(news.inside or ()), [_packed(look) for look in delta.inside]]
 
     def _notify(self) -> None:
         assert self.request is not None
@@ -151,8 +156,9 @@ class Team:
         self._numbers += 1
         self._fronts[number] = request, row
         self._load[row] += 1
-        words = asdict(answer.sampling)
-        order = ["add", row, number, answer.prompt, words, priority, request.seed, sorted(answer.ends)]
+        words, ends = asdict(answer.sampling), sorted(answer.ends)
+        inside = None if answer.inside is None else asdict(answer.inside)
+        order = ["add", row, number, answer.prompt, words, priority, request.seed, ends, inside]
         self._orders.append(order)
         return handle
 
@@ -219,7 +225,8 @@ class Team:
             note["do"], self._orders = self._orders, []
         if self.layout.column == 0 and self._news:
             note["got"] = [
-                [number, n.tokens, n.logprobs, n.top, n.error, n.end] for number, n in self._news.items()
+                [number, n.tokens, n.logprobs, n.top, n.error, n.end, n.inside]
+                for number, n in self._news.items()
             ]
         self._news = {}
         notes = self._exchange(note)
@@ -269,7 +276,14 @@ class Team:
                     self._drop(*what[1:])
 
     def _add(
-        self, number: int, prompt: list[int], words: dict[str, Any], priority: int, seed: int, ends: list[int]
+        self,
+        number: int,
+        prompt: list[int],
+        words: dict[str, Any],
+        priority: int,
+        seed: int,
+        ends: list[int],
+        inside: dict[str, bool] | None,
     ) -> None:
         sampling, given = _sampling(words), self.core.model
         tokenizer = getattr(given, "tokenizer", None)
@@ -281,10 +295,11 @@ class Team:
             frozenset(ends),
             tokenizer.stream() if tokenizer is not None and sampling.stop else None,
             None if sampling.grammar is None else given.compiler.state(sampling.grammar),  # type: ignore[operator,union-attr]
+            None if inside is None else Inside(**inside),
         )
         handle = Relay(self, number)
         request = handle.request = Request(answer, handle, priority, number, list(prompt))
-        request.seed = seed
+        request.seed, request.looks = seed, self.core.looks_of(answer)
         self._own[number] = request
         self.core.scheduler.add(request)
 
@@ -322,13 +337,18 @@ class Team:
             if done.top_logprobs is not None and news.top is not None:
                 done.top_logprobs.append([(t, p) for t, p in news.top[i]])
             request.ids.append(token)
-            handle._put(Delta(0, token, request.answer.take(token), done.finish_reason))
+            known: tuple[Look, ...] = ()
+            if done.inside is not None and news.inside is not None:
+                known = tuple(_unpacked(look) for look in news.inside[i])
+                done.inside += known
+            text = request.answer.take(token)
+            handle._put(Delta(0, token, text, done.finish_reason, known))
         if news.end is not None:
             request.cached, request.preemptions, done.drafted, done.accepted = news.end
         if news.error is not None:
             name, text = news.error
-            known = ERRORS.get(name)
-            handle.error = known(text) if known else TeamError(f"rank {rank}: {name}: {text}")
+            kind = ERRORS.get(name)
+            handle.error = kind(text) if kind else TeamError(f"rank {rank}: {name}: {text}")
         if request.finished:
             self._dismiss(number)
         handle._notify()
@@ -421,6 +441,18 @@ class Team:
                 print(f"rank {self.layout.rank} ends: {self.error}", file=sys.stderr, flush=True)
                 os._exit(1)  # the thread that runs the engine hangs in a call that nothing will answer
             return
+
+
+def _packed(look: Look) -> list[Any]:
+    """A look as JSON has it."""
+    seen = None if look.seen is None else [(s.layer, s.positions, s.every) for s in look.seen]
+    return [look.index, look.experts, look.drafted, look.refused, seen]
+
+
+def _unpacked(fields: list[Any]) -> Look:
+    index, experts, drafted, refused, seen = fields
+    sights = None if seen is None else [Sight(*sight) for sight in seen]
+    return Look(index, experts, drafted, tuple(refused), sights)
 
 
 def _sampling(words: dict[str, Any]) -> Sampling:

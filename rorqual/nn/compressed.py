@@ -102,12 +102,13 @@ class EntryIndexer(nn.Module):
         ratio = self.compressor.part.ratio
         chosen: list[Tensor | None] = []
         for g in step.groups:
-            chosen.append(
-                index_choose(
-                    q[g.tokens], w[g.tokens], pages, g.table_SB, step.numbers(g).seq_N, step.finished(g, ratio),
-                    k=p.top_k, max_keys=max(1, g.end // ratio),
-                )
+            best = index_choose(
+                q[g.tokens], w[g.tokens], pages, g.table_SB, step.numbers(g).seq_N, step.finished(g, ratio),
+                k=p.top_k, max_keys=max(1, g.end // ratio),
             )  # fmt: skip
+            chosen.append(best)
+            if step.watch is not None:
+                step.watch.saw(step.layer, best)
         return chosen
 
 

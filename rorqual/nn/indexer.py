@@ -120,6 +120,8 @@ class Indexer(nn.Module):
                 q_1NHd[0, at], w_1NH[0, at], pages_PTd, g.table_SB, g.seq_N.int(),
                 (step.positions_N[at] + 1).int(), k=self.part.top_k, max_keys=g.end,
             )  # fmt: skip
+            if step.watch is not None:
+                step.watch.saw(step.layer, chosen)
             found.append(places(chosen, g.table_SB, g.seq_N, pages_PTd.shape[1]))
         return found[0] if len(found) == 1 else torch.cat(found)
 

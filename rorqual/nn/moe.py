@@ -95,8 +95,10 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor, ids_BT: Tensor, step: Step) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
         if step.trace is None and not torch.is_grad_enabled() and usable(x_ND):
-            return self._fast(x_ND, ids_BT.flatten()).view_as(x_BTD)
+            return self._fast(x_ND, ids_BT.flatten(), step).view_as(x_BTD)
         choice = self.router(x_ND, ids_BT.flatten())
+        if step.watch is not None:
+            step.watch.chose(step.layer, choice.ids)
         if step.trace is not None:
             real_N = step.rows.real_BT.flatten()
             step.trace.experts[step.layer] = (
@@ -109,10 +111,12 @@ class MoE(nn.Module):
             y_ND = y_ND + self.shared(x_ND)
         return y_ND.view_as(x_BTD)
 
-    def _fast(self, x_ND: Tensor, token_N: Tensor) -> Tensor:
+    def _fast(self, x_ND: Tensor, token_N: Tensor, step: Step) -> Tensor:
         """The same by kernels: routing, and all experts, shared ones among them, in a few launches."""
         s = self.shared
         ids_NK, weights_NK = self.router.fast(x_ND, token_N)
+        if step.watch is not None:
+            step.watch.chose(step.layer, ids_NK)
         shared = None
         if s is not None:
             gate, up, down = (Weights(m.weight, m.scale, m.block) for m in (s.gate, s.up, s.down))

@@ -22,7 +22,7 @@ from torch import Tensor
 from rorqual.family.parts import Rope
 from rorqual.nn.cache import ROLLBACK, LayerCache
 from rorqual.nn.rope import Rotation, rotation
-from rorqual.nn.step import Rows, Step
+from rorqual.nn.step import Rows, Step, Trace
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,13 @@ class PagedStep(Step):
         fast = brick.paged(x_1ND, self, cache)
         if fast is not None:
             return fast
-        parts = [g.flat(brick(g.rows(x_1ND), g.step, brick.view(cache, g))) for g in self.groups]
+        parts = []
+        for g in self.groups:
+            rows = g.step
+            rows.trace = None if self.watch is None else Trace()
+            parts.append(g.flat(brick(g.rows(x_1ND), rows, brick.view(cache, g))))
+            if self.watch is not None and rows.trace is not None and rows.trace.selected:
+                self.watch.saw(self.layer, g.flat(rows.trace.selected[rows.layer]))
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
 

@@ -116,6 +116,8 @@ def feed(
     # Experts that may start early ask for matrices that need no choice; in bf16 two launches gain nothing by it.
     ahead = state is not None or stacks[0].scale is not None
     choice = chosen(logits_NE, router.bias, rule, table, token, ahead)
+    if step is not None and step.watch is not None:
+        step.watch.chose(step.layer, choice[0])
     y = single_experts.through_experts(
         normed_ND, choice, *stacks, limit=e.limit, shared=shared, residual_1D=x_ND, state=state
     )

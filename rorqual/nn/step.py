@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rorqual.family.parts import Rope
 from rorqual.nn.rope import Rotation, rotation
+from rorqual.nn.watch import Watch
 
 
 class Rows:
@@ -80,6 +81,9 @@ class Trace:
 
 class Step:
     """One forward pass: its rows, and rotations and masks shared by all layers."""
+
+    watch: Watch | None = None
+    """Keeps what a paged pass chose, where somebody looks inside."""
 
     def __init__(self, rows: Rows, trace: Trace | None = None) -> None:
         self.rows, self.trace = rows, trace

@@ -190,7 +190,8 @@ class Transformer(nn.Module):
             return self._through(ids_1N, step, stores)
         x, pending = self.embed(ids_1N), None
         layers: Any = self.layers
-        for layer, store in zip(layers, stores, strict=False):
+        for index, (layer, store) in enumerate(zip(layers, stores, strict=False)):
+            step.layer = index
             x, pending = layer.deferred(x, pending, ids_1N, step, store)
         return x if pending is None else x + pending
 

@@ -17,7 +17,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from rorqual.engine import Engine, TeamError
-from rorqual.serve import chat, completions, messages, responses, tokens
+from rorqual.serve import chat, completions, inside, messages, responses, tokens
 from rorqual.serve.ask import Ask
 from rorqual.serve.body import read_body
 from rorqual.serve.driver import Running
@@ -83,6 +83,7 @@ def create_app(
     for path in ("/models", "/v1/models"):
         app.add_api_route(path, doors.guarded(doors.models), methods=["GET"])
         app.add_api_route(path + "/{name}", doors.guarded(doors.model), methods=["GET"])
+    app.add_api_route("/inside", doors.guarded(doors.inside), methods=["GET"])
     app.add_api_route("/health", doors.health, methods=["GET"])
     app.add_api_route("/ready", doors.ready, methods=["GET"])
     app.add_api_route("/metrics", doors.guarded(doors.figures), methods=["GET"])
@@ -208,6 +209,10 @@ class Doors:
     def _card(self, name: str) -> dict[str, Any]:
         told = {"id": name, "object": "model", "created": self.service.created, "owned_by": "rorqual"}
         return told | {"context_window": self.service.context}
+
+    async def inside(self, request: Request) -> Response:
+        """What requests may have told of the model's inside."""
+        return _json(inside.describe(self.service))
 
     async def health(self) -> Response:
         """Whether the process works: its engine's thread lives."""

@@ -9,12 +9,14 @@ from rorqual.serve.ask import Ask
 from rorqual.serve.body import Body, between, bias_of, parse, stops_of
 from rorqual.serve.driver import Job
 from rorqual.serve.errors import Refusal
+from rorqual.serve.inside import Pane, Watcher, Wish, facts_of, wish_of
 from rorqual.serve.meta import Meta
 from rorqual.serve.parts import (
     CallArguments,
     CallStart,
     Content,
     End,
+    Glimpse,
     Part,
     Reasoning,
     TokenInfo,
@@ -61,6 +63,7 @@ class ChatRequest(Body):
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    inside: bool | dict[str, Any] | None = None
     user: Any = None
     user_id: Any = None
     metadata: Any = None
@@ -71,8 +74,8 @@ class ChatRequest(Body):
     verbosity: Any = None
 
 
-def job_of(request: ChatRequest, service: Service) -> Job:
-    """The job that a request asks for. Raises Refusal."""
+def job_of(request: ChatRequest, service: Service, wish: Wish | None = None) -> Job:
+    """The job that a request asks for; `wish`: what it asks of the model's inside. Raises Refusal."""
     service.check_model(request.model)
     between("temperature", request.temperature, 0, 2)
     between("top_p", request.top_p, 0, 1)
@@ -93,6 +96,9 @@ def job_of(request: ChatRequest, service: Service) -> Job:
         content=content,
         schema=schema,
     )
+    top = (request.top_logprobs or True) if request.logprobs else None
+    if wish is not None:  # for both the same figures, from which each takes what it asked for
+        top = max(request.top_logprobs or 0, wish.alternatives) or True
     limit = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
     return service.talk(
         talk,
@@ -108,7 +114,9 @@ def job_of(request: ChatRequest, service: Service) -> Job:
         presence_penalty=request.presence_penalty,
         logit_bias=bias_of(request.logit_bias),
         seed=request.seed,
-        logprobs=(request.top_logprobs or True) if request.logprobs else None,
+        logprobs=top,
+        inside=wish.inside if wish is not None and wish.looks else None,
+        watcher=None if wish is None else lambda: Watcher(wish.looks),
     )
 
 
@@ -164,7 +172,7 @@ def body(meta: Meta, turns: Sequence[Turn], tokenizer: Tokenizer) -> dict[str, A
             ]
         choice = {"index": index, "message": message, "logprobs": None, "finish_reason": turn.finish}
         if meta.logprobs:
-            choice["logprobs"] = _logprobs(turn.content_tokens, turn.reasoning_tokens, tokenizer)
+            choice["logprobs"] = _logprobs(turn.content_tokens, turn.reasoning_tokens, tokenizer, meta.top)
         choices.append(choice | _problem(turn.end))
     return _head(meta, "chat.completion") | {"choices": choices, "usage": usage(usage_of(turns))}
 
@@ -172,8 +180,18 @@ def body(meta: Meta, turns: Sequence[Turn], tokenizer: Tokenizer) -> dict[str, A
 class Chunks:
     """The parts of an answer as chunks of a stream, in order."""
 
-    def __init__(self, meta: Meta, tokenizer: Tokenizer, *, n: int = 1, include_usage: bool = False) -> None:
+    def __init__(
+        self,
+        meta: Meta,
+        tokenizer: Tokenizer,
+        *,
+        n: int = 1,
+        include_usage: bool = False,
+        pane: Pane | None = None,
+    ) -> None:
         self.meta, self.tokenizer, self.include_usage = meta, tokenizer, include_usage
+        self._pane = pane
+        self._glimpses: dict[int, list[Glimpse]] = {}
         self._head = _head(meta, "chat.completion.chunk") | ({"usage": None} if include_usage else {})
         self._opened = [False] * n
         self._usage = Usage()
@@ -183,6 +201,20 @@ class Chunks:
         if not self._opened[index]:
             self._opened[index] = True
             yield self._chunk(index, {"role": "assistant", "content": ""})
+        if isinstance(part, Glimpse):  # for the next chunk; if another comes before it, for one of its own
+            if index in self._glimpses:
+                yield self._chunk(index, {}) | self._told(index)
+            self._glimpses.setdefault(index, []).append(part)
+            return
+        for chunk in self._chunks(index, part):
+            yield chunk | self._told(index)
+
+    def _told(self, index: int) -> dict[str, Any]:
+        """What goes with the next chunk of a choice from inside, if anything."""
+        glimpses = self._glimpses.pop(index, None)
+        return {} if glimpses is None or self._pane is None else {"inside": self._pane.told(index, glimpses)}
+
+    def _chunks(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
         match part:
             case Reasoning(text, tokens):
                 yield self._chunk(index, {"reasoning_content": text}, logprobs=([], tokens))
@@ -214,7 +246,7 @@ class Chunks:
     ) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
         if logprobs is not None and self.meta.logprobs:
-            choice["logprobs"] = _logprobs(*logprobs, self.tokenizer)
+            choice["logprobs"] = _logprobs(*logprobs, self.tokenizer, self.meta.top)
         return self._head | {"choices": [choice | extra]}
 
 
@@ -249,16 +281,16 @@ def _problem(end: End | None) -> dict[str, Any]:
 
 
 def _logprobs(
-    content: Sequence[TokenInfo], reasoning: Sequence[TokenInfo], tokenizer: Tokenizer
+    content: Sequence[TokenInfo], reasoning: Sequence[TokenInfo], tokenizer: Tokenizer, most: int
 ) -> dict[str, Any]:
-    told: dict[str, Any] = {"content": [_token(info, tokenizer) for info in content], "refusal": None}
+    told: dict[str, Any] = {"content": [_token(info, tokenizer, most) for info in content], "refusal": None}
     if reasoning:
-        told["reasoning_content"] = [_token(info, tokenizer) for info in reasoning]
+        told["reasoning_content"] = [_token(info, tokenizer, most) for info in reasoning]
     return told
 
 
-def _token(info: TokenInfo, tokenizer: Tokenizer) -> dict[str, Any]:
-    top = [_spelled(token, logprob, tokenizer) for token, logprob in info.top]
+def _token(info: TokenInfo, tokenizer: Tokenizer, most: int) -> dict[str, Any]:
+    top = [_spelled(token, logprob, tokenizer) for token, logprob in info.top[:most]]
     return _spelled(info.id, info.logprob, tokenizer) | {"top_logprobs": top}
 
 
@@ -290,15 +322,18 @@ class Writer:
 def ask(raw: bytes, service: Service) -> Ask:
     """Understand a request. Raises Refusal."""
     request = parse(ChatRequest, raw, strict=service.settings.strict)
-    job = job_of(request, service)
-    meta = Meta(service.settings.name, logprobs=bool(request.logprobs))
+    wish = wish_of(request.inside, bool(request.stream), service)
+    job = job_of(request, service, wish)
+    meta = Meta(service.settings.name, logprobs=bool(request.logprobs), top=request.top_logprobs or 0)
     tokenizer, n = service.tokenizer, len(job.answers)
+    facts, prompt = facts_of(service), len(job.answers[0].prompt)
+    pane = None if wish is None or facts is None else Pane(wish, facts, prompt, tokenizer, n)
     include = wants_usage(request.stream_options)
     return Ask(
         job,
         bool(request.stream),
         lambda turns: body(meta, turns, tokenizer),
-        lambda: Writer(Chunks(meta, tokenizer, n=n, include_usage=include)),
+        lambda: Writer(Chunks(meta, tokenizer, n=n, include_usage=include, pane=pane)),
     )
 
 

@@ -77,7 +77,9 @@ class Ticket:
         if done.logprobs is not None:
             places = range(self.seen, self.seen + len(deltas))
             tops = done.top_logprobs
-            infos = [TokenInfo(done.ids[i], done.logprobs[i], tuple(tops[i]) if tops else ()) for i in places]
+            infos = [
+                TokenInfo(done.ids[i], done.logprobs[i], tuple(tops[i]) if tops else (), i) for i in places
+            ]
         self.seen += len(deltas)
         cached = handle.request.cached if handle.request is not None else 0
         return News(deltas, infos, done if over else None, cached, handle.error)
@@ -331,6 +333,10 @@ class Running:
             parts += reader.feed(delta, info)
             if reader.stopped:
                 break
+        if reader.watcher is not None and (glimpse := reader.glimpse()):
+            # It goes with the last of them, when all letters are out.
+            parts = [part for _, part in merged([(number, part) for part in parts])]
+            parts[-1:] = [*glimpse, *parts[-1:]]
         if news.error is not None:
             raise self._refusal(news.error)
         if reader.stopped or news.done is not None:

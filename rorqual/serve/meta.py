@@ -11,11 +11,12 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """An answer's id, model and time. logprobs: they were asked for."""
+    """An answer's id, model and time. logprobs: they were asked for, with the `top` likeliest."""
 
     model: str
     prefix: str = "chatcmpl-"
     logprobs: bool = False
+    top: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
     number: str = field(default_factory=lambda: secrets.token_hex(16))
 

@@ -8,9 +8,10 @@ for markers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from rorqual.engine import Completion, Delta
+from rorqual.engine import Completion, Delta, Look
 from rorqual.text import (
     CallBegin,
     CallDelta,
@@ -23,14 +24,19 @@ from rorqual.text import (
     ToolCall,
 )
 
+if TYPE_CHECKING:
+    from rorqual.serve.inside import Watcher
+
 
 @dataclass(frozen=True, slots=True)
 class TokenInfo:
-    """A token with its log-probability, and the likeliest alternatives as (id, log-probability)."""
+    """A token with its log-probability, the likeliest alternatives as (id, log-probability), and its place in the
+    answer."""
 
     id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    place: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,15 @@ class CallStop:
 
 
 @dataclass(frozen=True, slots=True)
+class Glimpse:
+    """Tokens as seen from inside, for who asked: each with the part that its letters went to ("reasoning", "content",
+    "call" or "markup"). `count`: tokens of the answer so far."""
+
+    tokens: tuple[tuple[TokenInfo, str, Look], ...]
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens: of the prompt, of those found in the prefix cache, of the answer, of those in its reasoning."""
 
@@ -108,7 +123,7 @@ class End:
     unparsed: str = ""
 
 
-Part = Reasoning | Content | CallStart | CallArguments | CallStop | End
+Part = Reasoning | Content | CallStart | CallArguments | CallStop | Glimpse | End
 
 
 class Stops:
@@ -154,7 +169,8 @@ class _Spoken:
 class _Channel:
     """One of the two texts of an answer, and the tokens that bring it."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, watcher: Watcher | None) -> None:
+        self.name, self.watcher = name, watcher
         self.sent = 0
         self.read = 0
         self._waiting: list[_Spoken] = []
@@ -168,7 +184,10 @@ class _Channel:
         self.sent += len(text)
         ready = [s for s in self._waiting if last or s.start < self.sent]
         self._waiting = [s for s in self._waiting if not last and s.start >= self.sent]
-        return tuple(token for spoken in ready for token in spoken.tokens)
+        tokens = tuple(token for spoken in ready for token in spoken.tokens)
+        if self.watcher is not None:
+            self.watcher.settled(tokens, self.name)
+        return tokens
 
 
 class Reader:
@@ -176,7 +195,8 @@ class Reader:
 
     parser: the generation's, or None for text without a form. stops: strings that end the answer where they stand in
     its content; reasoning and calls may hold them. new_id: makes ids of calls. logprobs: give the tokens with the text.
-    one_call: the answer ends with its first call.
+    one_call: the answer ends with its first call. watcher: is told of tokens and where their letters went; `glimpse` is
+    then what has come to be known.
     Once `stopped` is set the rest of the answer isn't wanted: the caller cancels it, and feeds no more.
     """
 
@@ -188,8 +208,9 @@ class Reader:
         new_id: Callable[[int], str] = "call_{}".format,
         logprobs: bool = False,
         one_call: bool = False,
+        watcher: Watcher | None = None,
     ) -> None:
-        self.parser, self.new_id, self.one_call = parser, new_id, one_call
+        self.parser, self.new_id, self.one_call, self.watcher = parser, new_id, one_call, watcher
         self.calls: list[ToolCall] = []
         self.parsed: Parsed | None = None
         self.stopped = False
@@ -197,7 +218,7 @@ class Reader:
         self.reasoning_tokens = 0
         self._stops = Stops(stops)
         self._logprobs = logprobs
-        self._content, self._reasoning = _Channel(), _Channel()
+        self._content, self._reasoning = _Channel("content", watcher), _Channel("reasoning", watcher)
         self._silent: list[TokenInfo] = []  # tokens without text of their own: parts of a character
         self._text = ""  # what the parser has not read yet
         self._starts: list[tuple[int, list[TokenInfo]]] = []  # tokens by where they begin in `_text`
@@ -213,9 +234,16 @@ class Reader:
         events = self.parser.feed(delta.text) if self.parser else _plain(delta.text)
         if "reasoning" in (before, self.parser.inside if self.parser else before):
             self.reasoning_tokens += 1
+        if self.watcher is not None and info is not None:
+            self.watcher.came(info, delta.inside)
         if self._logprobs:
             self._attribute(delta.text, info, events)
         return list(self._parts(events))
+
+    def glimpse(self, *, last: bool = False) -> list[Part]:
+        """What has become known of tokens as seen from inside, and at the end all that is left of them."""
+        tokens = self.watcher.known(last=last) if self.watcher is not None else ()
+        return [Glimpse(tokens, len(self.ids))] if tokens else []
 
     def end(self, done: Completion, cached: int) -> list[Part]:
         """The answer is over, by its end token, its length or a stop string: what was held back, and `End`."""
@@ -231,6 +259,7 @@ class Reader:
         if not self.stopped:
             parts += self._loose()
             parts += self._left()
+        parts += self.glimpse(last=True)
         usage = Usage(done.prompt_tokens, cached, len(self.ids), self.reasoning_tokens)
         if self.stopped:
             found = self._stops.found
@@ -299,7 +328,7 @@ class Reader:
         read = (
             len(self._text) if last or self.parser is None else max(0, len(self._text) - self.parser.unread)
         )
-        spans: list[tuple[int, int, _Channel, int]] = []
+        spans: list[tuple[int, int, _Channel | None, int]] = []
         at = 0
         for event in events:
             if isinstance(event, ReasoningDelta | ContentDelta):
@@ -308,6 +337,13 @@ class Reader:
                 at = begin + len(event.text)
                 spans.append((begin, at, channel, channel.read))
                 channel.read += len(event.text)
+            elif self.watcher is not None and (letters := self.watcher.letters(event, self._text)):
+                begin = self._text.find(letters, at)
+                if begin >= 0:
+                    at = begin + len(letters)
+                    spans.append((begin, at, None, 0))
+        if self.watcher is not None and not last and self._in_calls(events):
+            read = min(read, at)  # what these tokens are will be seen when their call says more
         kept: list[tuple[int, list[TokenInfo]]] = []
         if not self._starts:
             self._text = self._text[read:]
@@ -318,12 +354,19 @@ class Reader:
                 kept.append((start - read, tokens))
                 continue
             span = next((s for s in spans if s[0] < stop and start < s[1]), None)
-            if span is not None:
+            if span is not None and span[2] is not None:
                 span[2].note(span[3] + max(start - span[0], 0), tokens)
-            elif stop > read and not last:  # partly unread: what it becomes is not known yet
+            elif span is None and stop > read and not last:  # partly unread: what it becomes is not known yet
                 kept.append((0, tokens))
+            elif self.watcher is not None:
+                self.watcher.settled(tokens, "markup" if span is None else "call")
         self._starts = kept
         self._text = self._text[read:]
+
+    def _in_calls(self, events: Sequence[Event]) -> bool:
+        """Whether reading stands among calls and nothing new was said of any."""
+        told = any(isinstance(event, CallBegin | CallDelta | CallEnd) for event in events)
+        return not told and self.parser is not None and self.parser.inside == "calls"
 
 
 def _plain(text: str) -> list[Event]:

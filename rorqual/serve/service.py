@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rorqual.engine import Grammar, Sampling
+from rorqual.engine import Grammar, Inside, Sampling
 from rorqual.engine.prompts import answers_of
 from rorqual.nn import ContextError
 from rorqual.serve.driver import Driver, Job
@@ -19,6 +19,9 @@ from rorqual.serve.settings import Settings
 from rorqual.serve.tools import Choice, banned, grammar_of
 from rorqual.text import Encoding, Tokenizer
 from rorqual.text.tokens import END_THINK
+
+if TYPE_CHECKING:
+    from rorqual.serve.inside import Watcher
 
 EFFORTS = {
     "none": None, "minimal": "low", "low": "low", "medium": "high", "high": "high", "xhigh": "high",
@@ -129,9 +132,12 @@ class Service:
         n: int = 1,
         stops: Sequence[str] = (),
         call_id: str = "call_{}",
+        inside: Inside | None = None,
+        watcher: Callable[[], Watcher] | None = None,
         **options: Any,
     ) -> Job:
-        """The job of answering a conversation; `options` as of `Sampling`. Raises Refusal."""
+        """The job of answering a conversation; `options` as of `Sampling`. `inside`: what the engine is to tell;
+        `watcher` makes what puts it together for an answer. Raises Refusal."""
         encoding, tokenizer = self.encoding, self.tokenizer
         if (
             len(talk.messages) > self.context
@@ -141,6 +147,8 @@ class Service:
         thinking, effort = thinks(talk, encoding)
         if talk.tools and not encoding.supports_tools:
             raise Refusal(400, "this model's chat format has no tools", "tools", "unsupported")
+        if talk.tools and thinking and encoding.tools == "chat":
+            raise Refusal(400, "this model calls tools only without thinking", "thinking", "unsupported")
         options_of = {"tools": talk.tools or None, "thinking": thinking}
         messages, known = self.memory.recall(talk.messages)
         try:
@@ -180,10 +188,11 @@ class Service:
                 new_id=lambda index: call_id.format(secrets.token_hex(12)),
                 logprobs=options.get("logprobs") not in (None, False),
                 one_call=one_call,
+                watcher=watcher() if watcher is not None else None,
             )
             for parser in parsers
         ]
-        job = self.job(prompt, readers, limit, **options)
+        job = self.job(prompt, readers, limit, inside=inside, **options)
         return replace(job, on_end=self._remember)
 
     def job(
@@ -193,12 +202,13 @@ class Service:
         limit: int | None,
         *,
         param: str | None = None,
+        inside: Inside | None = None,
         **options: Any,
     ) -> Job:
         """The job of continuing ids, once a reader. `param`: the field that holds the prompt."""
         try:
             sampling = self.sampling(limit, len(prompt), **options)
-            return Job(answers_of(self.model, [prompt] * len(readers), sampling), readers)
+            return Job(answers_of(self.model, [prompt] * len(readers), sampling, inside), readers)
         except ValueError as error:
             raise refusal_of(error, param=param) from error
 

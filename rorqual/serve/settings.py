@@ -19,7 +19,8 @@ class Settings:
     answer that names no limit; None for what the context leaves. `strict` refuses unknown fields, which are ignored
     otherwise. `cors`: origins that browsers may call from. `retry_after`: seconds that a client turned away is
     asked to wait. `drain`: seconds that a shutdown leaves to answers under way. `remembered`: tokens of past
-    answers kept, so that they go back into a context exactly as they were written.
+    answers kept, so that they go back into a context exactly as they were written. `inside`: requests may ask
+    for what goes on inside the model.
     """
 
     name: str = "rorqual"
@@ -39,6 +40,7 @@ class Settings:
     retry_after: int = 1
     drain: float = 60.0
     remembered: int = 8_000_000
+    inside: bool = True
 
     def __post_init__(self) -> None:
         for key in self.keys:

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from rorqual.engine.engine import Engine
+from rorqual.engine.inside import Inside
 from rorqual.engine.sampling import Sampling
 from rorqual.model import Model
+from rorqual.nn import InputError
 from rorqual.nn.layout import Layout
 from rorqual.nn.paged import page_bytes, ring_bytes
 from tests.engine.conftest import config
@@ -272,6 +274,29 @@ def doubtful() -> list[Any]:
 
 async def _streamed(engine: Engine) -> list[int]:
     return [delta.id async for delta in engine.stream([3, 6, 4], GREEDY)]
+
+
+def look_inside() -> list[str]:
+    """What is told from inside by two ranks of a tensor row, one of which drafts; and by two rows that share experts."""
+    asked, out = Inside(experts=True, drafts=True, seen=True), []
+    for kind, numbers, speculate in (("v3", (1, 2), True), ("v32", (1, 2), False), ("v3", (2, 1), False)):
+        engine = engine_of(
+            stirred(kind), Layout(*numbers, device="cpu"), 200, speculate=speculate, ahead=speculate
+        )
+        if not engine.leads:
+            engine.follow()
+            continue
+        with engine:
+            try:
+                done = engine.generate(list(range(20, 29)), GREEDY, inside=asked)
+            except InputError:
+                out.append("refused")
+                continue
+        alone = Engine(stirred(kind), page_size=4, memory=2**20, speculate=speculate)
+        right = alone.generate(list(range(20, 29)), GREEDY, inside=asked)
+        full = len(right.inside) == 10 and any(look.experts for look in right.inside)
+        out.append("told" if full and done.inside == right.inside else f"{done.inside} is not {right.inside}")
+    return out
 
 
 def differ() -> str:

@@ -12,6 +12,7 @@ from rorqual.family import MLA, Layer, ModelConfig, MoE, Rope, Router, SwiGLU
 from rorqual.kernels import cache_write
 from rorqual.nn import Transformer, single
 from rorqual.nn.paged import Group, PagedStep, new_store
+from rorqual.nn.watch import Watch
 from tests.interpreter import repair
 
 PAGE = 64
@@ -46,8 +47,8 @@ def model_of(q_rank: int | None, router: Router) -> Transformer:
 
 def state(
     model: Transformer, on: bool, width: int, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Tensor, list[Tensor]]:
-    """After both layers of a pass of `width` tokens behind 70 others; and the pages."""
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """After both layers of a pass of `width` tokens behind 70 others; the pages; and the experts chosen, in order."""
     monkeypatch.setattr(single, "ON", on)
     device, end = model.device, 70 + width
     torch.manual_seed(5)
@@ -60,8 +61,11 @@ def state(
     group = Group(slice(0, width), [], [], width, 192, table, torch.zeros_like(ends), ends, offsets, True)
     step = PagedStep(torch.arange(70, end, device=device), [group], PAGE)
     ids = torch.tensor([[11, 31]], device=device)[:, :width]
+    step.watch = Watch(True, True)
     with torch.no_grad():
-        return model.run_paged(ids, step, stores), [store["latent"] for store in stores]
+        x = model.run_paged(ids, step, stores)
+    chosen = step.watch.experts_at([1], torch.arange(width, device=device))
+    return x, [store["latent"] for store in stores], chosen.sort(-1).values
 
 
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -92,11 +96,12 @@ def test_same_state(
         ways.append("fed" if y is not None else "-")
         return y
 
-    want, pages = state(model, False, width, monkeypatch)
+    want, pages, experts = state(model, False, width, monkeypatch)
     monkeypatch.setattr(single, "attend", noted_attend)
     monkeypatch.setattr(single, "feed", noted_feed)
-    got, others = state(model, True, width, monkeypatch)
+    got, others, chosen = state(model, True, width, monkeypatch)
     assert ways == ["attention", "fed", "attention", "fed" if width == 1 else "-"]
+    assert torch.equal(chosen, experts)
     assert float((got.double() - want.double()).abs().max() / want.double().abs().max()) < 2e-2
     for page, other in zip(pages, others, strict=True):
         assert float((page.double() - other.double()).abs().max() / page.double().abs().max()) < 1e-2

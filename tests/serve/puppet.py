@@ -5,14 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from fractions import Fraction
 from types import SimpleNamespace
 
+import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from rorqual.engine import Delta, EngineFull, Handle
+from rorqual.engine import Delta, EngineFull, Facts, Handle
 from rorqual.engine.grammar import GrammarCompiler
+from rorqual.engine.looks import Chosen, Insight, Looks
 from rorqual.engine.loop import Answer
+from rorqual.engine.runner import Drawn
+from rorqual.family.account import Cache
 from rorqual.text import Tokenizer, get_encoding
 from rorqual.text import tokens as t
 
@@ -57,6 +62,31 @@ class PuppetModel:
         return TOKENIZER.encode(text)
 
 
+FACTS = Facts(
+    layers=3,
+    expert_layers=(1, 2),
+    experts=8,
+    chosen=2,
+    shared=1,
+    attention=("dsa", "window", "csa"),
+    every=(1, 1, 4),
+    window=16,
+    drafts=1,
+    cache=Cache(Fraction(10), Fraction(41, 2), 64, 32),
+    mha_bytes=500,
+    widths=(2, 2),
+)
+"""What there is to see in a puppet."""
+
+
+def insight(token: int, number: int) -> Insight:
+    """What a pass over this token, the answer's `number`-th, chose; every third pass refuses a draft."""
+    picked = np.array([[number, -1, 0], [0, 1, -1]])
+    return Insight(
+        Chosen([token % 8, 7, number % 8, 1], picked), draft=65 + number % 26 if number % 3 == 2 else None
+    )
+
+
 class Puppet:
     """An engine that writes texts, one a request, in the order of `script` (the last for ever), then the end token;
     "\\0" at a text's end leaves that out. A request's grammar must allow what is written."""
@@ -71,6 +101,8 @@ class Puppet:
         self.gate = threading.Event()
         self.gate.set()
         self.step_tokens = step_tokens
+        self.facts: Facts | None = FACTS
+        self.looks: dict[Handle, Looks] = {}
 
     @property
     def busy(self) -> bool:
@@ -87,6 +119,8 @@ class Puppet:
         ids = TOKENIZER.encode(text.removesuffix("\0"))
         self.live[handle] = deque(ids if text.endswith("\0") else [*ids, TOKENIZER.eos[0]])
         self.seen.append(answer)
+        if answer.inside is not None and answer.done.inside is not None:
+            self.looks[handle] = Looks(answer.inside, FACTS, len(answer.prompt), answer.done.inside)
         return handle
 
     def step(self) -> bool:
@@ -118,7 +152,12 @@ class Puppet:
             handle.error = error
             self._end(handle, None)
             return False
-        handle._put(Delta(0, token, text, done.finish_reason))
+        known = ()
+        if handle in self.looks:
+            number = len(done.ids) - 2  # of the token before this one
+            drawn = Drawn([token], insight=None if number < 0 else insight(done.ids[number], number))
+            known = self.looks[handle].take(drawn, 0, last=done.finish_reason is not None)  # type: ignore[assignment]
+        handle._put(Delta(0, token, text, done.finish_reason, known))
         if done.finish_reason is not None:
             self._end(handle, done.finish_reason)
         return done.finish_reason is None

@@ -1,0 +1,50 @@
+"""The thread that an engine may have of its own, and what an error leaves behind: neither keeps an engine alive."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+import weakref
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rorqual.engine.core import Core
+
+
+def drive(known: weakref.ref[Core], progress: threading.Condition, ended: threading.Event) -> None:
+    """What an engine's thread does until it is told to end, or nobody knows the engine any more."""
+    while True:
+        with progress:
+            while True:
+                engine = known()
+                if engine is None or ended.is_set():
+                    return
+                if engine.busy:
+                    break
+                del engine
+                progress.wait()
+        if not engine._drive_once():
+            return
+        del engine
+
+
+def waker(progress: threading.Condition) -> Any:
+    """For when an engine is gone: its thread looks."""
+
+    def wake(_: object) -> None:
+        with progress:
+            progress.notify_all()
+
+    return wake
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Let go of the frames an error came through, which keep a pass's tensors and the engine alive as long as somebody
+    keeps the error; where it came from stays as a note."""
+    if error is not None and error.__traceback__ is not None:
+        error.add_note("It came up in a pass of the engine:\n" + "".join(traceback.format_exception(error)))
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
