@@ -25,7 +25,7 @@ from tests.serve.test_process import alive
 from tests.serve.test_real import speaking
 
 httpx = pytest.importorskip("httpx2")
-LONG = {"logit_bias": {str(end): -100 for end in TOKENIZER.eos}, "max_tokens": 150}
+LONG = {"logit_bias": {str(end): -100 for end in TOKENIZER.eos}, "max_tokens": 100}
 
 
 class Group:
