@@ -1,6 +1,6 @@
 # Every target sets up what it needs: a fresh clone, make, and Python >= 3.11 with venv are enough.
 #
-#   make demo | test | quick | lint | types | contracts | check | format | bench | clean
+#   make demo | serve | test | quick | lint | types | contracts | check | format | bench | clean
 #
 #   make demo PYTHON=python3.12          another interpreter for .venv
 #   make test ARGS="tests/nn -k rope"    arguments for pytest (for the benchmarks with bench, and so on)
@@ -25,7 +25,7 @@ CHROMIUM := command -v chromium >/dev/null 2>&1 || { \
   && { apt-get -qq update; DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core; } >/dev/null 2>&1; } \
   || echo "rorqual: no chromium here: the page's tests will be skipped"
 
-.PHONY: help setup demo test quick lint types contracts check format bench clean
+.PHONY: help setup demo serve test quick lint types contracts check format bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -49,6 +49,10 @@ $(DEV_STAMP): $(RUN_STAMP)
 
 demo: $(RUN_STAMP)
 	$(PY) -m rorqual.demo $(ARGS)
+
+serve: $(RUN_STAMP)
+	$(PIP) -q -e '.[serve]'
+	$(PY) -m rorqual serve $(ARGS)
 
 # Two workers of one thread each beat one process of two threads on small tensors, and one thread sums in one order.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal

@@ -49,11 +49,16 @@ def inspect(
     context: int | None = None,
     batch: int = 1,
     svg: Path | None = None,
+    fit: str | None = None,
+    data: int | None = None,
+    tensor: int | None = None,
+    fp8_cache: bool = False,
     json_: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
     """Anatomy of a model: parts, FLOPs and cache a token, what it needs and where it fits.
 
     Example: rorqual inspect deepseek-v3 --context 100000 --svg v3.svg
+    Example: rorqual inspect deepseek-v3 --fit 8xH200 --context 32768 --batch 64
 
     Parameters
     ----------
@@ -65,6 +70,14 @@ def inspect(
         Sequences served at once.
     svg
         Also draw the layers into this file.
+    fit
+        Only this: whether a machine serves it, and how many sequences fit. 8xH200, 2x48gb, cpu16gb, ...
+    data
+        With --fit: rows of processes, as `rorqual serve` has them.
+    tensor
+        With --fit: processes that share each layer.
+    fp8_cache
+        With --fit: caches in the released 8-bit layouts.
     json_
         Print the figures as JSON instead.
     """
@@ -73,6 +86,19 @@ def inspect(
 
     subject = _subject(name)
     config = getattr(subject, "config", subject)
+    if fit is not None:
+        from rorqual.engine import fit as fits
+
+        length = context or getattr(subject, "context", config.max_positions)
+        place = fits.machine(fit)
+        found = fits.room(
+            config, place, context=length, requests=batch, data=data, tensor=tensor, fp8_cache=fp8_cache
+        )
+        told = {"model": name, "context": length, **found.as_dict()}
+        print(json.dumps(told, indent=1) if json_ else "\n".join(fits.lines(found, length)))
+        return
+    if data or tensor or fp8_cache:
+        raise ValueError("data, tensor and fp8-cache say how --fit MACHINE is laid out: give that too")
     if svg is not None:  # first: a path that can't be written is said before pages of figures
         svg.write_text(draw(config, name), encoding="utf-8")
         Console(stderr=True).print(f"drawn into {svg}", highlight=False)
@@ -230,12 +256,24 @@ def serve(
     page: bool = True,
     inside: bool = True,
     warm: int | None = None,
+    first_timeout: float | None = 600.0,
+    max_body: int = 16 * 2**20,
+    drain: float = 60.0,
+    fp8_cache: bool = False,
+    gpus: int | None = None,
+    ranks: int | None = None,
+    data: int | None = None,
+    tensor: int | None = None,
+    expert: int | None = None,
 ) -> None:
     """Serve a model over HTTP: a page to talk on at /, and the APIs of DeepSeek, OpenAI and Anthropic.
 
     Ctrl-C finishes what runs and ends.
 
-    Example: rorqual serve smollm2 --port 8000
+    Example: rorqual serve deepseek-v3 --gpus 8
+
+    Without MODEL it serves the demo model. With --gpus torchrun starts one process a GPU; several machines are
+    joined by calling torchrun yourself: torchrun --nnodes 2 --nproc-per-node 8 ... -m rorqual serve MODEL.
 
     Keys come from --api-key-file or the environment variable RORQUAL_API_KEYS (separated by commas); without any the
     server is open to whoever reaches it.
@@ -279,10 +317,32 @@ def serve(
     warm
         Answers at once that the engine gets ready for before the server listens: their kernels are compiled and their
         passes recorded. By default 64 on a GPU, none on a CPU.
+    first_timeout
+        Seconds until an answer's first token.
+    max_body
+        Bytes of a request's body; longer ones are refused.
+    drain
+        Seconds that a shutdown leaves to answers under way.
+    fp8_cache
+        Keep caches in the released 8-bit layouts (V3.2 and V4): more of them fit, answers are rounded.
+    gpus
+        One process on each of so many GPUs of this machine, as one server.
+    ranks
+        The same on the CPU: so many processes.
+    data
+        Rows of processes with requests of their own; experts are spread over all. By default one a GPU for models with
+        experts.
+    tensor
+        Processes that share each layer's heads and widths. By default all of them for dense models, and with
+        --speculate.
+    expert
+        Processes that the experts are spread over: all of them, or as many as --tensor says.
     """
     try:
+        from rorqual import weights
         from rorqual.serve import Settings, create_app, read_keys
-        from rorqual.serve.run import run
+        from rorqual.serve import ranks as many
+        from rorqual.serve.run import bind, run
     except ImportError as problem:
         raise ValueError(f"the server needs {problem.name}: pip install 'rorqual[serve]'") from None
     keys = tuple(key for key in os.environ.get("RORQUAL_API_KEYS", "").split(",") if key)
@@ -293,20 +353,65 @@ def serve(
         max_queue=max_queue,
         max_tokens=max_tokens,
         timeout=timeout,
+        first_timeout=first_timeout,
+        max_body=max_body,
+        drain=drain,
         cors=cors,
         strict=strict,
         page=page,
         inside=inside,
     )
-    loaded = _load(model, dtype, device)
-    served = create_app(loaded, settings, max_requests=max_requests, speculate=speculate)
+    options: dict[str, Any] = {"max_requests": max_requests, "speculate": speculate, "fp8_cache": fp8_cache}
+    if not many.is_rank():
+        count = _processes(gpus, ranks, device)
+        if count is not None:
+            bind(host, port).close()  # a port that is taken is said at once
+            many.launch(count, sys.argv[1:], drain=drain)
+            return
+        if data or tensor or expert:
+            raise ValueError("data, tensor and expert lay out several processes: say how many with --gpus")
+        listener: Any = bind(host, port)
+        loaded = _load(model, dtype, device)
+    else:
+        many.begin()
+        listener = bind(host, port) if os.environ["RANK"] == "0" else None
+        place = weights.resolve(model)
+        layout = many.layout_for(
+            place, data=data, tensor=tensor, expert=expert, speculate=speculate, device=device
+        )
+        loaded = many.in_turns(layout, place, lambda: _load(str(place), dtype, "cpu"))
+        options["layout"] = layout
+        if layout.rank != 0:
+            many.follow(loaded, **options)
+            return
+    served = create_app(loaded, settings, **options)
     most = (64 if loaded.device.type == "cuda" else 0) if warm is None else warm
     if most:
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("getting ready", total=1.0)
             for share in served.state.service.engine.warm(most):
                 progress.update(task, completed=share)
-    run(served, host=host, port=port)
+    run(served, host=host, port=port, listener=listener)
+
+
+def _processes(gpus: int | None, ranks: int | None, device: str | None) -> int | None:
+    """How many processes are to be started; None for this one alone."""
+    import torch
+
+    count = gpus if ranks is None else ranks
+    if gpus is not None and ranks is not None:
+        raise ValueError("give --gpus or --ranks, not both")
+    if count is not None and count < 1:
+        raise ValueError(f"there must be at least one process, got {count}")
+    if ranks is not None and device != "cpu":
+        raise ValueError("--ranks is for the CPU: add --device cpu, or use --gpus")
+    if gpus is not None and device is not None:
+        raise ValueError(
+            "--gpus takes the machine's first GPUs: leave --device out (CUDA_VISIBLE_DEVICES chooses)"
+        )
+    if gpus is not None and gpus > torch.cuda.device_count():
+        raise ValueError(f"--gpus {gpus}, but this machine has {torch.cuda.device_count()}")
+    return count
 
 
 def _load(model: str, dtype: str | None, device: str | None) -> rorqual.Model:

@@ -101,4 +101,7 @@ def warm(engine: Engine, most: int) -> Iterator[float]:
         yield (done := done + 1) / work
         engine.runner.record(size, [c for c in COLUMNS if c * engine.pages.page_size <= positions])
         yield (done := done + 1) / work
-    engine.pages.forget_all()
+    if engine.team is None:
+        engine.pages.forget_all()
+    else:
+        engine.weights_changed()  # every rank forgets, at the same moment

@@ -33,7 +33,8 @@ class Piece:
     `part` is what it belongs to: embedding, head, attention, index, compressor, dense, routed, shared,
     router, norm, residual, mtp (what only MTP has) or copy (MTP's own embedding and head in V3 files).
     `store` is how quantised files keep it: linear (FP8 in blocks), expert (FP8, or FP4 in V4), bf16, fp32, or
-    int64 for the hash tables, which are no parameters. `product` marks matrices a token is multiplied with.
+    int64 for the hash tables, which are no parameters. `product` marks matrices a token is multiplied with. `cut`:
+    ranks that share a layer's heads and widths hold a part of it each (`nn.spread`); the rest they hold whole.
     """
 
     part: str
@@ -43,6 +44,7 @@ class Piece:
     copies: int = 1
     active: int = 1
     product: bool = True
+    cut: bool = False
 
     @property
     def each(self) -> int:
@@ -82,16 +84,20 @@ def _vector(part: str, size: int, store: str = "bf16") -> Piece:
     return Piece(part, size, store=store, product=False)
 
 
+def _cut(part: str, rows: int, cols: int) -> Piece:
+    return Piece(part, rows, cols, cut=True)
+
+
 def _norm(size: int) -> Piece:
     return _vector("norm", size)
 
 
 def _gqa(a: GQA, d: int) -> Iterator[Piece]:
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    yield from (Piece("attention", q, d), Piece("attention", kv, d), Piece("attention", kv, d))
-    yield Piece("attention", d, q)
+    yield from (_cut("attention", q, d), _cut("attention", kv, d), _cut("attention", kv, d))
+    yield _cut("attention", d, q)
     if a.qkv_bias:
-        yield _vector("attention", q + 2 * kv)
+        yield replace(_vector("attention", q + 2 * kv), cut=True)
     if a.out_bias:
         yield _vector("attention", d)
     if a.qk_norm:
@@ -100,15 +106,15 @@ def _gqa(a: GQA, d: int) -> Iterator[Piece]:
 
 def _mla(a: MLA, d: int) -> Iterator[Piece]:
     if a.q_rank is None:
-        yield Piece("attention", a.heads * a.qk_dim, d)
+        yield _cut("attention", a.heads * a.qk_dim, d)
     else:
         yield Piece("attention", a.q_rank, d)
         yield _vector("attention", a.q_rank)
-        yield Piece("attention", a.heads * a.qk_dim, a.q_rank)
+        yield _cut("attention", a.heads * a.qk_dim, a.q_rank)
     yield Piece("attention", a.kv_rank + a.rope_dim, d)
     yield _vector("attention", a.kv_rank)
-    yield Piece("attention", a.heads * (a.nope_dim + a.v_dim), a.kv_rank)
-    yield Piece("attention", d, a.heads * a.v_dim)
+    yield _cut("attention", a.heads * (a.nope_dim + a.v_dim), a.kv_rank)
+    yield _cut("attention", d, a.heads * a.v_dim)
     if a.index is not None and a.q_rank is not None:
         yield from _index_queries(a.index, a.q_rank, d)
         yield Piece("index", a.index.dim, d)
@@ -130,12 +136,12 @@ def _compressor(part: str, c: Compress, dim: int, d: int) -> Iterator[Piece]:
 def _compressed(a: CompressedAttention, d: int) -> Iterator[Piece]:
     yield Piece("attention", a.q_rank, d)
     yield _vector("attention", a.q_rank)
-    yield Piece("attention", a.heads * a.head_dim, a.q_rank)
+    yield _cut("attention", a.heads * a.head_dim, a.q_rank)
     yield Piece("attention", a.head_dim, d)
     yield _vector("attention", a.head_dim)
-    yield Piece("attention", a.o_groups * a.o_rank, a.heads * a.head_dim // a.o_groups)
-    yield Piece("attention", d, a.o_groups * a.o_rank)
-    yield _vector("attention", a.heads, "fp32")  # sinks
+    yield _cut("attention", a.o_groups * a.o_rank, a.heads * a.head_dim // a.o_groups)
+    yield _cut("attention", d, a.o_groups * a.o_rank)
+    yield replace(_vector("attention", a.heads, "fp32"), cut=True)  # sinks
     if a.compress is not None:
         yield from _compressor("compressor", a.compress, a.head_dim, d)
         if a.compress.index is not None:
@@ -153,7 +159,7 @@ def attention_pieces(a: Attention, d: int) -> Iterator[Piece]:
 def feed_forward_pieces(ff: FeedForward, d: int, vocab: int) -> Iterator[Piece]:
     """The tensors of a feed-forward part."""
     if isinstance(ff, SwiGLU):
-        yield from (Piece("dense", ff.width, d), Piece("dense", ff.width, d), Piece("dense", d, ff.width))
+        yield from (_cut("dense", ff.width, d), _cut("dense", ff.width, d), _cut("dense", d, ff.width))
         return
     for rows, cols in ((ff.width, d), (ff.width, d), (d, ff.width)):
         yield Piece("routed", rows, cols, "expert", ff.routed, ff.top_k)

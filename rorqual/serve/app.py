@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
-from rorqual.engine import Engine
+from rorqual.engine import Engine, TeamError
 from rorqual.serve import chat, completions, inside, messages, pages, responses, tokens
 from rorqual.serve.ask import Ask
 from rorqual.serve.body import read_body
@@ -26,6 +26,7 @@ from rorqual.serve.metrics import Metrics
 from rorqual.serve.parts import End, Part, Usage
 from rorqual.serve.service import Service
 from rorqual.serve.settings import Settings
+from rorqual.serve.tracing import Told, Tracing, configured
 from rorqual.serve.turn import Turn
 from rorqual.serve.wire import Events, Whole, dump, refused
 
@@ -48,13 +49,19 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.driver.start()
+        doors.tracing = doors.tracing or configured(service.settings.name)
         try:
             yield
         finally:
             service.draining = True
             await asyncio.to_thread(service.driver.stop)
             if own:
-                service.engine.close()
+                try:
+                    service.engine.close()
+                except TeamError as error:  # the other ranks are gone already
+                    log.error("%s", error)
+            if doors.tracing is not None:
+                await asyncio.to_thread(doors.tracing.close)
 
     app = FastAPI(title="rorqual", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service, app.state.doors = service, doors
@@ -93,6 +100,7 @@ class Doors:
     def __init__(self, service: Service) -> None:
         self.service = service
         self.metrics = Metrics(service)
+        self.tracing: Tracing | None = None
         self._keys = [hashlib.sha256(key.encode()).digest() for key in service.settings.keys]
 
     # ------------------------------------------------------------------------------------- answers
@@ -101,10 +109,11 @@ class Doors:
         """The handler of a route that answers with a model's words."""
 
         async def handler(request: Request) -> Response:
+            request.state.begun = time.monotonic()
             try:
                 self.check_key(request)
                 self.service.admit(0)
-                raw = await read_body(request, self.service.settings.max_body)
+                raw = await self._body(request)
                 ask = await asyncio.to_thread(understand, raw, self.service)
                 self.service.admit(len(ask.job.answers))
             except Exception as error:
@@ -116,7 +125,7 @@ class Doors:
     def sending(self, request: Request, ask: Ask, style: Style) -> Response:
         """The response that runs a job; it counts the job's answers out at its end."""
         settings = self.service.settings
-        account = _Account(self, request.url.path, len(ask.job.answers))
+        account = _Account(self, request, ask)
 
         def run() -> Running:
             account.running = Running(
@@ -125,6 +134,7 @@ class Doors:
                 keep_alive=settings.keep_alive,
                 timeout=settings.timeout,
                 first_timeout=settings.first_timeout,
+                stall=settings.stall,
             )
             return account.running
 
@@ -180,7 +190,7 @@ class Doors:
         async def handler(request: Request) -> Response:
             try:
                 self.check_key(request)
-                raw = await read_body(request, self.service.settings.max_body)
+                raw = await self._body(request)
                 return _json(await asyncio.to_thread(read, raw, self.service))
             except Exception as error:
                 return self.refuse(request, error, style)
@@ -230,6 +240,9 @@ class Doors:
         """The figures."""
         return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    async def _body(self, request: Request) -> bytes:
+        return await read_body(request, self.service.settings.max_body, self.service.settings.body_timeout)
+
     # -------------------------------------------------------------------------------------- keys
 
     def check_key(self, request: Request) -> None:
@@ -252,17 +265,31 @@ class Doors:
         response = refused(refusal, style)
         self.metrics.requests.labels(request.scope["route"].path, response.status_code).inc()
         _log(route=request.url.path, status=response.status_code, code=refusal.code)
+        begun = getattr(request.state, "begun", None)
+        if self.tracing is not None and begun is not None:
+            self.tracing.record(
+                Told(
+                    _route(request),
+                    request.method,
+                    request.headers,
+                    response.status_code,
+                    begun,
+                    refusal.code,
+                )
+            )
         return response
 
 
 class _Account:
     """What is noted of one request from its start to its end."""
 
-    def __init__(self, doors: Doors, route: str, answers: int) -> None:
-        self.doors, self.route, self.answers = doors, route, answers
-        self.begun = time.monotonic()
+    def __init__(self, doors: Doors, request: Request, ask: Ask) -> None:
+        self.doors, self.request, self.job = doors, request, ask.job
+        self.route, self.answers = request.url.path, len(ask.job.answers)
+        self.begun: float = request.state.begun
         self.running: Running | None = None
         self.usage = Usage()
+        self.finishes: list[str] = []
 
     def note(self, part: Part) -> None:
         """A part went out."""
@@ -270,6 +297,7 @@ class _Account:
             self.answers -= 1  # before the client has read it: its next request may follow at once
             self.doors.service.release(1)
             self.usage = self.usage + part.usage
+            self.finishes.append(part.finish)
             self.doors.metrics.answered(part.usage, part.problem is not None)
 
     def close(self, problem: Exception | None) -> None:
@@ -280,6 +308,9 @@ class _Account:
         if running is not None:
             running.cancel()
         metrics.whole.observe(now - self.begun)
+        queued = running.queued if running is not None else None
+        if queued is not None:
+            metrics.queued.observe(queued - self.begun)
         if running is not None and running.first is not None:
             metrics.first.observe(running.first - self.begun)
             more = running.tokens - len(running.job.answers)
@@ -300,6 +331,28 @@ class _Account:
             cached=usage.cached,
             completion=usage.completion,
         )
+        if self.doors.tracing is not None:
+            self.doors.tracing.record(
+                Told(
+                    _route(self.request),
+                    self.request.method,
+                    self.request.headers,
+                    status,
+                    self.begun,
+                    code=None if problem is None else "cancelled" if gone else refusal_of(problem).code,
+                    usage=usage,
+                    finishes=self.finishes,
+                    sampling=self.job.answers[0].sampling,
+                    answers=len(self.job.answers),
+                    queued=queued,
+                    first=running.first if running is not None else None,
+                )
+            )
+
+
+def _route(request: Request) -> str:
+    """The route as it was declared."""
+    return str(request.scope["route"].path)
 
 
 def style_of(path: str) -> Style:

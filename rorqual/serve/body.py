@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,19 +22,22 @@ class Body(BaseModel):
 M = TypeVar("M", bound=Body)
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body; Refusal 413 as soon as it is longer than `limit` bytes."""
+async def read_body(request: Request, limit: int, seconds: float) -> bytes:
+    """The whole body. Refusal 413 as soon as it is longer than `limit` bytes, 408 if it takes longer than `seconds`."""
     told = f"the body is larger than {limit:,} bytes"
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length[:18]) > limit:
         raise Refusal(413, told, code="body_too_large")
     pieces, size = [], 0
     try:
-        async for piece in request.stream():
-            size += len(piece)
-            if size > limit:
-                raise Refusal(413, told, code="body_too_large")
-            pieces.append(piece)
+        async with asyncio.timeout(seconds):
+            async for piece in request.stream():
+                size += len(piece)
+                if size > limit:
+                    raise Refusal(413, told, code="body_too_large")
+                pieces.append(piece)
+    except TimeoutError:
+        raise Refusal(408, f"the body did not arrive within {seconds:g} s", code="body_timeout") from None
     except ClientDisconnect:
         raise Refusal(400, "the body ended early", code="incomplete_body") from None
     return b"".join(pieces)

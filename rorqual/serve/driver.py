@@ -55,6 +55,14 @@ class Ticket:
         self.handle: Handle | None = None
         self.cancelled = False
         self.seen = 0
+        self.begun: float | None = None
+        """When the pass began in which the engine first worked on it."""
+
+    @property
+    def running(self) -> bool:
+        """Whether the engine works on it (over several ranks it can't be seen before the first token)."""
+        request = self.handle.request if self.handle is not None else None
+        return request is not None and request.running
 
     def news(self) -> News | None:
         """What is new; None for nothing."""
@@ -73,6 +81,8 @@ class Ticket:
                 TokenInfo(done.ids[i], done.logprobs[i], tuple(tops[i]) if tops else (), i) for i in places
             ]
         self.seen += len(deltas)
+        if done.inside is not None:
+            done.inside.clear()  # it has come with the deltas; kept for a long answer it may be gigabytes
         cached = handle.request.cached if handle.request is not None else 0
         return News(deltas, infos, done if over else None, cached, handle.error)
 
@@ -132,6 +142,7 @@ class Driver:
                 pass
             if self._stopping:
                 return
+            began = time.monotonic()
             if self.engine.busy:
                 try:
                     self.engine.step()
@@ -143,7 +154,7 @@ class Driver:
                     self.engine.fail_all(error)
                 self.steps += 1
             self.last = time.monotonic()
-            self._tell()
+            self._tell(began)
 
     def _admit(self, ticket: Ticket) -> None:
         if ticket.cancelled:
@@ -170,11 +181,13 @@ class Driver:
             self._drop(ticket)
         self._send(lost)
 
-    def _tell(self) -> None:
-        """Hand out what the pass has brought."""
+    def _tell(self, began: float) -> None:
+        """Hand out what the pass has brought that began at that time."""
         told = []
         for ticket in list(self._live):
             news = ticket.news()
+            if ticket.begun is None and (news is not None or ticket.running):
+                ticket.begun = began
             if news is not None:
                 told.append((ticket, news))
                 if news.done is not None:
@@ -211,7 +224,8 @@ class Running:
     """A job under way. Iterate for batches of (choice, part); leave the loop, or call `cancel`, to stop it.
 
     keep_alive: after so many seconds without anything new an empty batch comes. timeout: seconds for all of it;
-    first_timeout: until its first token. Raises Refusal for what goes wrong.
+    first_timeout: until its first token; stall: for what is made of one batch, which takes long if nobody reads it: the
+    task that it was made in is then cancelled, as it is when `timeout` has passed. Raises Refusal for what goes wrong.
     """
 
     def __init__(
@@ -222,25 +236,38 @@ class Running:
         keep_alive: float = 10.0,
         timeout: float | None = None,
         first_timeout: float | None = None,
+        stall: float = 120.0,
     ) -> None:
         self.driver, self.job = driver, job
         self.started = time.monotonic()
         self.first: float | None = None
         """When the first token came."""
         self.tokens = 0
-        self._timeout, self._first_timeout = timeout, first_timeout
+        self._timeout, self._first_timeout, self._stall = timeout, first_timeout, stall
+        self._task = asyncio.current_task()
+        self._handed: float | None = None
+        """When the batch was handed out that is being sent; None while it waits for one."""
         self._news: deque[tuple[int, News]] = deque()
         self._event = asyncio.Event()
         # One timer that goes on by itself: nothing is set or taken back for a token.
-        self._period = min(limit for limit in (keep_alive, timeout, first_timeout) if limit is not None)
+        self._period = min(
+            limit for limit in (keep_alive, timeout, first_timeout, stall) if limit is not None
+        )
         self._due = False
         self._loop = asyncio.get_running_loop()
         self._timer = self._loop.call_later(self._period, self._tick)
         self._open: dict[int, Ticket] = {}
+        self._tickets: list[Ticket] = []
         for number, answer in enumerate(job.answers):
             ticket = Ticket(answer, lambda news, number=number: self._told(number, news), job.priority)  # type: ignore[misc]
             self._open[number] = ticket
+            self._tickets.append(ticket)
             driver.submit(ticket)
+
+    @property
+    def queued(self) -> float | None:
+        """When the engine began with the first of its answers."""
+        return min((t.begun for t in self._tickets if t.begun is not None), default=None)
 
     def _told(self, number: int, news: News) -> None:
         self._news.append((number, news))
@@ -249,6 +276,12 @@ class Running:
     def _tick(self) -> None:
         self._due = True
         self._event.set()
+        if self._handed is not None:
+            now = time.monotonic()
+            late = self._timeout is not None and now - self.started > self._timeout + self._period
+            if (late or now - self._handed > self._stall) and self._task is not None:
+                self._task.cancel()
+                return
         self._timer = self._loop.call_later(self._period, self._tick)
 
     def cancel(self) -> None:
@@ -268,14 +301,18 @@ class Running:
                 if self._due:
                     self._check()
                     if not self._news:
+                        self._handed = time.monotonic()
                         yield []
+                        self._handed = None
                 parts: list[tuple[int, Part]] = []
                 while self._news:
                     number, news = self._news.popleft()
                     if number in self._open:
                         parts += [(number, part) for part in self._read(number, news)]
                 if parts:
+                    self._handed = time.monotonic()
                     yield merged(parts)
+                    self._handed = None
         finally:
             self.cancel()
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 if TYPE_CHECKING:
     from rorqual.serve.parts import Usage
@@ -19,6 +26,7 @@ class Metrics:
 
     def __init__(self, service: Service) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
 
         def made(kind: Any, name: str, told: str, labels: tuple[str, ...] = (), **options: Any) -> Any:
             return kind(f"rorqual_{name}", told, labels, registry=self.registry, **options)
@@ -29,14 +37,21 @@ class Metrics:
         )
         self.cancelled = made(Counter, "cancelled", "Requests whose client went away")
         self.problems = made(Counter, "format_problems", "Answers that broke the model's output format")
+        self.queued = made(
+            Histogram, "queue_seconds", "Time until the engine begins with an answer", buckets=_WAITS
+        )
         self.first = made(Histogram, "first_token_seconds", "Time to the first token", buckets=_WAITS)
         self.between = made(
             Histogram, "token_seconds", "Mean time between tokens of an answer", buckets=_TOKENS
         )
         self.whole = made(Histogram, "request_seconds", "Time of whole requests", buckets=_WAITS)
+        team = getattr(service.engine, "team", None)
         scheduler, pages = getattr(service.engine, "scheduler", None), getattr(service.engine, "pages", None)
         gauges = {"active": ("Answers taken and not finished", lambda: service.active)}
-        if scheduler is not None:
+        if team is not None:  # this rank's scheduler knows its own row alone
+            gauges["running"] = "Answers that the engine works on", lambda: service.active - team.waiting
+            gauges["waiting"] = "Answers that wait for the engine", lambda: team.waiting
+        elif scheduler is not None:
             gauges["running"] = "Answers that the engine works on", lambda: len(scheduler.running)
             gauges["waiting"] = "Answers that wait for the engine", lambda: scheduler.waiting
         if pages is not None:

@@ -10,16 +10,17 @@ from pathlib import Path
 class Settings:
     """The server's own settings; the engine has others (`rorqual.Engine`).
 
-    name: the model's name in requests and answers; `aliases` are names taken for it too. `keys`: bearer keys,
-    none for an open server. `max_body` bytes of a request; `max_queue` answers at once, running and waiting, beyond
-    which requests get 429; `max_choices` answers a request (`n`). `timeout` seconds for a whole answer, `first_timeout`
-    until its first token; None for no limit. `keep_alive`: seconds of silence after which something is sent to keep
-    the connection open. `max_tokens`: of an answer that names no limit; None for what the context leaves. `strict`
-    refuses unknown fields, which are ignored otherwise. `cors`: origins that browsers may call from. `retry_after`:
-    seconds that a client turned away is asked to wait. `drain`: seconds that a shutdown leaves to answers under way.
-    `remembered`: tokens of past answers kept, so that they go back into a context exactly as they were written.
-    `page`: whether `/` is a page to talk on.
-    `inside`: requests may ask for what goes on inside the model.
+    name: the model's name in requests and answers; `aliases` are names taken for it too. `keys`: bearer keys, none
+    for an open server. `max_body` bytes of a request; `max_queue` answers at once, running and waiting, beyond
+    which requests get 429; `max_choices` answers a request (`n`). `timeout` seconds for a whole answer,
+    `first_timeout` until its first token; None for no limit. `body_timeout` seconds for a request's body to arrive,
+    `stall` seconds that a client may leave unread what it is sent, after which its answer is given up.
+    `keep_alive`: seconds of silence after which something is sent to keep the connection open. `max_tokens`: of an
+    answer that names no limit; None for what the context leaves. `strict` refuses unknown fields, which are ignored
+    otherwise. `cors`: origins that browsers may call from. `retry_after`: seconds that a client turned away is
+    asked to wait. `drain`: seconds that a shutdown leaves to answers under way. `remembered`: tokens of past
+    answers kept, so that they go back into a context exactly as they were written. `inside`: requests may ask
+    for what goes on inside the model. `page`: whether `/` is a page to talk on.
     """
 
     name: str = "rorqual"
@@ -30,6 +31,8 @@ class Settings:
     max_choices: int = 16
     timeout: float | None = None
     first_timeout: float | None = 600.0
+    body_timeout: float = 60.0
+    stall: float = 120.0
     keep_alive: float = 10.0
     max_tokens: int | None = None
     strict: bool = False
@@ -44,7 +47,15 @@ class Settings:
         for key in self.keys:
             if not key or not key.isascii() or any(letter.isspace() for letter in key):
                 raise ValueError("an API key must be one word of ASCII letters, digits and signs")
-        for name in ("max_body", "max_queue", "max_choices", "keep_alive", "remembered"):
+        for name in (
+            "max_body",
+            "max_queue",
+            "max_choices",
+            "body_timeout",
+            "stall",
+            "keep_alive",
+            "remembered",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0")
 

@@ -56,8 +56,12 @@ class _Sender(Response):
         finally:
             for task in (work, gone):
                 task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            try:
                 problem = await work or problem
+            except asyncio.CancelledError:
+                problem = problem or ConnectionError(
+                    "the client did not read its answer, or the server ended"
+                )
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await gone
             self.on_close(problem)
@@ -69,8 +73,9 @@ class _Sender(Response):
         except OSError as error:  # the connection is gone
             return error
         except Exception as error:
-            with contextlib.suppress(OSError):
-                await self.fail(send, refusal_of(error))
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(5):  # it may be that nobody reads
+                    await self.fail(send, refusal_of(error))
             return error
         return None
 

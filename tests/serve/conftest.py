@@ -20,8 +20,9 @@ uvicorn = pytest.importorskip("uvicorn")
 class Served:
     """A running server: its address, its service, and the puppet if there is one."""
 
-    def __init__(self, app: Any, port: int) -> None:
-        self.app, self.url = app, f"http://127.0.0.1:{port}"
+    def __init__(self, app: Any, listener: Any) -> None:
+        self.app, self.listener = app, listener
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.service = app.state.service
         self.engine = self.service.engine
 
@@ -42,7 +43,7 @@ def serving(app: Any) -> Iterator[Served]:
     thread.start()
     until(lambda: server.started)
     try:
-        yield Served(app, server.servers[0].sockets[0].getsockname()[1])
+        yield Served(app, server.servers[0].sockets[0])
     finally:
         gate = getattr(app.state.service.engine, "gate", None)
         if gate is not None:

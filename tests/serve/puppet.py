@@ -112,7 +112,9 @@ class Puppet:
         if len(self.live) >= self.most:
             raise EngineFull("too many")
         handle = Handle(self)  # type: ignore[arg-type]
-        handle.request = SimpleNamespace(answer=answer, finished=False, cached=len(answer.prompt) // 2)  # type: ignore[assignment]
+        handle.request = SimpleNamespace(
+            answer=answer, finished=False, running=True, cached=len(answer.prompt) // 2
+        )  # type: ignore[assignment]
         text = self.script[0] if len(self.script) == 1 else self.script.popleft()
         ids = TOKENIZER.encode(text.removesuffix("\0"))
         self.live[handle] = deque(ids if text.endswith("\0") else [*ids, TOKENIZER.eos[0]])
