@@ -9,7 +9,7 @@ import pytest
 
 from tests.page import fake
 from tests.page.conftest import Served, done, picture, say, tidy
-from tests.serve.conftest import serving
+from tests.serve.conftest import serving, until
 from tests.serve.puppet import dsml
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -169,7 +169,8 @@ def test_on_a_phone(made_up: Any, browse: Browse, width: int) -> None:
     done(page)
     assert page.evaluate(fits)
     expect(page.locator(".katex").first).to_be_visible()
-    assert page.locator("#thread").evaluate("(e) => e.scrollHeight - e.scrollTop - e.clientHeight") < 2
+    below = "(e) => e.scrollHeight - e.scrollTop - e.clientHeight"
+    until(lambda: page.locator("#thread").evaluate(below) < 2)
     for name in ("Look inside", "Settings", "Conversations"):
         page.get_by_role("button", name=name, exact=True).tap()
         drawer = page.locator(

@@ -200,9 +200,11 @@ function showMath(span) {
   if (!katex) {
     fetchingMath ??= (async () => {
       const style = h("link", { rel: "stylesheet", href: new URL("./vendor/katex.min.css", import.meta.url).href });
+      const styled = new Promise((go) => (style.onload = style.onerror = go));
       document.head.append(style);
       // @ts-ignore: it leaves its name in the global scope
       await import("./vendor/katex.min.js");
+      await styled;
       katex = /** @type {any} */ (globalThis).katex;
     })();
     fetchingMath.then(() => later(span, () => showMath(span)));

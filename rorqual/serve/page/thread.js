@@ -33,7 +33,9 @@ export class Thread {
       this.follow = root.scrollHeight - root.scrollTop - root.clientHeight < 60;
       latest.hidden = this.follow;
     });
-    root.addEventListener("grown", () => this.follow && this.toEnd());
+    const late = () => this.follow && this.toEnd(); // formulas and their fonts
+    root.addEventListener("grown", late);
+    document.fonts.addEventListener("loadingdone", late);
     latest.addEventListener("click", () => this.toEnd());
   }
 
