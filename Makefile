@@ -19,6 +19,12 @@ PIP  := $(PY) -m pip install --disable-pip-version-check $(if $(CI),--quiet) -c 
 RUN_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev
 
+# What the tests of the server's page drive; without it they are skipped (but not in CI). Only root can install it.
+CHROMIUM := command -v chromium >/dev/null 2>&1 || { \
+  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && echo "rorqual: installing chromium for the page's tests" \
+  && { apt-get -qq update; DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core; } >/dev/null 2>&1; } \
+  || echo "rorqual: no chromium here: the page's tests will be skipped"
+
 .PHONY: help setup demo serve test quick lint types contracts check format bench clean
 .DELETE_ON_ERROR:
 
@@ -38,6 +44,7 @@ $(RUN_STAMP): pyproject.toml constraints.txt
 
 $(DEV_STAMP): $(RUN_STAMP)
 	$(PIP) -e '.[dev,gguf,serve]'
+	@$(CHROMIUM)
 	@touch $@
 
 demo: $(RUN_STAMP)

@@ -69,6 +69,9 @@ class Bench:
     def __init__(self, model: Model, **options: Any) -> None:
         self.model = model
         self.engine = Engine(model, prefix_cache=False, **options)
+        if model.device.type == "cuda":  # as `rorqual serve` does
+            for _ in self.engine.warm(64):
+                pass
         app = create_app(model, Settings(name="bench"), engine=self.engine)
         self.driver = app.state.service.driver
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False))
@@ -134,9 +137,9 @@ def rate(found: list[tuple[float, float, int]]) -> float:
 
 
 def compare(bench: Bench, name: str, streams: int, words: int, answer: int, rounds: int) -> None:
-    """One row: medians of rounds in turn, after two that warm up."""
+    """One row: medians of rounds in turn, after one that warms up."""
     inside, outside, near, far = [], [], [], []
-    for turn in range(rounds + 2):
+    for turn in range(rounds + 1):
         requests = bench.requests(streams, words, answer)
         direct, served = bench.direct(requests), bench.served(requests)
         if {n for _, _, n in direct + served} != {answer}:
@@ -144,7 +147,7 @@ def compare(bench: Bench, name: str, streams: int, words: int, answer: int, roun
         ones = bench.requests(20, words, 4)
         alone = [bench.direct([one])[0][0] for one in ones]
         http = [first for first, _, _ in bench.served(ones, "--in-turn")]
-        if turn > 1:
+        if turn:
             inside.append(rate(direct))
             outside.append(rate(served))
             near.append(statistics.median(alone) * 1e3)
@@ -164,8 +167,8 @@ HEAD = (
 )
 
 
-def gpu(config: ModelConfig | None = None, device: str = "cuda", answer: int = 512, rounds: int = 3) -> None:
-    """ "lite" in bf16 and FP8, 64 streams of 512 tokens."""
+def gpu(config: ModelConfig | None = None, device: str = "cuda", answer: int = 256, rounds: int = 3) -> None:
+    """The "lite" geometry in bf16 and FP8, 64 streams of 256 tokens."""
     model = talkative(config or lite.lite(), device)
     print(HEAD)
     for kind in ("bf16", "fp8"):

@@ -253,6 +253,7 @@ def serve(
     dtype: str | None = None,
     device: str | None = None,
     speculate: bool = False,
+    page: bool = True,
     inside: bool = True,
     warm: int | None = None,
     first_timeout: float | None = 600.0,
@@ -265,7 +266,9 @@ def serve(
     tensor: int | None = None,
     expert: int | None = None,
 ) -> None:
-    """Serve a model over HTTP: the APIs of DeepSeek, OpenAI and Anthropic. Ctrl-C finishes what runs and ends.
+    """Serve a model over HTTP: a page to talk on at /, and the APIs of DeepSeek, OpenAI and Anthropic.
+
+    Ctrl-C finishes what runs and ends.
 
     Example: rorqual serve deepseek-v3 --gpus 8
 
@@ -307,6 +310,8 @@ def serve(
         "cpu", "cuda", "cuda:1"; by default the GPU if there is one.
     speculate
         Draft with the checkpoint's MTP module.
+    page
+        Offer the page at /.
     inside
         Requests may ask for what goes on inside the model: experts chosen, drafts, earlier tokens looked at.
     warm
@@ -353,6 +358,7 @@ def serve(
         drain=drain,
         cors=cors,
         strict=strict,
+        page=page,
         inside=inside,
     )
     options: dict[str, Any] = {"max_requests": max_requests, "speculate": speculate, "fp8_cache": fp8_cache}

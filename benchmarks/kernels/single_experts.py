@@ -39,7 +39,13 @@ ODD: list[tuple[str, tuple[int, ...], float | None]] = [
 ]
 """Kinds, experts, width, hidden and shared experts, and the limit."""
 RINGS: list[dict[str, Any]] = [{}] + [
-    {"how": {"STAGES": stages, "HELD": held}} for stages, held in ((6, 0), (5, 0), (4, 0), (4, 1), (4, 2))
+    {"how": how}
+    for how in (
+        {"LAYERS": 4, "LAYING": 80, "maxnreg": 80},
+        {"BUFFERS": 2},
+        {"BUFFERS": 8},
+        {"STAGES": 4, "HELD": 1},
+    )
 ]
 
 

@@ -7,6 +7,7 @@ through no pass (unless it was a draft that stood), and tokens of the prompt are
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -55,7 +56,7 @@ class Sight:
     itself and the `every` - 1 after it: V4's layers look at entries made of that many tokens."""
 
     layer: int
-    positions: list[int]
+    positions: array[int]
     every: int = 1
 
 
@@ -96,6 +97,8 @@ class Facts:
     mha_bytes: int
     widths: tuple[int, ...] = ()
     """Experts that a token takes in each of `expert_layers`."""
+    picked: tuple[int, ...] = ()
+    """By layer, places that a token's `Sight` may have at most; 0 where there is none."""
 
     @classmethod
     def of(cls, model: Transformer, fp8_cache: bool = False, speculate: bool = False) -> Facts:
@@ -117,6 +120,7 @@ class Facts:
             cache=_cache(model, fp8_cache),
             mha_bytes=account.mha_elements(config) * model.dtype.itemsize,
             widths=tuple(ff.top_k for _, ff in mixed),
+            picked=tuple(_picked(part, config.max_positions) for part in parts),
         )
 
     @property
@@ -139,6 +143,14 @@ def _kind(part: Attention) -> str:
     if isinstance(part, MLA):
         return "mla" if part.index is None else "dsa"
     return {"SWA": "window", "CSA": "csa", "HCA": "hca"}[part.kind]
+
+
+def _picked(part: Attention, positions: int) -> int:
+    kind, every = _kind(part), _every(part)
+    index = getattr(part, "index", None) or getattr(getattr(part, "compress", None), "index", None)
+    if index is not None:
+        return min(int(index.top_k), positions // every)
+    return positions // every if kind == "hca" else 0
 
 
 def _every(part: Attention) -> int:

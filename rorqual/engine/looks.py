@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,7 @@ class Looks:
 
     def __init__(self, asked: Inside, facts: Facts, prompt: int, done: list[Look]) -> None:
         self.inside, self.facts, self.prompt, self.done = facts.told(asked), facts, prompt, done
+        self._count = 0
         self._newest: tuple[bool, tuple[int, ...]] | None = None
         """Of the newest token, whose pass is still to come: whether it was drafted, and what was refused for it."""
 
@@ -101,7 +103,7 @@ class Looks:
     def _look(self, chosen: Chosen) -> Look:
         """The newest token's, which is now settled."""
         assert self._newest is not None
-        index = len(self.done)
+        index, self._count = self._count, self._count + 1
         look = Look(index, self._experts(chosen), *self._newest, self._seen(chosen, self.prompt + index))
         self._newest = None
         self.done.append(look)
@@ -125,8 +127,11 @@ class Looks:
             if wanted is not True and layer not in wanted:
                 continue
             if kind == "hca":  # all that are finished
-                found.append(Sight(layer, list(range(0, (position + 1) // every * every, every)), every))
+                found.append(
+                    Sight(layer, array("i", range(0, (position + 1) // every * every, every)), every)
+                )
             elif layer in rows:
                 row = rows[layer]
-                found.append(Sight(layer, np.sort(row[row >= 0] * every).tolist(), every))
+                places = np.sort(row[row >= 0] * every).astype(np.int32)
+                found.append(Sight(layer, array("i", places.tobytes()), every))
         return found

@@ -22,6 +22,7 @@ import secrets
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -445,13 +446,13 @@ class Team:
 
 def _packed(look: Look) -> list[Any]:
     """A look as JSON has it."""
-    seen = None if look.seen is None else [(s.layer, s.positions, s.every) for s in look.seen]
+    seen = None if look.seen is None else [(s.layer, list(s.positions), s.every) for s in look.seen]
     return [look.index, look.experts, look.drafted, look.refused, seen]
 
 
 def _unpacked(fields: list[Any]) -> Look:
     index, experts, drafted, refused, seen = fields
-    sights = None if seen is None else [Sight(*sight) for sight in seen]
+    sights = None if seen is None else [Sight(layer, array("i", at), every) for layer, at, every in seen]
     return Look(index, experts, drafted, tuple(refused), sights)
 
 

@@ -21,6 +21,7 @@ from rorqual.kernels.gpu import INSTALLED
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy
     from triton.experimental.gluon.language.nvidia.hopper import (
         fence_async_shared,
         mbarrier,
@@ -33,7 +34,9 @@ except ImportError:  # Triton too old, or none
     from rorqual.kernels import gpu
 
     gl, gluon = gpu.tl, gpu.triton
-    fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
+    async_copy = fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = (
+        TensorDescriptor
+    ) = None
 
     AVAILABLE = False
 else:
@@ -44,6 +47,7 @@ __all__ = [
     "COUNTS",
     "Held",
     "TensorDescriptor",
+    "async_copy",
     "described",
     "descriptor",
     "expect",

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rorqual.kernels import fp8_linear
+from rorqual.kernels import fp8_linear, single_boxes
 from rorqual.kernels.fuse import swiglu_reference
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.quant import E8M0, FP8
@@ -212,12 +212,18 @@ def rows(
     A weight is plain (`scales` None), or E4M3 codes with scales `[ceil(O / 128), ceil(D / 128)]`; then the row
     is quantised in runs of 128 channels. `residual_NO` is added to the (one) product. `normed_ND` takes the normed
     rows. `later` is a weight of a kernel to come, which this one asks to be brought into L2. With `up_ND` it is
-    swiglu(x, up), within `limit`, that goes through the weight. All weights must be fit (`rows_fit`).
+    swiglu(x, up), within `limit`, that goes through the weight. All weights must be fit (`rows_fit`). `how`: one
+    form's plan.
     """
     (count, width), dtype = x_ND.shape, out_dtype or x_ND.dtype
     outs = [w.shape[0] for w in weights]
     ys = [x_ND.new_empty(count, o, dtype=dtype) for o in outs]
     codes = scales[0] is not None
+    plain = later is None and normed_ND is None and dtype == x_ND.dtype
+    if plain and (how is None or "BOXES" in how) and single_boxes.supported(x_ND, weights, scales):
+        held = [s for s in scales if s is not None]
+        single_boxes.launch(x_ND, weights, held, norm, residual_NO, ys, up_ND, limit, how)
+        return ys
     powers = codes and scales[0].dtype == E8M0  # type: ignore[union-attr]
     by = [s.view(torch.uint8) if powers and s is not None else s for s in scales]
     s_rows = [s.stride(0) if s is not None else 0 for s in by]

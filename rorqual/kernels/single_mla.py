@@ -5,6 +5,8 @@
 2. Attention in splits of the keys (`mla_decode`'s kernel).
 3. The splits put together, and through W_UV into value space.
 
+Where it can, `single_core` does all three in one launch.
+
 Weights are asked for before the kernel in front has ended.
 """
 # mypy: disable-error-code="no-untyped-def"
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rorqual.kernels import single_core
 from rorqual.kernels.cache_write import FP8_BLOCK, mla_job, mla_write_reference
 from rorqual.kernels.gpu import tl, triton
 from rorqual.kernels.heads import heads_reference
@@ -31,6 +34,9 @@ TILE = 32
 
 SHORT = True
 """Whether `short_attend_kernel` takes pages in the queries' type."""
+
+CLUSTERS = True
+"""Whether `single_core`'s one launch takes what it can."""
 
 ROWS = 16
 """Value channels a program makes."""
@@ -289,6 +295,11 @@ def attention(
     the rest as for `mla_write` and `mla_decode`. `later`: weights of kernels to come that each launch asks to be
     brought into L2. All must be fit (`fit`).
     """
+    if CLUSTERS and single_core.supported(q_NHd, w_HrC, pages, table_SB, nope, width):
+        return single_core.launch(
+            q_NHd, kv_NC, norm, cos_NR, sin_NR, w_HrC, scale, pages, slots_N, table_SB, ends_S, nope=nope,
+            interleaved=interleaved, softmax_scale=softmax_scale, later=later[0],
+        )  # fmt: skip
     (count, heads, channels), (_, head_rows, rank) = q_NHd.shape, w_HrC.shape
     rope, values, options = channels - nope, head_rows - nope, launch_options(q_NHd)
     powers = scale is not None and scale.dtype == E8M0

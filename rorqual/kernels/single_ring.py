@@ -17,6 +17,10 @@ barrier stands between the products. The shared experts come first: their matric
 kernels in front have ended. The routed ones follow in the same order in both products, so that what the second one
 begins with was ready long ago.
 
+Eight warps of a program multiply. Eight more turn words into columns, up to BUFFERS items ahead, from the shared
+experts' on, while the first product still runs; one fetches. (By the same warps, one after the other, an item of the
+second product took twice as long as its reading.)
+
 All programs must be on the GPU at once, one a multiprocessor: `supported` and `Rings` see to that.
 """
 
@@ -40,8 +44,13 @@ ITEM = 2 * 8 * RUNS * 128
 ROOM = 190 * 1024
 """Bytes of shared memory that a program takes at most. The kernel in front has the rest: while it runs, the ring is
 filled with the shared experts' boxes."""
-REGISTERS = 160
-"""Registers of a thread at most: more than FP8's sums need, so that none spill (bf16 needs 56)."""
+REGISTERS, LAYING, FETCHING = 64, 56, 32
+"""Registers of a thread when the kernel starts (40,000 in all leave room for the kernel in front), of those that lay
+columns and of the one that fetches; those that multiply have the rest, 88. None spill."""
+LAYERS = 8
+"""Warps that lay columns (4 take 0.7 us longer in FP8)."""
+BUFFERS = 4
+"""Items of the second product whose columns are laid ahead at most."""
 COPIES = 8
 """Copies of the words: all programs read the same ones at the same time, and a line of L2 serves few at once."""
 PROGRAMS = 128
@@ -133,12 +142,12 @@ def launch(
     chunks = _chunks(hidden, width, shared, codes)
     plans = plan(chosen, *sizes[1:], hidden, codes)
     ups = -(-(chosen + shared) * width // 8 // PROGRAMS) * chunks[0]
-    downs = -(-hidden // 16 // PROGRAMS) * (chunks[1] + chosen * chunks[2])
+    commons = max(1, -(-shared * width // 8 // PROGRAMS) * chunks[0])
     ring_kernel[(PROGRAMS,)](
         *(boxes(m) for m in matrices), x_1D, *choice, *scales, scales[5].stride(-2), residual_1D, y_1D, *state,
         limit or 0.0, count, W=width, D=hidden, K=chosen, SHARED=shared, UPS=_power_of_two(ups),
-        DOWNS=_power_of_two(downs), POWERS=powers, LIMIT=limit is not None, RESIDUAL=residual_1D is not None,
-        COPIES=COPIES, PART=part, num_warps=8, launch_pdl=True, maxnreg=REGISTERS, **(how or plans),
+        COMMON_UPS=_power_of_two(commons), POWERS=powers, LIMIT=limit is not None, RESIDUAL=residual_1D is not None,
+        COPIES=COPIES, PART=part, P=PROGRAMS, num_warps=8, launch_pdl=True, **(plans | (how or {})),
     )  # fmt: skip
 
 
@@ -152,9 +161,14 @@ def plan(chosen: int, width: int, shared: int, hidden: int, codes: bool) -> dict
     """Items in the ring, and those of the shared experts' second product that are held beside it."""
     ups, common, _ = _chunks(hidden, width, shared, codes)
     held = common if codes and common <= 2 and hidden <= 16 * PROGRAMS else 0
-    columns = (ups + 2) * RUNS * 128 * (2 if codes else 1)
-    table = 128 * _power_of_two(-(-(chosen + shared) * width // 8 // PROGRAMS) * ups) + 4096 if codes else 0
-    return {"STAGES": min(6, (ROOM - columns - table) // ITEM) - held, "HELD": held}
+    columns = (ups + BUFFERS) * RUNS * 128 * (2 if codes else 1)
+    table = 0
+    if codes:
+        table = 128 * _power_of_two(-(-(chosen + shared) * width // 8 // PROGRAMS) * ups) + 4096
+    return {
+        "STAGES": min(6, (ROOM - columns - table) // ITEM) - held, "HELD": held, "BUFFERS": BUFFERS,
+        "LAYERS": LAYERS, "LAYING": LAYING, "FETCHING": FETCHING, "maxnreg": REGISTERS,
+    }  # fmt: skip
 
 
 def boxes(matrix: Tensor) -> Any:

@@ -17,7 +17,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from rorqual.engine import Engine, TeamError
-from rorqual.serve import chat, completions, inside, messages, responses, tokens
+from rorqual.serve import chat, completions, inside, messages, pages, responses, tokens
 from rorqual.serve.ask import Ask
 from rorqual.serve.body import read_body
 from rorqual.serve.driver import Running
@@ -87,6 +87,8 @@ def create_app(
     app.add_api_route("/health", doors.health, methods=["GET"])
     app.add_api_route("/ready", doors.ready, methods=["GET"])
     app.add_api_route("/metrics", doors.guarded(doors.figures), methods=["GET"])
+    if service.settings.page:
+        app.include_router(pages.router())
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_exception_handler(Exception, _failed)
     return app

@@ -81,6 +81,8 @@ class Ticket:
                 TokenInfo(done.ids[i], done.logprobs[i], tuple(tops[i]) if tops else (), i) for i in places
             ]
         self.seen += len(deltas)
+        if done.inside is not None:
+            done.inside.clear()  # it has come with the deltas; kept for a long answer it may be gigabytes
         cached = handle.request.cached if handle.request is not None else 0
         return News(deltas, infos, done if over else None, cached, handle.error)
 

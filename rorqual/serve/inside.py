@@ -1,4 +1,20 @@
-"""Looking inside over HTTP: what there is to see, what a request asks for, and its tokens as seen from inside."""
+"""Looking inside over HTTP: what there is to see, what a request asks for, and its tokens as seen from inside.
+
+A streamed chat asks with `inside`: true for everything with five alternatives, or an object of `alternatives` (0 to
+20), `experts`, `drafts` and `seen` (true, or layers' numbers: large models pick thousands of positions in each, so that
+true means a few layers, spread evenly). Chunks then carry `inside`: `tokens`, each once and in order, with its letters
+or after them, and `cache`, what the sequence has taken so far (its newest token's items come with that token's own
+pass). A token:
+
+    index, id, text, logprob    its place in the answer, and what it is
+    top                         the likeliest tokens: id, text, logprob
+    part                        where its letters went: "reasoning", "content", "call" or "markup"
+    experts                     chosen for it, best first, by layer of `expert_layers`; null for the answer's last token
+    draft                       "accepted" if MTP drafted it, else "none"
+    refused                     the draft that was refused in its place, if any
+    seen                        by layer the positions it looked at, counted from the prompt's first token, each
+                                standing for `every` tokens; weights are not told (null)
+"""
 
 from __future__ import annotations
 
@@ -21,6 +37,10 @@ MOST = 20
 
 BY_DEFAULT = 5
 """Alternatives where a request asks for everything."""
+
+MOST_SEEN = 8192
+"""Positions a token, over all layers, that are told without being asked for by number: writing them takes the server's
+time, and sending them everybody's."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +72,7 @@ def wish_of(raw: bool | Mapping[str, Any] | None, stream: bool, service: Service
     if not stream:
         raise Refusal(400, "inside needs stream: true", "inside", "invalid_value")
     if raw is True:
-        return Wish(BY_DEFAULT, Inside(experts=True, drafts=True, seen=True))
+        return Wish(BY_DEFAULT, Inside(experts=True, drafts=True, seen=some_layers(facts)))
     fields = dict(raw)
     alternatives = fields.pop("alternatives", None)
     if alternatives is not None and (not isinstance(alternatives, int) or isinstance(alternatives, bool)):
@@ -68,7 +88,19 @@ def wish_of(raw: bool | Mapping[str, Any] | None, stream: bool, service: Service
                 raise Refusal(400, told, place, "invalid_value")
         elif value is not None and not isinstance(value, bool):
             raise _wrong(place, "boolean")
+    if fields.get("seen") is True:
+        fields["seen"] = some_layers(facts)
     return Wish(alternatives or 0, Inside(**{name: value for name, value in fields.items() if value}))
+
+
+def some_layers(facts: Facts) -> bool | tuple[int, ...]:
+    """Layers whose picks are told where all are asked for: True for all, or as many as `MOST_SEEN` allows."""
+    picking = [layer for layer, picked in enumerate(facts.picked) if picked]
+    for count in range(len(picking), 0, -1):
+        some = tuple(picking[(2 * i + 1) * len(picking) // (2 * count)] for i in range(count))
+        if count == 1 or sum(facts.picked[layer] for layer in some) <= MOST_SEEN:
+            return count == len(picking) or some
+    return True
 
 
 def _wrong(place: str, kind: str) -> Refusal:
@@ -178,7 +210,7 @@ class Pane:
             "refused": [self._named(token) for token in look.refused],
             "seen": look.seen
             and [
-                {"layer": s.layer, "positions": s.positions, "every": s.every, "weights": None}
+                {"layer": s.layer, "positions": list(s.positions), "every": s.every, "weights": None}
                 for s in look.seen
             ],
         }

@@ -20,7 +20,7 @@ class Settings:
     otherwise. `cors`: origins that browsers may call from. `retry_after`: seconds that a client turned away is
     asked to wait. `drain`: seconds that a shutdown leaves to answers under way. `remembered`: tokens of past
     answers kept, so that they go back into a context exactly as they were written. `inside`: requests may ask
-    for what goes on inside the model.
+    for what goes on inside the model. `page`: whether `/` is a page to talk on.
     """
 
     name: str = "rorqual"
@@ -40,6 +40,7 @@ class Settings:
     retry_after: int = 1
     drain: float = 60.0
     remembered: int = 8_000_000
+    page: bool = True
     inside: bool = True
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ class TokenizeRequest(Body):
     thinking: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(Body):
@@ -31,7 +32,7 @@ class DetokenizeRequest(Body):
 
 
 def tokenize(raw: bytes, service: Service) -> dict[str, Any]:
-    """A text's tokens, or those of the prompt that a conversation makes."""
+    """A text's tokens, or those of the prompt that a conversation makes; with their letters if asked for."""
     request = parse(TokenizeRequest, raw, strict=service.settings.strict)
     service.check_model(request.model)
     if (request.prompt is None) == (request.messages is None):
@@ -47,7 +48,10 @@ def tokenize(raw: bytes, service: Service) -> dict[str, Any]:
     else:
         tokenizer, text = service.tokenizer, request.prompt or ""
         ids = tokenizer.encode(text, special=request.add_special_tokens is not False)
-    return {"tokens": ids, "count": len(ids), "max_model_len": service.context}
+    told = {"tokens": ids, "count": len(ids), "max_model_len": service.context}
+    if request.return_token_strs:
+        told["token_strs"] = [service.tokenizer.bytes_of(token).decode("utf-8", "replace") for token in ids]
+    return told
 
 
 def detokenize(raw: bytes, service: Service) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def check(model: Model, prompt: list[int], done: Completion) -> tuple[int, int]:
             count += 1
         assert (look.seen is None) == (not trace.selected)
         for sight in look.seen or []:
-            assert sight.positions == sorted(sight.positions)
+            assert list(sight.positions) == sorted(sight.positions)
             part: Any = config.layers[sight.layer].attention
             every = part.compress.ratio if hasattr(part, "compress") else 1
             assert sight.every == every and all(at % every == 0 for at in sight.positions)
@@ -223,7 +223,7 @@ def test_dsa_sees_what_its_indexer_scores_best() -> None:
         assert look.experts is None
         sight = look.seen[0]
         assert (sight.layer, sight.every) == (0, 1)
-        assert sight.positions == sorted(int(p) for p in best[position] if p >= 0)
+        assert list(sight.positions) == sorted(int(p) for p in best[position] if p >= 0)
         assert len(sight.positions) == min(6, position + 1)
 
 
@@ -378,10 +378,12 @@ def test_cache_is_counted_as_inspect_counts_it(name: str) -> None:
 def test_facts_of_members() -> None:
     v4 = Facts.of(build_member("deepseek-v4-flash-base"), speculate=True)
     assert v4.attention == ("window", "csa", "hca", "csa") and v4.every == (1, 4, 16, 4) and v4.window == 8
+    assert v4.picked == (0, 3, 10, 3), "entries of 16 in 160 positions"
     assert (v4.expert_layers, v4.experts, v4.chosen, v4.drafts) == ((0, 1, 2, 3), 8, 3, 1)
     v3 = Facts.of(build("v3"))
     assert (v3.attention, v3.expert_layers, v3.window, v3.drafts) == (("mla", "mla"), (1,), 0, 0)
     assert v3.cache.growing == 2 * 24 * 4, "fp32"
+    assert v3.picked == (0, 0) and Facts.of(build("v32")).picked == (6, 6)
     assert Facts.of(build("v32")).attention == ("dsa", "dsa") and Facts.of(build("gqa")).attention == (
         "gqa",
         "gqa",

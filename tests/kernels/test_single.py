@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rorqual.kernels import single, single_experts, single_mla, single_ring
+from rorqual.kernels import single, single_boxes, single_experts, single_mla, single_ring
 from rorqual.kernels.experts import Weights
 from rorqual.kernels.quant import E8M0, FP8, quantize_fp8
 from tests.interpreter import repair
@@ -71,6 +71,54 @@ def test_rows(
         close(y, want, 2e-2 if held else 6e-3)  # a code may round to the other side
     if by is not None and normed is not None:
         close(normed, torch.nn.functional.rms_norm(x, (width,), *by))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codes", ["codes", "powers"])
+@pytest.mark.parametrize(
+    ("count", "width", "outs", "norm", "residual"),
+    [
+        (1, 2048, (3072, 576), True, False),
+        (2, 2048, (2048,), False, True),
+        (2, 384, (9, 130), True, False),
+        (1, 128, (5,), True, True),
+        (2, 2176, (129,), False, True),
+        (2, 7168, (300, 3), True, False),
+    ],
+)
+def test_rows_in_boxes(
+    codes: str, count: int, width: int, outs: tuple[int, ...], norm: bool, residual: bool
+) -> None:
+    """The form on tensor cores, by its own plan and by another."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    device = torch.device("cuda")
+    x = torch.randn(count, width + 8, device=device).bfloat16()[:, :width]
+    weights, scales = zip(
+        *(matrix(o, width, codes=True, device=device, powers=codes == "powers") for o in outs), strict=True
+    )
+    assert single_boxes.supported(x, weights, scales)
+    by = (torch.rand(width, device=device).bfloat16() + 0.5, 1e-3) if norm else None
+    res = torch.randn(count, outs[0] + 3, device=device).bfloat16()[:, : outs[0]] if residual else None
+    want = single.rows_reference(x, weights, scales, by, res)
+    for how in (None, {"BOXES": 1, "num_warps": 4}):
+        for y, other in zip(single.rows(x, weights, scales, by, res, how=how), want, strict=True):
+            close(y, other, 2e-2)  # a code may round to the other side
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("count", "width", "limit"), [(1, 11264, None), (2, 384, 0.5), (2, 2176, None)])
+def test_gated_rows_in_boxes(count: int, width: int, limit: float | None) -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    device = torch.device("cuda")
+    gate, up = (3 * torch.randn(count, width + 8, device=device).bfloat16()[:, :width] for _ in range(2))
+    w, s = matrix(40, width, codes=True, device=device)
+    assert single_boxes.supported(gate, [w], [s])
+    res = torch.randn(count, 40, device=device).bfloat16()
+    (y,) = single.rows(gate, [w], [s], None, res, up_ND=up, limit=limit)
+    (want,) = single.rows_reference(gate, [w], [s], None, res, up_ND=up, limit=limit)
+    close(y, want, 2e-2)
 
 
 @pytest.mark.parametrize("codes", ["plain", "codes", "powers"])

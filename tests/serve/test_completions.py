@@ -90,6 +90,10 @@ def test_tokens_and_back(puppet: Start) -> None:
     text = "Hello é <think>"
     found = httpx.post(server.url + "/tokenize", json={"prompt": text}).json()
     assert found["tokens"] == TOKENIZER.encode(text) and found["count"] == len(found["tokens"])
+    letters = httpx.post(
+        server.url + "/tokenize", json={"prompt": "Hello é", "return_token_strs": True}
+    ).json()
+    assert letters["token_strs"] == ["Hello", " ", "é"] and "token_strs" not in found
     back = httpx.post(server.url + "/detokenize", json={"tokens": found["tokens"]}).json()
     assert back == {"prompt": text}
     talk = {"messages": [{"role": "user", "content": "<think>"}]}

@@ -43,10 +43,11 @@ BODIES: dict[str, dict[str, Any]] = {
         ],
         "tools": [{"type": "function", "function": FUNCTION}],
         "tool_choice": "auto", "thinking": {"type": "enabled"}, "reasoning_effort": "high", "max_tokens": 9,
-        "temperature": 0.5, "top_p": 0.5, "top_k": 5, "min_p": 0.1, "stop": ["x"], "n": 1, "seed": 1, "stream": False,
+        "temperature": 0.5, "top_p": 0.5, "top_k": 5, "min_p": 0.1, "stop": ["x"], "n": 1, "seed": 1, "stream": True,
         "stream_options": {"include_usage": True}, "logprobs": True, "top_logprobs": 2, "logit_bias": {"5": 1},
         "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}},
         "frequency_penalty": 0.1, "presence_penalty": 0.1, "repetition_penalty": 1.1, "parallel_tool_calls": True,
+        "inside": {"alternatives": 2, "experts": True, "drafts": True, "seen": [0]},
     },
     "/v1/completions": {
         "prompt": "x", "suffix": "y", "echo": True, "max_tokens": 5, "stop": "z", "logprobs": 2, "n": 1, "stream": True,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
 from rorqual.engine import Inside, Sampling
+from rorqual.serve.inside import some_layers
 from rorqual.text import tokens as t
 from tests.serve.conftest import Served, serving
 from tests.serve.puppet import FACTS, TOKENIZER, dsml, insight
@@ -46,6 +48,7 @@ def test_every_token_once_with_all_that_is_known(puppet: Start) -> None:
     assert [token["id"] for token in tokens] == ids
     assert [token["index"] for token in tokens] == list(range(len(ids)))
     prompt = server.engine.seen[0].prompt
+    assert server.engine.seen[0].done.inside == [], "what went out is not kept"
     for number, token in enumerate(tokens):
         assert token["text"] == TOKENIZER.bytes_of(ids[number]).decode("utf-8", "replace")
         assert token["logprob"] == -0.5 and [one["id"] for one in token["top"]] == [ids[number], 0]
@@ -128,6 +131,15 @@ def test_only_what_was_asked_for(puppet: Start) -> None:
         said = chunk["choices"][0]["delta"].get("content")
         shown = "".join(token["text"] for token in chunk.get("inside", {}).get("tokens", ()))
         assert not said or shown == said
+
+
+def test_large_models_tell_of_a_few_layers() -> None:
+    picked = tuple(0 if layer < 3 else 2048 for layer in range(61))
+    assert some_layers(replace(FACTS, picked=picked)) == (10, 24, 39, 53)
+    assert some_layers(replace(FACTS, picked=(0, 10_000, 0))) is True
+    assert some_layers(replace(FACTS, picked=(10_000, 10_000))) == (1,)
+    assert some_layers(replace(FACTS, picked=(4096, 4096))) is True
+    assert some_layers(replace(FACTS, picked=(0, 0))) is True
 
 
 def test_layers_by_number(puppet: Start) -> None:
@@ -292,7 +304,7 @@ def test_it_is_what_the_engine_tells(real: Served) -> None:
         assert [one["id"] for one in token["refused"]] == list(look.refused)
         assert token["logprob"] == pytest.approx(logprob, abs=1e-5)
         assert [one["id"] for one in token["top"]] == [number for number, _ in top]
-        seen = None if look.seen is None else [(s.layer, s.positions, s.every) for s in look.seen]
+        seen = None if look.seen is None else [(s.layer, list(s.positions), s.every) for s in look.seen]
         assert seen == (token["seen"] and [(s["layer"], s["positions"], s["every"]) for s in token["seen"]])
     assert any(token["refused"] for token in tokens)
     model_told = httpx.get(real.url + "/inside").json()["model"]
