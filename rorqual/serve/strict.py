@@ -11,6 +11,9 @@ from rorqual.serve.errors import Refusal
 MOST_PROPERTIES = 1000
 """Of a strict function, those of inner objects included."""
 
+MOST_BRANCHES = 1000
+"""Of an anyOf, oneOf or allOf."""
+
 
 def check_strict(schema: Any, place: str, depth: int = 0) -> int:
     """A strict schema names all of an object's properties as required and allows no others. Returns how many
@@ -64,6 +67,7 @@ def check_schema(schema: Any, place: str) -> None:
         if key in schema and not (isinstance(schema[key], list) and schema[key]):
             where = place if place == "tools" else f"{place}.{key}"
             raise Refusal(400, f"{key} must be a list of one or more", where, "invalid_tool")
-    if len(schema.get("enum", ())) > MOST_CHOICES:
-        told = f"enum holds {len(schema['enum']):,} values, more than {MOST_CHOICES:,}"
-        raise Refusal(400, told, place, "invalid_tool")
+        most = MOST_CHOICES if key == "enum" else MOST_BRANCHES
+        if len(schema.get(key, ())) > most:
+            told = f"{key} holds {len(schema[key]):,} values, more than {most:,}"
+            raise Refusal(400, told, place, "invalid_tool")

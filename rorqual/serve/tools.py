@@ -244,15 +244,20 @@ class _Dsml:
         )
 
     def _rule(self, text: str) -> str:
-        """A rule's name; two with the same text are one. Refused when all rules are longer than a grammar may be."""
-        self._written += len(text)
-        if self._written > MOST_TEXT:
-            told = f"the schemas of strict functions make a grammar of more than {MOST_TEXT:,} bytes"
-            raise Refusal(400, told, "tools", "invalid_tool")
+        """A rule's name; two with the same text are one."""
+        self._spend(len(text))
         if text not in self._names:
             self._names[text] = f"r{len(self._names)}"
             self._lines.append(f"{self._names[text]}: {text}")
         return self._names[text]
+
+    def _spend(self, count: int) -> None:
+        """Count bytes, those of rules that were there already too: what costs more than a grammar may have is
+        refused before much time has gone into it."""
+        self._written += count
+        if self._written > MOST_TEXT:
+            told = f"the schemas of strict functions make a grammar of more than {MOST_TEXT:,} bytes"
+            raise Refusal(400, told, "tools", "invalid_tool")
 
     def _call(self, function: Mapping[str, Any]) -> str:
         header = _text(f'invoke name="{function["name"]}">\n')
@@ -290,6 +295,7 @@ class _Dsml:
         waiting = [schema]
         while waiting:
             schema = waiting.pop()
+            self._spend(8)
             resolved = _resolve(schema, whole)
             if id(resolved) in seen or schema is False:
                 continue
@@ -328,13 +334,15 @@ _ANYTHING: Mapping[str, Any] = {}
 
 
 def _resolve(schema: Any, whole: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A schema, or what its `$ref` names."""
+    """A schema, or what its `$ref` names; what anything fits if that can't be found: the compiler says why then."""
     for _ in range(32):
         if not isinstance(schema, Mapping):
             return _ANYTHING
         reference = schema.get("$ref")
         if not isinstance(reference, str) or not reference.startswith("#/"):
             return schema
+        if len(reference) > 1000:
+            return _ANYTHING
         target: Any = whole
         for step in reference[2:].split("/"):
             target = target.get(step) if isinstance(target, Mapping) else None

@@ -81,6 +81,10 @@ def test_large_schemas_are_refused_at_once() -> None:
     refused({f"p{n}": string for n in range(1001)}, "at most 1,000 properties", "tools.0")
     inner = tool({f"p{n}": string for n in range(600)})["function"]["parameters"]
     refused({"a": inner, "b": inner}, "at most 1,000 properties", "tools.0")
+    many = {"$ref": "#/properties/p0/hidden"}
+    hidden = {"p0": {"type": "null", "hidden": {"anyOf": [string] * 900}}}
+    refused(hidden | {f"p{n}": many for n in range(1, 1000)}, "more than 262,144 bytes")
+    refused({"x": {"anyOf": [string] * 1001}}, "1,001 values", "tools.0")
     refused({"x": {"enum": [0] * 10_001}}, "10,001 values", "tools.0")
     refused({"x": {"enum": ["a" * 300_000]}}, "more than 262,144 bytes")
     with pytest.raises(Refusal) as raised:
