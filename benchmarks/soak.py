@@ -122,7 +122,7 @@ def _address(url: str) -> tuple[str, int]:
 
 
 def _head(method: str, path: str, length: int) -> bytes:
-    return f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
+    return f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
 async def _metric(url: str, name: str) -> float:

@@ -33,7 +33,7 @@ class Connection:
         reader, writer = self.streams
         begun, first, tail, head = time.perf_counter(), 0.0, b"", b""
         writer.write(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n" % len(body) + body
         )
         while b"\r\n0\r\n\r\n" not in tail:

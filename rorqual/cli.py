@@ -249,6 +249,7 @@ def serve(
     max_tokens: int | None = None,
     timeout: float | None = None,
     cors: tuple[str, ...] = (),
+    allow_host: tuple[str, ...] = (),
     strict: bool = False,
     dtype: str | None = None,
     device: str | None = None,
@@ -302,6 +303,8 @@ def serve(
         Seconds for a whole answer; no limit by default.
     cors
         An origin that browsers may call from; may be given several times.
+    allow_host
+        A name that a server without keys may be called by, such as a proxy's; may be given several times.
     strict
         Refuse requests with unknown fields.
     dtype
@@ -340,12 +343,12 @@ def serve(
     """
     try:
         from rorqual import weights
-        from rorqual.serve import Settings, create_app, read_keys
+        from rorqual.serve import Settings, create_app, keys_of, read_keys
         from rorqual.serve import ranks as many
         from rorqual.serve.run import bind, run
     except ImportError as problem:
         raise ValueError(f"the server needs {problem.name}: pip install 'rorqual[serve]'") from None
-    keys = tuple(key for key in os.environ.get("RORQUAL_API_KEYS", "").split(",") if key)
+    keys = keys_of(os.environ.get("RORQUAL_API_KEYS"))
     settings = Settings(
         name=name or Path(model).name,
         aliases=alias,
@@ -357,6 +360,7 @@ def serve(
         max_body=max_body,
         drain=drain,
         cors=cors,
+        hosts=allow_host,
         strict=strict,
         page=page,
         inside=inside,

@@ -47,14 +47,14 @@ class Pass:
         self.positions = torch.tensor([CONTEXT - 1], device=device)
         self.table = torch.arange(1, BLOCKS + 1, device=device, dtype=torch.int32)[None]
         self.ends = torch.tensor([CONTEXT], device=device, dtype=torch.int32)
-        self.rings = torch.zeros_like(self.ends)
+        self.slots = torch.zeros_like(self.ends)
         self.rings = Rings()
         self.offsets = torch.tensor([0, 1], dtype=torch.int32, device=device)
 
     def step(self) -> PagedStep:
         """The pass as the engine describes it under capture."""
         group = Group(
-            slice(0, 1), [], [], 1, BLOCKS * PAGE, self.table, self.rings, self.ends, self.offsets, True
+            slice(0, 1), [], [], 1, BLOCKS * PAGE, self.table, self.slots, self.ends, self.offsets, True
         )
         step = PagedStep(self.positions, [group], PAGE)
         step.shared["rings"] = self.rings
@@ -112,8 +112,8 @@ def compare(p: Pass) -> str:
         for layer, store in zip(p.model.layers, p.stores, strict=True):
             any_layer: Any = layer
             want = x + step.attend(any_layer.attention, any_layer.attention_norm(x), store)
-            got = way.attend(any_layer.attention, any_layer.attention_norm, x, step, store, any_layer.ff)
-            again = way.attend(any_layer.attention, any_layer.attention_norm, x, step, store, any_layer.ff)
+            got = way.attend(any_layer.attention, any_layer.attention_norm, x, step, store)
+            again = way.attend(any_layer.attention, any_layer.attention_norm, x, step, store)
             found.append("attention " + apart(got, want, again, x))
             x, want = want, want + any_layer._feed(any_layer.ff_norm(want), p.ids, step)
             got = way.feed(any_layer.ff, any_layer.ff_norm, x, p.ids, step)
@@ -175,8 +175,11 @@ def main() -> None:
                     flush=True,
                 )
             asked = way.ASK
-            for way.ASK in (0, 1, 2, 3):
-                print(f"{kind}: {layer_time(p):6.1f} us asking ahead for {way.ASK}", flush=True)
+            for way.ASK in (False, True):
+                print(
+                    f"{kind}: {layer_time(p):6.1f} us {'' if way.ASK else 'not '}asking for `o` ahead",
+                    flush=True,
+                )
             way.ASK, single_mla.CLUSTERS = asked, False
             print(f"{kind}: {layer_time(p):6.1f} us with the attention in three launches", flush=True)
             single_mla.CLUSTERS = True
@@ -239,9 +242,7 @@ def pieces(p: Pass, kind: str) -> None:
         return single.rows(wide, *way._lists(layers[n].attention.o), residual_NO=row)
 
     parts: dict[str, Callable[[int], Any]] = {
-        "attention": lambda n: way.attend(
-            layers[n].attention, layers[n].attention_norm, x, step, stores[n], layers[n].ff
-        ),
+        "attention": lambda n: way.attend(layers[n].attention, layers[n].attention_norm, x, step, stores[n]),
         "q, kv": project,
         "core": core,
         "o": out,

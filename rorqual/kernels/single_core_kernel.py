@@ -128,7 +128,7 @@ def core_kernel(
     KEYS: gl.constexpr, CHUNK: gl.constexpr, INTERLEAVED: gl.constexpr, CODES: gl.constexpr, POWERS: gl.constexpr,
     SPAN: gl.constexpr, LAYOUTS: gl.constexpr,
 ):  # fmt: skip
-    """y `[H * V]`, and the newest key `[512 + R]` to its page. KEYS: keys of a warp at most."""
+    """y `[H * V]`, and the newest key `[512 + R]` to its page. KEYS: keys of a warp that are read ahead."""
     RANK: gl.constexpr = 512
     UK: gl.constexpr = LAYOUTS[0]
     UV: gl.constexpr = LAYOUTS[1]

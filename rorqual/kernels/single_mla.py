@@ -14,7 +14,6 @@ Weights are asked for before the kernel in front has ended.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,9 +30,6 @@ from rorqual.kernels.skinny import await_inputs, release
 
 TILE = 32
 """Keys a program of the attention meets at a time."""
-
-SHORT = True
-"""Whether `short_attend_kernel` takes pages in the queries' type."""
 
 CLUSTERS = True
 """Whether `single_core`'s one launch takes what it can."""
@@ -286,19 +282,19 @@ def reference(
 def attention(
     q_NHd: Tensor, kv_NC: Tensor, norm: tuple[Tensor, float], cos_NR: Tensor, sin_NR: Tensor, w_HrC: Tensor,
     scale: Tensor | None, pages: Tensor, slots_N: Tensor, table_SB: Tensor, ends_S: Tensor, *, width: int,
-    nope: int, interleaved: bool, softmax_scale: float, later: Sequence[Tensor | None] = (None, None, None),
+    nope: int, interleaved: bool, softmax_scale: float, later: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """MLA of one or a few tokens between its first matrices and `o`: `[N, H * v]`.
 
     q `[N, H, nope + rope]` and kv `[N, rank + rope]` as the matrices leave them; norm (weight, eps) of the
     latent; cos and sin `[N, rope / 2]`; W_UK and W_UV in w `[H, nope + v, rank]`, plain or codes with `scale`;
-    the rest as for `mla_write` and `mla_decode`. `later`: weights of kernels to come that each launch asks to be
+    the rest as for `mla_write` and `mla_decode`. `later`: a weight that the first launch asks to be
     brought into L2. All must be fit (`fit`).
     """
     if CLUSTERS and single_core.supported(q_NHd, w_HrC, pages, table_SB, nope, width):
         return single_core.launch(
             q_NHd, kv_NC, norm, cos_NR, sin_NR, w_HrC, scale, pages, slots_N, table_SB, ends_S, nope=nope,
-            interleaved=interleaved, softmax_scale=softmax_scale, later=later[0],
+            interleaved=interleaved, softmax_scale=softmax_scale, later=later,
         )  # fmt: skip
     (count, heads, channels), (_, head_rows, rank) = q_NHd.shape, w_HrC.shape
     rope, values, options = channels - nope, head_rows - nope, launch_options(q_NHd)
@@ -318,7 +314,7 @@ def attention(
     columns = 64
     jobs = count * (2 + triton.cdiv(heads, at_once))
     programs = heads * triton.cdiv(rank, columns)
-    asked, amount, span = asking(later[0], programs, 4)
+    asked, amount, span = asking(later, programs, 4)
     absorb_kernel[(programs + jobs,)](
         kv_NC, norm[0], cos_NR, sin_NR, q_NHd, w_HrC, by, q_NHC, page_codes, page_scales, page_ropes, slots_N,
         kv_NC.stride(0), q_NHd.stride(0), q_NHd.stride(1), w_HrC.stride(0), w_HrC.stride(1), s_row, q_NHC.stride(0),
@@ -333,9 +329,9 @@ def attention(
     part = torch.empty(splits, count * heads, rank, dtype=torch.float32, device=q_NHd.device)
     lse = torch.empty(splits, count * heads, dtype=torch.float32, device=q_NHd.device)
     grid = (triton.cdiv(width * heads, 16), splits, table_SB.shape[0])
-    asked, amount, span = asking(later[1], math.prod(grid), 4)
+    asked, amount, span = asking(None, math.prod(grid), 4)
     exponent = softmax_scale * math.log2(math.e)
-    if SHORT and not fp8 and splits * TILE >= table_SB.shape[1] * size:
+    if not fp8 and splits * TILE >= table_SB.shape[1] * size:
         quarter = max(16, triton.next_power_of_2(triton.cdiv(rank, 4)))
         short_attend_kernel[grid](
             q_NHC, pages, table_SB, ends_S, part, lse, exponent, width * heads, heads, width, table_SB.stride(0),
@@ -364,7 +360,7 @@ def attention(
 
     y = q_NHd.new_empty(count, heads * values)
     programs = heads * triton.cdiv(values, ROWS)
-    asked, amount, span = asking(later[2], programs, 8)
+    asked, amount, span = asking(None, programs, 8)
     gather_kernel[(programs,)](
         part, lse, ends_S, w_HrC[:, nope:], by, y, splits, w_HrC.stride(0), w_HrC.stride(1), s_row, y.stride(0),
         asked, amount, N=count, WIDTH=width, H=heads, V=values, FIRST=nope, HEAD_ROWS=head_rows, RANK=rank,

@@ -72,7 +72,7 @@ class Block(nn.Module):
         the norm after it. Returns the residual and what is still to be added, if anything."""
         if self.whole and single.fits(x, step):
             total = x if pending is None else x + pending
-            after = single.attend(self.attention, self.attention_norm, total, step, cache, self.ff)
+            after = single.attend(self.attention, self.attention_norm, total, step, cache)
             if after is not None:
                 fed = single.feed(self.ff, self.ff_norm, after, ids_BT, step)
                 return (after, self._feed(self.ff_norm(after), ids_BT, step)) if fed is None else (fed, None)

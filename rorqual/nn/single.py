@@ -30,9 +30,8 @@ ON = True
 RING = True
 """Whether its experts are one launch, where they can be."""
 
-ASK = 1
-"""What kernels that have little to read ask to be brought into L2 for those to come: nothing (0), the weight of `o`
-(1), the shared experts' first two matrices too (2), and their last (3)."""
+ASK = True
+"""Whether the attention, which has little to read, asks for the weight of `o` to be brought into L2."""
 
 
 def fits(x_1ND: Tensor, step: Step) -> bool:
@@ -50,10 +49,8 @@ def fits(x_1ND: Tensor, step: Step) -> bool:
     )
 
 
-def attend(
-    brick: nn.Module, norm: RMSNorm, x_1ND: Tensor, step: Step, store: Store, ff: nn.Module | None = None
-) -> Tensor | None:
-    """x + attention(norm(x)). While it waits for its rows it asks for weights of `ff` that need no choice."""
+def attend(brick: nn.Module, norm: RMSNorm, x_1ND: Tensor, step: Step, store: Store) -> Tensor | None:
+    """x + attention(norm(x))."""
     if not isinstance(brick, MLA) or brick.index is not None or not isinstance(step, PagedStep):
         return None
     p, x_ND, group, pages = brick.part, x_1ND[0], step.groups[0], store["latent"]
@@ -70,12 +67,6 @@ def attend(
         or not single_mla.fit(rows, w_HrC, pages, p.nope_dim)
     ):
         return None
-    soon: list[Tensor | None] = [None] * 4
-    if ASK > 0:
-        soon[0] = brick.o.weight
-    if ASK > 1 and isinstance(ff, MoE) and ff.shared is not None:
-        soon[1:3] = ff.shared.gate.weight, ff.shared.up.weight
-        soon[3] = ff.shared.down.weight if ASK > 2 else None
     q, kv_NC = single.rows(x_ND, *_lists(first, brick.kv_a), norm=(norm.weight, norm.eps))
     if p.q_rank is not None:
         (q,) = single.rows(q, *_lists(brick.q_b), norm=(brick.q_a_norm.weight, brick.q_a_norm.eps))
@@ -83,9 +74,9 @@ def attend(
     o_NV = single_mla.attention(
         q.unflatten(-1, (p.heads, p.qk_dim)), kv_NC, (brick.kv_a_norm.weight, brick.kv_a_norm.eps), cos, sin, w_HrC,
         brick.kv_b.scale, pages, step.slots(), group.table_SB, group.ends_S, width=group.width, nope=p.nope_dim,
-        interleaved=p.rope.interleaved, softmax_scale=p.scale, later=soon[:3],
+        interleaved=p.rope.interleaved, softmax_scale=p.scale, later=brick.o.weight if ASK else None,
     )  # fmt: skip
-    (y,) = single.rows(o_NV, *_lists(brick.o), residual_NO=x_ND, later=soon[3])
+    (y,) = single.rows(o_NV, *_lists(brick.o), residual_NO=x_ND)
     return y[None]
 
 

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -19,7 +19,8 @@ from starlette.exceptions import HTTPException
 from rorqual.engine import Engine, TeamError
 from rorqual.serve import chat, completions, inside, messages, pages, responses, tokens
 from rorqual.serve.ask import Ask
-from rorqual.serve.body import read_body
+from rorqual.serve.body import Room, reading
+from rorqual.serve.browsers import Guard, Guarded
 from rorqual.serve.driver import Running
 from rorqual.serve.errors import Refusal, Style, refusal_of
 from rorqual.serve.metrics import Metrics
@@ -63,11 +64,16 @@ def create_app(
             if doors.tracing is not None:
                 await asyncio.to_thread(doors.tracing.close)
 
-    app = FastAPI(title="rorqual", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="rorqual", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.router.redirect_slashes = False  # it would lead to wherever the Host header says
     app.state.service, app.state.doors = service, doors
     if service.settings.cors:
         origins = list(service.settings.cors)
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    app.state.guard = None
+    if not service.settings.keys:
+        app.state.guard = Guard(service.settings.cors, service.settings.hosts)
+        app.add_middleware(Guarded, guard=app.state.guard, refuse=doors.turn_away)
     for path in ("/chat/completions", "/v1/chat/completions", "/beta/chat/completions"):
         app.add_api_route(path, doors.answering(chat.ask, "deepseek"), methods=["POST"])
     for path in ("/completions", "/v1/completions", "/beta/completions"):
@@ -89,7 +95,7 @@ def create_app(
     app.add_api_route("/metrics", doors.guarded(doors.figures), methods=["GET"])
     if service.settings.page:
         app.include_router(pages.router())
-    app.add_exception_handler(HTTPException, _no_such_route)
+    app.add_exception_handler(HTTPException, doors.no_such_route)
     app.add_exception_handler(Exception, _failed)
     return app
 
@@ -101,6 +107,8 @@ class Doors:
         self.service = service
         self.metrics = Metrics(service)
         self.tracing: Tracing | None = None
+        settings = service.settings
+        self.room = Room(settings.max_bodies * settings.max_body, settings.retry_after)
         self._keys = [hashlib.sha256(key.encode()).digest() for key in service.settings.keys]
 
     # ------------------------------------------------------------------------------------- answers
@@ -113,8 +121,8 @@ class Doors:
             try:
                 self.check_key(request)
                 self.service.admit(0)
-                raw = await self._body(request)
-                ask = await asyncio.to_thread(understand, raw, self.service)
+                async with self._body(request) as raw:
+                    ask = await asyncio.to_thread(understand, raw, self.service)
                 self.service.admit(len(ask.job.answers))
             except Exception as error:
                 return self.refuse(request, error, style)
@@ -149,8 +157,10 @@ class Doors:
                         account.note(part)
             yield ask.whole(turns)
 
+        writer, head = ask.writer(), b""
+
         async def events() -> AsyncGenerator[bytes]:
-            writer = ask.writer()
+            nonlocal head
             head = b"".join(writer.start())
             async with aclosing(aiter(run())) as batches:
                 async for batch in batches:
@@ -163,7 +173,9 @@ class Doors:
             yield b"".join(writer.end())
 
         if ask.stream:
-            return Events(events, style, account.close)
+            failed = getattr(writer, "failed", None)
+            end = None if failed is None else lambda refusal: head + failed(refusal)
+            return Events(events, style, account.close, end)
         return Whole(whole, style, account.close)
 
     # --------------------------------------------------------------------------------------- others
@@ -190,8 +202,8 @@ class Doors:
         async def handler(request: Request) -> Response:
             try:
                 self.check_key(request)
-                raw = await self._body(request)
-                return _json(await asyncio.to_thread(read, raw, self.service))
+                async with self._body(request) as raw:
+                    return _json(await asyncio.to_thread(read, raw, self.service))
             except Exception as error:
                 return self.refuse(request, error, style)
 
@@ -240,8 +252,9 @@ class Doors:
         """The figures."""
         return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def _body(self, request: Request) -> bytes:
-        return await read_body(request, self.service.settings.max_body, self.service.settings.body_timeout)
+    def _body(self, request: Request) -> AbstractAsyncContextManager[bytes]:
+        settings = self.service.settings
+        return reading(request, settings.max_body, settings.body_timeout, self.room)
 
     # -------------------------------------------------------------------------------------- keys
 
@@ -257,13 +270,24 @@ class Doors:
             told = "no valid API key was given: send it as 'Authorization: Bearer KEY'"
             raise Refusal(401, told, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
+    async def no_such_route(self, request: Request, error: Any) -> Response:
+        """What no route takes."""
+        told = {404: f"there is no {request.url.path}", 405: f"{request.method} is not possible here"}
+        text = told.get(error.status_code, str(error.detail))
+        refusal = Refusal(error.status_code, text, code="no_such_route", headers=error.headers or {})
+        return self.turn_away(request, refusal)
+
+    def turn_away(self, request: Request, refusal: Refusal) -> Response:
+        """A refusal of what has come to no route, in the form of the path's API."""
+        return self.refuse(request, refusal, style_of(request.url.path))
+
     def refuse(self, request: Request, error: Exception, style: Style) -> Response:
         """An error as a response; ours are logged."""
         refusal = refusal_of(error)
         if refusal.status >= 500 and not isinstance(error, Refusal):
             log.error("%s failed", request.url.path, exc_info=error)
         response = refused(refusal, style)
-        self.metrics.requests.labels(request.scope["route"].path, response.status_code).inc()
+        self.metrics.requests.labels(_route(request), response.status_code).inc()
         _log(route=request.url.path, status=response.status_code, code=refusal.code)
         begun = getattr(request.state, "begun", None)
         if self.tracing is not None and begun is not None:
@@ -351,8 +375,8 @@ class _Account:
 
 
 def _route(request: Request) -> str:
-    """The route as it was declared."""
-    return str(request.scope["route"].path)
+    """The route as it was declared; "none" where there is none, so that what clients make up is counted as one."""
+    return str(getattr(request.scope.get("route"), "path", "none"))
 
 
 def style_of(path: str) -> Style:
@@ -370,12 +394,6 @@ def _log(**fields: Any) -> None:
     """One line of JSON about a request; never what was said in it."""
     if log.isEnabledFor(logging.INFO):
         log.info(json.dumps({key: value for key, value in fields.items() if value is not None}))
-
-
-async def _no_such_route(request: Request, error: Any) -> Response:
-    told = {404: f"there is no {request.url.path}", 405: f"{request.method} is not possible here"}
-    refusal = Refusal(error.status_code, told.get(error.status_code, str(error.detail)), code="no_such_route")
-    return refused(refusal, style_of(request.url.path))
 
 
 async def _failed(request: Request, error: Exception) -> Response:

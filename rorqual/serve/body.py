@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -22,25 +24,47 @@ class Body(BaseModel):
 M = TypeVar("M", bound=Body)
 
 
-async def read_body(request: Request, limit: int, seconds: float) -> bytes:
-    """The whole body. Refusal 413 as soon as it is longer than `limit` bytes, 408 if it takes longer than `seconds`."""
+class Room:
+    """Bytes of bodies that are held at once: `taken` of `limit`."""
+
+    def __init__(self, limit: int, wait: int) -> None:
+        self.limit, self.wait, self.taken = limit, wait, 0
+
+    def take(self, size: int) -> None:
+        """Count bytes in. Refusal 503 where there is no room."""
+        if self.taken + size > self.limit:
+            told = "too many bodies are being read: try again later"
+            raise Refusal(503, told, code="busy", headers={"retry-after": str(self.wait)})
+        self.taken += size
+
+
+@asynccontextmanager
+async def reading(request: Request, limit: int, seconds: float, room: Room) -> AsyncGenerator[bytes]:
+    """The whole body, which counts against `room` from its first byte until the block is left. Refusal 413 as soon as
+    it is longer than `limit` bytes, 408 if it takes longer than `seconds`, 503 if there is no room."""
     told = f"the body is larger than {limit:,} bytes"
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length[:18]) > limit:
         raise Refusal(413, told, code="body_too_large")
-    pieces, size = [], 0
+    pieces: list[bytes] = []
+    size = held = 0
     try:
-        async with asyncio.timeout(seconds):
-            async for piece in request.stream():
-                size += len(piece)
-                if size > limit:
-                    raise Refusal(413, told, code="body_too_large")
-                pieces.append(piece)
-    except TimeoutError:
-        raise Refusal(408, f"the body did not arrive within {seconds:g} s", code="body_timeout") from None
-    except ClientDisconnect:
-        raise Refusal(400, "the body ended early", code="incomplete_body") from None
-    return b"".join(pieces)
+        try:
+            async with asyncio.timeout(seconds):
+                async for piece in request.stream():
+                    size += len(piece)
+                    if size > limit:
+                        raise Refusal(413, told, code="body_too_large")
+                    room.take(len(piece))
+                    held = size
+                    pieces.append(piece)
+        except TimeoutError:
+            raise Refusal(408, f"the body did not arrive within {seconds:g} s", code="body_timeout") from None
+        except ClientDisconnect:
+            raise Refusal(400, "the body ended early", code="incomplete_body") from None
+        yield b"".join(pieces)
+    finally:
+        room.taken -= held
 
 
 def parse(kind: type[M], body: bytes, *, strict: bool = False) -> M:

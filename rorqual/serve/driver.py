@@ -94,8 +94,6 @@ class Driver:
         self.engine = engine
         self.broken: Exception | None = None
         """Why the engine takes no more requests, if it doesn't."""
-        self.steps = 0
-        self.last = time.monotonic()
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._live: dict[Ticket, None] = {}
         self._stopping = False
@@ -152,8 +150,6 @@ class Driver:
                     return
                 except Exception as error:
                     self.engine.fail_all(error)
-                self.steps += 1
-            self.last = time.monotonic()
             self._tell(began)
 
     def _admit(self, ticket: Ticket) -> None:

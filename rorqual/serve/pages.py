@@ -80,6 +80,15 @@ def files() -> tuple[str, dict[str, File]]:
     return digest, found
 
 
+def _takes_gzip(accepted: str) -> bool:
+    """Whether a client takes gzip: named, or by *, with a weight above 0."""
+    weights: dict[str, bool] = {}
+    for part in accepted.lower().split(","):
+        name, *options = (word.strip() for word in part.split(";"))
+        weights[name] = not any(option.replace(" ", "").strip("0.") == "q=" for option in options)
+    return weights.get("gzip", weights.get("*", False))
+
+
 async def page(request: Request, digest: str = "", name: str = "") -> Response:
     """A file. Under the digest of this version it may be kept for ever; anything else is asked for again."""
     current, found = files()
@@ -87,10 +96,11 @@ async def page(request: Request, digest: str = "", name: str = "") -> Response:
     if file is None or (digest and not name):
         raise HTTPException(404)
     kept = "public, max-age=31536000, immutable" if digest == current else "no-cache"
-    packed = file.packed if "gzip" in request.headers.get("accept-encoding", "") else None
+    packed = file.packed if _takes_gzip(request.headers.get("accept-encoding", "")) else None
     tag = f'"{file.tag}{"" if packed is None else "-gzip"}"'
     headers = HEADERS | {"etag": tag, "cache-control": kept}
-    if tag in request.headers.get("if-none-match", ""):
+    held = request.headers.get("if-none-match", "")
+    if tag in held or held.strip() == "*":
         return Response(None, 304, headers)
     if packed is not None:
         headers["content-encoding"] = "gzip"

@@ -102,8 +102,7 @@ class _Stopper:
         self.signal = number
         first = self.pid(0)
         if first is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(first, signal.SIGTERM)
+            _send(first, signal.SIGTERM)
         else:
             self.kill()
         timer = threading.Timer(self.drain + GRACE, self._too_late)
@@ -126,8 +125,16 @@ class _Stopper:
         for rank in range(self.count):
             pid = self.pid(rank)
             if pid is not None:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
+                _send(pid, signal.SIGKILL)
+
+
+def _send(pid: int, number: int) -> None:
+    """Send a signal to a rank, if the number is still its own: once a child has been waited for, another process may
+    have it."""
+    with contextlib.suppress(ProcessLookupError, PermissionError, ChildProcessError):
+        if hasattr(os, "waitid"):
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # ChildProcessError: not ours
+        os.kill(pid, number)
 
 
 # ------------------------------------------------------------------------------------------ in a rank

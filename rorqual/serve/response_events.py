@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rorqual.serve.errors import Refusal, render
 from rorqual.serve.meta import Meta
 from rorqual.serve.parts import (
     CallArguments,
@@ -32,35 +33,30 @@ def usage(used: Usage) -> dict[str, Any]:
 
 
 def body(meta: Meta, told: Mapping[str, Any], turn: Turn) -> dict[str, Any]:
-    """The whole response: the last event of its stream."""
-    writer = Writer(meta, told)
-    if turn.reasoning:
-        writer.items.append(_reasoning(writer.item_id("rs"), turn.reasoning))
-    if turn.content or not turn.calls:
-        writer.items.append(_message(writer.item_id("msg"), turn.content))
-    for call in turn.calls:
-        item = _call(writer.item_id("fc"), call.id or "", call.name, call.arguments)
-        writer.items.append(item)
-    return writer.response(turn.end or End("stop"))
+    """The whole response: what the last event of its stream would hold."""
+    writer, end = Writer(meta, told), turn.end or End("stop")
+    for part in (*turn.parts(), end):
+        for _ in writer.feed(0, part):
+            pass
+    return writer.response(end)
 
 
-def _reasoning(item: str, text: str, status: str = "completed") -> dict[str, Any]:
-    content = [{"type": "reasoning_text", "text": text}] if text or status == "completed" else []
-    return {"id": item, "type": "reasoning", "summary": [], "content": content, "status": status}
+def _reasoning(item: str) -> dict[str, Any]:
+    return {"id": item, "type": "reasoning", "summary": [], "content": [], "status": "in_progress"}
 
 
-def _message(item: str, text: str, status: str = "completed") -> dict[str, Any]:
-    content = [_part(text)] if text or status == "completed" else []
-    return {"id": item, "type": "message", "role": "assistant", "content": content, "status": status}
+def _message(item: str) -> dict[str, Any]:
+    told = {"id": item, "type": "message", "role": "assistant"}
+    return told | {"content": [], "status": "in_progress"}
 
 
 def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _call(item: str, call_id: str, name: str, arguments: str, status: str = "completed") -> dict[str, Any]:
+def _call(item: str, call_id: str, name: str) -> dict[str, Any]:
     told = {"id": item, "type": "function_call", "call_id": call_id, "name": name}
-    return told | {"arguments": arguments, "status": status}
+    return told | {"arguments": "", "status": "in_progress"}
 
 
 class Writer:
@@ -108,27 +104,23 @@ class Writer:
         """The events of one part."""
         match part:
             case Reasoning(text, _):
-                yield from self._inside(
-                    "reasoning", lambda: _reasoning(self.item_id("rs"), "", "in_progress")
-                )
+                yield from self._inside("reasoning", lambda: _reasoning(self.item_id("rs")))
                 self._text += text
                 yield self._piece("response.reasoning_text.delta", delta=text)
             case Content(text, _):
-                yield from self._inside("message", lambda: _message(self.item_id("msg"), "", "in_progress"))
+                yield from self._inside("message", lambda: _message(self.item_id("msg")))
                 self._text += text
                 yield self._piece("response.output_text.delta", delta=text, logprobs=[])
             case CallStart(_, call_id, name):
                 yield from self._close()
-                item = _call(self.item_id("fc"), call_id, name, "", "in_progress")
+                item = _call(self.item_id("fc"), call_id, name)
                 yield from self._inside("function_call", lambda: item)
             case CallArguments(_, text):
                 self._text += text
                 yield self._in_item("response.function_call_arguments.delta", delta=text)
             case End():
                 if not self.items and self._open is None:
-                    yield from self._inside(
-                        "message", lambda: _message(self.item_id("msg"), "", "in_progress")
-                    )
+                    yield from self._inside("message", lambda: _message(self.item_id("msg")))
                 yield from self._close("incomplete" if part.finish == "length" else "completed")
                 kind = "response.incomplete" if part.finish == "length" else "response.completed"
                 yield self._event(kind, response=self.response(part))
@@ -136,6 +128,12 @@ class Writer:
     def end(self) -> Iterator[bytes]:
         """Nothing stands after the response's own end."""
         return iter(())
+
+    def failed(self, refusal: Refusal) -> bytes:
+        """The event of an error in the middle of the stream, its last."""
+        _, body = render(refusal, "openai")
+        told = {name: body["error"][name] for name in ("code", "message", "param")}
+        return self._event("error", **told)
 
     # ---- items
 

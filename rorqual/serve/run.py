@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -10,14 +11,52 @@ import time
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 GRACE = 15.0
 """Seconds beyond the drain after which a process whose engine hangs ends all the same."""
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 log = logging.getLogger("rorqual.serve")
+
+
+class Connection(H11Protocol):
+    """Closes itself when a request's line and headers don't arrive within the settings' `head_timeout`: from the
+    beginning of the connection for its first request, from their first byte for others. Between requests uvicorn closes
+    it after 5 seconds, and h11 refuses headers above 16 KiB."""
+
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The connection stands."""
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come: of headers, as long as h11 has made no request of them."""
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self._wait()
+        else:
+            self._stop_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        if self._waiting is None:
+            seconds = self.config.app.state.service.settings.head_timeout  # type: ignore[union-attr]
+            self._waiting = self.loop.call_later(seconds, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
 
 
 class Server(uvicorn.Server):
@@ -102,7 +141,16 @@ def run(
     prepare_logs()
     if host not in LOCAL and not settings.keys:
         log.warning("listening on %s without API keys: whoever can reach it can use it", host)
-    given = {"log_level": "warning", "access_log": False, "server_header": False, **options}
+    given = {
+        "log_level": "warning",
+        "access_log": False,
+        "server_header": False,
+        "http": Connection,
+        "ws": "none",
+        **options,
+    }
+    if app.state.guard is not None:
+        app.state.guard.hosts.add(host.lower())
     config = uvicorn.Config(app, host=host, port=port, **given)
     listener = listener or bind(host, port)
     log.info("serving %s on http://%s:%d", settings.name, host, listener.getsockname()[1])

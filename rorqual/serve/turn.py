@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from rorqual.serve.parts import (
@@ -46,18 +46,20 @@ class Turn:
             case End():
                 self.end = part
 
+    def parts(self) -> Iterator[Part]:
+        """The texts and calls, each in one piece, without the end."""
+        if self.reasoning:
+            yield Reasoning(self.reasoning)
+        if self.content:
+            yield Content(self.content)
+        for index, call in enumerate(self.calls):
+            yield CallStart(index, call.id or "", call.name)
+            yield CallArguments(index, call.arguments)
+
     @property
     def finish(self) -> str:
         """The finish reason."""
         return self.end.finish if self.end is not None else "stop"
-
-
-def collect(parts: Iterable[tuple[int, Part]], n: int) -> list[Turn]:
-    """All choices of an answer."""
-    turns = [Turn() for _ in range(n)]
-    for number, part in parts:
-        turns[number].add(part)
-    return turns
 
 
 def usage_of(turns: Iterable[Turn]) -> Usage:

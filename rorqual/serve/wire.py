@@ -117,11 +117,17 @@ class Whole(_Sender):
 
 
 class Events(_Sender):
-    """Server-sent events, as `make` gives them."""
+    """Server-sent events, as `make` gives them. `failed` writes the event of an error; None for the usual one."""
 
-    def __init__(self, make: Callable[[], AsyncGenerator[bytes]], *args: Any) -> None:
-        super().__init__(*args)
-        self.make = make
+    def __init__(
+        self,
+        make: Callable[[], AsyncGenerator[bytes]],
+        style: Style,
+        on_close: Callable[[Exception | None], None],
+        failed: Callable[[Refusal], bytes] | None = None,
+    ) -> None:
+        super().__init__(style, on_close)
+        self.make, self.failed = make, failed
 
     async def send(self, send: Send) -> None:
         async with contextlib.aclosing(self.make()) as made:
@@ -137,8 +143,11 @@ class Events(_Sender):
         if not self.begun:
             await super().fail(send, refusal)
             return
-        _, body = render(refusal, self.style)
-        told = event(body, "error" if self.style == "anthropic" else None)
+        if self.failed is not None:
+            told = self.failed(refusal)
+        else:
+            _, body = render(refusal, self.style)
+            told = event(body, "error" if self.style == "anthropic" else None)
         await send({"type": "http.response.body", "body": told, "more_body": False})
 
 

@@ -52,6 +52,23 @@ def test_every_file_is_there_with_its_type(puppet: Start) -> None:
         assert get(server, "/" + name).status_code == 200, name
 
 
+def test_conditions_and_encodings_of_a_request(puppet: Start) -> None:
+    server = puppet("x")
+    assert get(server, "/", **{"if-none-match": "*"}).status_code == 304
+    for accepted, packed in (
+        ("gzip", True),
+        ("br, GZIP;q=0.5", True),
+        ("*", True),
+        ("gzip;q=0", False),
+        ("gzip; q=0.000, br", False),
+        ("*, gzip;q=0", False),
+        ("identity", False),
+        ("gzipped", False),
+    ):
+        headers = get(server, "/", **{"accept-encoding": accepted}).headers
+        assert ("content-encoding" in headers) == packed, accepted
+
+
 def test_the_headers_that_guard_it(puppet: Start) -> None:
     server = puppet("x")
     for path in ("/", "/page/x/app.js", "/page/x/vendor/katex.min.css"):
@@ -96,7 +113,7 @@ def test_nothing_else_is_there(puppet: Start) -> None:
     server = puppet("x")
     for path in ELSEWHERE:
         with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=10) as line:
-            line.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            line.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             answer = b"".join(iter(lambda: line.recv(65536), b""))
         assert answer.split(b" ", 2)[1] in (b"404", b"307"), path
         assert b"import" not in answer and b"root:" not in answer, path

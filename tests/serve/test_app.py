@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rorqual.engine import SamplingError, TeamError
-from rorqual.serve import Settings, read_keys
+from rorqual.serve import Settings, keys_of, read_keys
 from tests.serve.conftest import Served, until
 from tests.serve.puppet import Puppet
 
@@ -219,6 +219,32 @@ def test_no_such_route(puppet: Start) -> None:
     assert httpx.get(server.url + "/v2").json()["error"]["code"] == "no_such_route"
     assert httpx.get(server.url + "/v1/chat/completions").status_code == 405
     assert httpx.get(server.url + "/anthropic/v2").json()["type"] == "error"
+    assert httpx.get(server.url + "/v1/chat/completions").headers["allow"] == "POST"
+    assert post(server, path="/v1/chat/completions/").status_code == 404  # led nowhere else
+    assert httpx.get(server.url + "/openapi.json").status_code == 404
+    told = httpx.get(server.url + "/metrics").text
+    assert 'rorqual_requests_total{route="none",status="404"} 4.0' in told
+    assert 'rorqual_requests_total{route="/v1/chat/completions",status="405"} 2.0' in told
+
+
+def test_bodies_that_are_too_many_at_once(puppet: Start) -> None:
+    server = puppet("x</think>y", max_body=1000, max_bodies=2)
+    room = server.app.state.doors.room
+    head = b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-length: 900\r\n\r\n"
+    places = [socket.create_connection(server.listener.getsockname()) for _ in range(2)]
+    for place in places:
+        place.sendall(head + b" " * 890)
+    until(lambda: room.taken == 1780)
+    big = json.dumps(ASK | {"user": "a" * 400}).encode()
+    answer = post(server, big)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "busy")
+    assert answer.headers["retry-after"] == "1"
+    assert post(server).status_code == 200  # a small one finds room
+    for place in places:
+        place.close()
+    until(lambda: room.taken == 0)
+    assert post(server, big).status_code == 200
+    assert post(server, b" " * 2000).status_code == 413 and room.taken == 0
 
 
 def test_too_many_are_turned_away(puppet: Start) -> None:
@@ -248,7 +274,7 @@ def test_who_leaves_is_cancelled(puppet: Start, stream: bool) -> None:
     body = json.dumps(ASK | {"stream": stream, "n": 2}).encode()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as wire:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         wire.sendall(head.encode() + body)
         until(lambda: len(server.engine.live) == 2)
         if stream:
@@ -263,7 +289,7 @@ def test_a_request_half_sent_leaves_nothing_behind(puppet: Start) -> None:
     server = puppet("x</think>y")
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as wire:
-        wire.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+        wire.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
         time.sleep(0.05)
     assert post(server).status_code == 200 and server.service.active == 0
 
@@ -384,6 +410,11 @@ def test_settings_are_checked() -> None:
     for wrong in ({"keys": ("",)}, {"keys": ("a b",)}, {"max_body": 0}, {"keep_alive": 0}):
         with pytest.raises(ValueError):
             Settings(**wrong)
+    assert "k3y" not in repr(Settings(keys=("k3y",)))
+    assert keys_of(None) == () and keys_of(" one, two,") == ("one", "two")
+    for empty in ("", ",", " , "):
+        with pytest.raises(ValueError, match="holds no key"):
+            keys_of(empty)
 
 
 def test_the_driver_outlives_its_loops() -> None:

@@ -118,7 +118,7 @@ def wire(server: Served, body: Any, *, small: bool = False) -> socket.socket:
     found.connect((host, int(port)))
     found.settimeout(30)
     raw = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(raw)}\r\n\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(raw)}\r\n\r\n"
     found.sendall(head.encode() + raw)
     return found
 
@@ -179,7 +179,7 @@ def test_a_client_that_stops_sending_is_a_client_that_leaves(puppet: Start) -> N
         assert b"[DONE]" not in b"".join(iter(lambda: half.recv(65536), b""))
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), 30) as half:  # and in the middle of its request
-        half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
+        half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n{")
         half.shutdown(socket.SHUT_WR)
         answer = b"".join(iter(lambda: half.recv(65536), b""))
         assert answer == b"" or b" 400 " in answer.split(b"\r\n")[0]
@@ -190,7 +190,7 @@ def test_a_body_that_never_comes(puppet: Start) -> None:
     server = puppet("x", body_timeout=0.2)
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), 30) as idle:
-        idle.sendall(b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
+        idle.sendall(b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n{")
         answer = b""
         while b"}}" not in answer:
             answer += idle.recv(65536)

@@ -168,6 +168,17 @@ def test_options_in_commands_are_options_of_the_server(options: set[str]) -> Non
         assert flags([word.partition("=")[0] for word in command]) <= options, command
 
 
+def test_grafana_is_given_its_board() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    mounts = dict(volume.split(":")[:2] for volume in services["grafana"]["volumes"])
+    assert all((DEPLOY / source).is_file() for source in mounts)
+    (source,) = yaml.safe_load((DEPLOY / "grafana" / "datasource.yaml").read_text())["datasources"]
+    assert source["type"] == "prometheus" and source["url"] == "http://prometheus:9090"
+    (provider,) = yaml.safe_load((DEPLOY / "grafana" / "boards.yaml").read_text())["providers"]
+    folder = provider["options"]["path"]
+    assert mounts["./grafana/rorqual.json"] == f"{folder}/rorqual.json"
+
+
 def test_kustomize_builds_it() -> None:
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -124,7 +127,45 @@ def test_keys_and_prompts_are_in_no_log_at_any_level(tmp_path: Path) -> None:
         assert secret not in made.log, made.log
 
 
+def test_connections_that_say_nothing_are_closed(tmp_path: Path) -> None:
+    with server(tmp_path, "x</think>" + "word " * 50, head_timeout=0.3, keep_alive=0.05) as made:
+        up(made)
+        made.gate.clear()
+        with streamed(made) as answer:
+            for sent in (
+                b"",
+                b"GET /ready HTTP/1.1\r\nhost: lo",
+                b"GET /ready HTTP/1.1\r\nhost: a\r\n\r\n",
+                b"GET /",
+            ):
+                with socket.create_connection(("127.0.0.1", made.port), timeout=20) as place:
+                    if sent == b"GET /":  # a second request, after a whole one
+                        place.sendall(b"GET /ready HTTP/1.1\r\nhost: a\r\n\r\n")
+                        assert place.recv(4096)
+                    place.sendall(sent)
+                    while place.recv(4096):
+                        pass
+            assert status(made, "/ready").status_code == 200
+            made.gate.set()
+            assert "data: [DONE]" in answer.iter_lines()  # it has outlived that time
+
+
 # ------------------------------------------------------------------------------------------ many ranks
+
+
+def test_only_ranks_of_ours_are_signalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rorqual.serve.ranks import _send
+
+    sent: list[int] = []
+    kill = os.kill
+    monkeypatch.setattr(os, "kill", lambda pid, number: (sent.append(pid), kill(pid, number)))
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
+        _send(os.getpid(), signal.SIGKILL)  # as if another process had been given a rank's number
+        _send(child.pid, signal.SIGKILL)
+        _send(child.pid, signal.SIGKILL)  # dead, but nobody else can have its number yet
+        assert child.wait(20) == -signal.SIGKILL
+        _send(child.pid, signal.SIGKILL)
+    assert sent == [child.pid, child.pid]
 
 
 def _parent(place: str) -> None:

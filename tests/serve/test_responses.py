@@ -83,6 +83,30 @@ def test_calls_there_and_back(puppet: Start, stream: bool) -> None:
 
 
 @both
+def test_a_call_that_is_cut_off_is_incomplete(puppet: Start, stream: bool) -> None:
+    server = puppet("x</think>I ask." + CALL)
+    whole = len(TOKENIZER.encode("x</think>I ask." + CALL))
+    done = ask(server, stream, tools=[WEATHER], max_output_tokens=whole - 12)
+    assert done.status == "incomplete"
+    assert [(item.type, item.status) for item in done.output] == [
+        ("reasoning", "completed"),
+        ("message", "completed"),
+        ("function_call", "incomplete"),
+    ]
+
+
+def test_an_error_in_the_middle_of_a_stream(puppet: Start) -> None:
+    server = puppet("x</think>" + "word " * 3000)
+    events = iter(server.openai().responses.create(model="rorqual", input="What?", stream=True))
+    seen = [next(events) for _ in range(8)]
+    server.engine.fail = RuntimeError("a kernel failed")
+    seen += events
+    last = seen[-1]
+    assert (last.type, last.code, last.param) == ("error", "internal_error", None)
+    assert last.message and [event.sequence_number for event in seen] == list(range(len(seen)))
+
+
+@both
 def test_formats(puppet: Start, stream: bool) -> None:
     server = puppet('x</think>{"a": 1}')
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
