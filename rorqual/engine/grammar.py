@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rorqual.engine.draws import apply_bitmask
-from rorqual.engine.sampling import SamplingError
+from rorqual.engine.sampling import SamplingError, brief
 from rorqual.text import Tokenizer
 from rorqual.text.tokenizer import MARK
 
@@ -29,6 +31,11 @@ Marker = str | tuple[int, ...]
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 """Between JSON's tokens. Bounded, since a model that is held to a schema may otherwise write blanks for ever."""
 
+MOST_TEXT = 256 * 1024
+"""Bytes of a grammar's text."""
+MOST_CHOICES = 10_000
+"""Entries of a choice."""
+
 
 class GrammarError(SamplingError):
     """A grammar that cannot be read or followed, or a token that breaks it."""
@@ -36,7 +43,8 @@ class GrammarError(SamplingError):
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer must look like. Build one with a class method; errors in it show when it is compiled.
+    """What an answer must look like. Build one with a class method; errors in it show when it is compiled. Its text
+    may have 256 KB.
 
     `start_after`: the grammar holds only from the token after this text or token id(s) on, such as
     "</think>"; all before is free. If a text's last token goes on past it, so much is free too.
@@ -72,10 +80,13 @@ class Grammar:
 
     @classmethod
     def choice(cls, options: Iterable[str]) -> Grammar:
-        """One of these texts."""
-        texts = [options] if isinstance(options, str) else list(options)
+        """One of these texts, of which there may be 10,000."""
+        listed = isinstance(options, Iterable) and not isinstance(options, Mapping | bytes)
+        texts = [options] if isinstance(options, str) else list(options) if listed else []
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise GrammarError(f"choice needs one or more texts, got {texts!r:.80}")
+            raise GrammarError(f"choice needs one or more texts, got {brief(options)}")
+        if len(texts) > MOST_CHOICES:
+            raise GrammarError(f"choice holds {len(texts):,} texts, more than {MOST_CHOICES:,}")
         return cls("choice", json.dumps(texts))
 
     def after(self, marker: str | int | Sequence[int]) -> Grammar:
@@ -85,7 +96,9 @@ class Grammar:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
-            raise GrammarError(f"a grammar ({self.kind}) must be text, got {self.text!r:.80}")
+            raise GrammarError(f"a grammar ({self.kind}) must be text, got {brief(self.text)}")
+        if self.size > MOST_TEXT:
+            raise GrammarError(f"this {self._name} has {self.size:,} bytes, more than {MOST_TEXT:,}")
         start = self.start_after
         whole = isinstance(start, tuple) and all(
             isinstance(t, int) and not isinstance(t, bool) for t in start
@@ -93,9 +106,28 @@ class Grammar:
         if start is not None and (not start or not (isinstance(start, str) or whole)):
             raise GrammarError(f"start_after must be a text or token ids, got {start!r:.80}")
 
+    @property
+    def size(self) -> int:
+        """Bytes of its text."""
+        return len(self.text.encode(errors="surrogatepass"))
+
+    @property
+    def _name(self) -> str:
+        return {"json_schema": "JSON schema", "regex": "regular expression"}.get(self.kind, "grammar")
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class _Compiled:
+    """A grammar in the library's form, shared by all answers that keep to it: they follow copies."""
+
+    matcher: Any
+    size: int
+
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer, and keeps the last `keep` of them. Safe to share between threads.
+    """Compiles grammars for one tokenizer. Safe to share between threads: a grammar is compiled once, by the first that
+    asks for it, and others wait only for their own. The last `keep` are kept, as long as their texts have `keep_bytes`
+    together; one with more than a sixteenth of that only while an answer keeps to it.
 
     `vocab`: rows of the model's embedding, if there are more than tokens; `ends`: the tokens that end an
     answer, if they aren't the tokenizer's alone. Building it takes about a second for 130,000 tokens.
@@ -108,6 +140,7 @@ class GrammarCompiler:
         vocab: int | None = None,
         ends: Iterable[int] | None = None,
         keep: int = 256,
+        keep_bytes: int = 1 << 20,
     ) -> None:
         self._ll = _library()
         self.tokenizer = tokenizer
@@ -120,8 +153,12 @@ class GrammarCompiler:
         )
         self._limits = self._ll.LLParserLimits(verbose_errors=False)
         self._executor = self._ll.LLExecutor()
-        self._lock, self._keep = threading.Lock(), keep
-        self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
+        self._lock, self._keep, self._keep_bytes = threading.Lock(), keep, keep_bytes
+        self._compiling: dict[tuple[str, str], Future[_Compiled]] = {}
+        self._kept: OrderedDict[tuple[str, str], _Compiled] = OrderedDict()
+        self._kept_bytes = 0
+        self._used: weakref.WeakValueDictionary[tuple[str, str], _Compiled] = weakref.WeakValueDictionary()
+        """All that are kept, by us or by an answer."""
         only_end = torch.zeros(32 * self.width, dtype=torch.int64)
         only_end[sorted(self.ends)] = 1
         self._only_end = (only_end.view(-1, 32) << torch.arange(32)).sum(-1).to(torch.int32)
@@ -137,13 +174,39 @@ class GrammarCompiler:
     def state(self, grammar: Grammar) -> GrammarState:
         """A state at the beginning of an answer. Raises `GrammarError` for a grammar that can't be read, or
         that asks what is not supported."""
+        key = grammar.kind, grammar.text
         with self._lock:
-            if grammar not in self._compiled:
-                self._compiled[grammar] = self._compile(grammar)
-                if len(self._compiled) > self._keep:
-                    self._compiled.popitem(last=False)
-            self._compiled.move_to_end(grammar)
-            return GrammarState(self, self._marker(grammar.start_after), self._compiled[grammar].deep_copy())
+            compiled, future = self._used.get(key), self._compiling.get(key)
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            mine = compiled is None and future is None
+            if mine:
+                future = self._compiling[key] = Future()
+        if compiled is None:
+            assert future is not None
+            if mine:
+                self._fill(future, key, grammar)
+            compiled = future.result()
+        return GrammarState(self, self._marker(grammar.start_after), compiled)
+
+    def _fill(self, future: Future[_Compiled], key: tuple[str, str], grammar: Grammar) -> None:
+        """Compile a grammar for all who wait for it; it may take seconds, so no lock is held meanwhile."""
+        try:
+            compiled = _Compiled(self._compile(grammar), grammar.size)
+        except BaseException as error:
+            with self._lock:
+                del self._compiling[key]
+            future.set_exception(error)
+            return
+        with self._lock:
+            del self._compiling[key]
+            self._used[key] = compiled
+            if compiled.size <= self._keep_bytes // 16:
+                self._kept[key] = compiled
+                self._kept_bytes += compiled.size
+            while len(self._kept) > self._keep or self._kept_bytes > self._keep_bytes:
+                self._kept_bytes -= self._kept.popitem(last=False)[1].size
+        future.set_result(compiled)
 
     def bitmask(self, rows: int) -> Tensor:
         """Memory for the bitmasks of so many rows, everything allowed: int32 [rows, width], pinned where that
@@ -157,8 +220,7 @@ class GrammarCompiler:
         except ValueError as problem:
             error = str(problem)
         if error:
-            name = {"json_schema": "JSON schema", "regex": "regular expression"}.get(grammar.kind, "grammar")
-            raise GrammarError(f"this {name} can't be followed: {_reason(error)}")
+            raise GrammarError(f"this {grammar._name} can't be followed: {_reason(error)}")
         return matcher
 
     def _source(self, grammar: Grammar) -> str:
@@ -189,8 +251,9 @@ class GrammarState:
     """Where one answer stands in its grammar. `advance` for every token of the answer, end token included: after
     one of those only they are allowed."""
 
-    def __init__(self, compiler: GrammarCompiler, marker: Marker | None, matcher: Any) -> None:
-        self.compiler, self._marker, self._matcher = compiler, marker, matcher
+    def __init__(self, compiler: GrammarCompiler, marker: Marker | None, compiled: _Compiled) -> None:
+        self.compiler, self._marker, self._matcher = compiler, marker, compiled.matcher.deep_copy()
+        self._compiled = compiled  # so that it stays known while it is used
         self._tokens: list[int] = []
         self._begun: int | None = None if marker is not None else 0
         """Tokens of the answer before the grammar holds; None: not known yet."""

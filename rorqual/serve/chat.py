@@ -8,7 +8,7 @@ from typing import Any
 from rorqual.serve.ask import Ask
 from rorqual.serve.body import Body, between, bias_of, parse, stops_of
 from rorqual.serve.driver import Job
-from rorqual.serve.errors import Refusal
+from rorqual.serve.errors import Refusal, speaking
 from rorqual.serve.inside import Pane, Watcher, Wish, facts_of, wish_of
 from rorqual.serve.meta import Meta
 from rorqual.serve.parts import (
@@ -100,24 +100,26 @@ def job_of(request: ChatRequest, service: Service, wish: Wish | None = None) -> 
     if wish is not None:  # for both the same figures, from which each takes what it asked for
         top = max(request.top_logprobs or 0, wish.alternatives) or True
     limit = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
-    return service.talk(
-        talk,
-        limit=limit,
-        n=request.n or 1,
-        stops=stops_of(request.stop),
-        temperature=request.temperature,
-        top_p=None if request.top_p is None else max(request.top_p, 1e-9),
-        top_k=request.top_k,
-        min_p=request.min_p,
-        repetition_penalty=request.repetition_penalty,
-        frequency_penalty=request.frequency_penalty,
-        presence_penalty=request.presence_penalty,
-        logit_bias=bias_of(request.logit_bias),
-        seed=request.seed,
-        logprobs=top,
-        inside=wish.inside if wish is not None and wish.looks else None,
-        watcher=None if wish is None else lambda: Watcher(wish.looks),
-    )
+    names = {"max_tokens": "max_completion_tokens"} if request.max_tokens is None else {}
+    with speaking(names):
+        return service.talk(
+            talk,
+            limit=limit,
+            n=request.n or 1,
+            stops=stops_of(request.stop),
+            temperature=request.temperature,
+            top_p=None if request.top_p is None else max(request.top_p, 1e-9),
+            top_k=request.top_k,
+            min_p=request.min_p,
+            repetition_penalty=request.repetition_penalty,
+            frequency_penalty=request.frequency_penalty,
+            presence_penalty=request.presence_penalty,
+            logit_bias=bias_of(request.logit_bias),
+            seed=request.seed,
+            logprobs=top,
+            inside=wish.inside if wish is not None and wish.looks else None,
+            watcher=None if wish is None else lambda: Watcher(wish.looks),
+        )
 
 
 def thinking_of(raw: Mapping[str, Any] | None) -> bool | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rorqual.engine import EngineFull, GrammarError, SamplingError, TeamError
@@ -74,9 +75,9 @@ def render(refusal: Refusal, style: Style) -> tuple[int, dict[str, Any]]:
 _MESSAGE = re.compile(r"message (\d+): ([\w.\[\]]+|'[^']+')")
 
 
-def refusal_of(error: Exception, *, param: str | None = None) -> Refusal:
+def refusal_of(error: Exception, *, param: str | None = None, grammar: str = "response_format") -> Refusal:
     """What a client is told of an error from below; what isn't the client's fault is 500 and says no more than
-    it must."""
+    it must. param: the field that holds the prompt; grammar: the one that asked for the grammar."""
     if isinstance(error, Refusal):
         return error
     text = str(error)
@@ -86,19 +87,38 @@ def refusal_of(error: Exception, *, param: str | None = None) -> Refusal:
         return Refusal(400, text, param or "messages", "context_length_exceeded")
     if isinstance(error, GrammarError):
         missing = "not installed" in text
-        return Refusal(501 if missing else 400, text, param or "response_format", "invalid_grammar")
+        return Refusal(501 if missing else 400, text, grammar, "invalid_grammar")
     if isinstance(error, EncodingError):
         found = _MESSAGE.match(text)
         place = f"messages.{found[1]}.{found[2].strip(chr(39))}" if found else param or "messages"
         return Refusal(400, text, place, "invalid_messages")
     if isinstance(error, SamplingError):
         word = text.split(" ", 1)[0]
-        return Refusal(400, text, _FIELDS.get(word, param), "invalid_value")
+        known = _FIELDS.get(word)
+        text = text if known is None else known + text[len(word) :]
+        return Refusal(400, text, known or param, "invalid_value")
     if isinstance(error, InputError):
         return Refusal(400, text, param, "invalid_value")
     if isinstance(error, TeamError):
         return Refusal(503, "the model has lost one of its processes", code="unavailable")
     return Refusal(500, "the server failed at this request", code="internal_error")
+
+
+@contextmanager
+def speaking(names: Mapping[str, str]) -> Iterator[None]:
+    """Refusals name fields as `names` says, from the chat API's names (regular expressions of a path's beginning) to
+    another API's."""
+    try:
+        yield
+    except (Refusal, SamplingError) as error:
+        refusal = refusal_of(error)
+        for ours, theirs in names.items():
+            found = re.match(rf"(?:{ours})(?=\.|$)", refusal.param or "")
+            if found is not None and refusal.param is not None:
+                name = found.expand(theirs)
+                message = refusal.message.replace(found[0], name, 1)
+                raise replace(refusal, message=message, param=name + refusal.param[found.end() :]) from error
+        raise refusal from error
 
 
 _FIELDS = {"max_new_tokens": "max_tokens"} | {

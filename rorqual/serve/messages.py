@@ -13,7 +13,7 @@ from typing import Any
 from rorqual.serve.ask import Ask
 from rorqual.serve.body import Body, between, parse, stops_of
 from rorqual.serve.chat import thinking_of
-from rorqual.serve.errors import Refusal
+from rorqual.serve.errors import Refusal, speaking
 from rorqual.serve.meta import Meta
 from rorqual.serve.parts import (
     CallArguments,
@@ -63,6 +63,15 @@ class MessagesRequest(CountRequest):
     cache_control: Any = None
 
 
+_NAMES = {
+    "reasoning_effort": "output_config.effort",
+    r"response_format(?:\.json_schema)?": "output_config.format",
+    r"tools\.(\d+)\.function\.parameters": r"tools.\1.input_schema",
+    r"tools\.(\d+)\.function": r"tools.\1",
+}
+
+
+@speaking(_NAMES)
 def ask(raw: bytes, service: Service) -> Ask:
     """Understand a request. Raises Refusal."""
     request = parse(MessagesRequest, raw, strict=service.settings.strict)
@@ -89,6 +98,7 @@ def ask(raw: bytes, service: Service) -> Ask:
     )
 
 
+@speaking(_NAMES)
 def count(raw: bytes, service: Service) -> dict[str, int]:
     """`count_tokens`: the tokens of the prompt that a request would make."""
     request = parse(CountRequest, raw, strict=False)
@@ -181,16 +191,18 @@ def messages_of(raw: Sequence[Any], system: Any) -> list[dict[str, Any]]:
 
 def _texts(blocks: Sequence[Any], place: str) -> list[str]:
     """The texts of blocks, all of which must be text."""
-    texts = []
-    for number, block in enumerate(blocks):
-        text = block.get("text") if isinstance(block, Mapping) and block.get("type") == "text" else None
-        if not isinstance(text, str):
-            kind = block.get("type") if isinstance(block, Mapping) else type(block).__name__
-            raise Refusal(
-                400, f"a block of type {kind!r:.80} can't be read here", f"{place}.{number}", "unsupported"
-            )
-        texts.append(text)
-    return texts
+    return [_block_text(block, f"{place}.{number}") for number, block in enumerate(blocks)]
+
+
+def _block_text(block: Any, place: str) -> str:
+    """The text of a block, which must be text."""
+    kind = block.get("type") if isinstance(block, Mapping) else type(block).__name__
+    if not isinstance(block, Mapping) or kind != "text":
+        raise Refusal(400, f"a block of type {kind!r:.80} can't be read here", place, "unsupported")
+    text = block.get("text")
+    if not isinstance(text, str):
+        raise Refusal(400, "text must be a string", f"{place}.text", "invalid_type")
+    return text
 
 
 def _user(content: Sequence[Any], place: str, role: str) -> list[dict[str, Any]]:
@@ -200,7 +212,7 @@ def _user(content: Sequence[Any], place: str, role: str) -> list[dict[str, Any]]
     for number, block in enumerate(content):
         where = f"{place}.content.{number}"
         if not isinstance(block, Mapping) or block.get("type") != "tool_result":
-            texts += _texts([block], where)
+            texts.append(_block_text(block, where))
             continue
         inner, call_id = block.get("content", ""), block.get("tool_use_id")
         if not isinstance(call_id, str):
@@ -221,7 +233,9 @@ def _assistant(content: Sequence[Any], place: str, role: str) -> list[dict[str, 
     for number, block in enumerate(content):
         where = f"{place}.content.{number}"
         kind = block.get("type") if isinstance(block, Mapping) else None
-        if kind == "thinking" and isinstance(block.get("thinking"), str):
+        if kind == "thinking":
+            if not isinstance(block.get("thinking"), str):
+                raise Refusal(400, "thinking must be a string", f"{where}.thinking", "invalid_type")
             thoughts.append(block["thinking"])
         elif kind == "tool_use":
             name, call_id, given = block.get("name"), block.get("id"), block.get("input", {})
@@ -234,7 +248,7 @@ def _assistant(content: Sequence[Any], place: str, role: str) -> list[dict[str, 
             function = {"name": name, "arguments": arguments}
             calls.append({"id": call_id, "type": "function", "function": function})
         elif kind != "redacted_thinking":
-            texts += _texts([block], where)
+            texts.append(_block_text(block, where))
     message: dict[str, Any] = {"role": role, "content": "".join(texts)}
     if thoughts:
         message["reasoning_content"] = "".join(thoughts)

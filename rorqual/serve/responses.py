@@ -12,7 +12,7 @@ from typing import Any
 
 from rorqual.serve.ask import Ask
 from rorqual.serve.body import Body, between, parse
-from rorqual.serve.errors import Refusal
+from rorqual.serve.errors import Refusal, speaking
 from rorqual.serve.meta import Meta
 from rorqual.serve.response_events import Writer, body
 from rorqual.serve.service import Service, Talk
@@ -49,6 +49,15 @@ class ResponsesRequest(Body):
     client_metadata: Any = None
 
 
+_NAMES = {
+    "max_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    r"response_format(?:\.json_schema)?": "text.format",
+    r"tools\.(\d+)\.function": r"tools.\1",
+}
+
+
+@speaking(_NAMES)
 def ask(raw: bytes, service: Service) -> Ask:
     """Understand a request. Raises Refusal."""
     request = parse(ResponsesRequest, raw, strict=service.settings.strict)
@@ -127,13 +136,9 @@ def messages_of(raw: str | Sequence[Any], instructions: str | None) -> list[dict
         if kind == "message":
             _message(messages, item, place)
         elif kind == "reasoning":
-            texts = [
-                *(item.get("content") or ()),
-                *(() if item.get("content") else item.get("summary") or ()),
-            ]
-            thought = "".join(str(text.get("text", "")) for text in texts if isinstance(text, Mapping))
+            content, summary = (_thoughts(item, field, place) for field in ("content", "summary"))
             turn = _assistant(messages, fresh=True)
-            turn["reasoning_content"] = thought
+            turn["reasoning_content"] = content or summary
         elif kind == "function_call":
             _call(messages, item, place)
         elif kind == "function_call_output":
@@ -147,6 +152,18 @@ def messages_of(raw: str | Sequence[Any], instructions: str | None) -> list[dict
                 400, f"an item of type {kind!r:.80} can't be read here", f"{place}.type", "unsupported"
             )
     return [{k: v for k, v in message.items() if v != "" or k == "content"} for message in messages]
+
+
+def _thoughts(item: Mapping[str, Any], field: str, place: str) -> str:
+    """The text of a reasoning item's content or summary."""
+    parts = item.get(field)
+    if not isinstance(parts, list | None):
+        raise Refusal(400, f"{field} must be a list of parts", f"{place}.{field}", "invalid_type")
+    for number, part in enumerate(parts or ()):
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            told = "a part of reasoning must be an object with a string 'text'"
+            raise Refusal(400, told, f"{place}.{field}.{number}", "invalid_type")
+    return "".join(part["text"] for part in parts or ())
 
 
 def _message(messages: list[dict[str, Any]], item: Mapping[str, Any], place: str) -> None:
@@ -189,7 +206,11 @@ def _text(content: Any, place: str) -> str:
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
         text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, Mapping) else None
-        if kind not in ("input_text", "output_text", "text", "refusal") or not isinstance(text, str):
+        known = kind in ("input_text", "output_text", "text", "refusal")
+        if known and not isinstance(text, str):
+            field = "refusal" if kind == "refusal" else "text"
+            raise Refusal(400, f"{field} must be a string", f"{place}.{number}.{field}", "invalid_type")
+        if not known or not isinstance(text, str):
             told = f"a part of type {json.dumps(kind, default=str)[:80]} can't be read here"
             raise Refusal(400, told, f"{place}.{number}", "unsupported")
         texts.append(text)

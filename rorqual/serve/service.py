@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from rorqual.engine import Grammar, Inside, Sampling
+from rorqual.engine import Grammar, GrammarError, Inside, Sampling
 from rorqual.engine.prompts import answers_of
 from rorqual.nn import ContextError
 from rorqual.serve.driver import Driver, Job
@@ -169,7 +169,11 @@ class Service:
             starts = parsers[0].inside
         except ValueError as error:
             raise refusal_of(error) from error
-        grammar = grammar_of(encoding, tokenizer, talk.tools, talk.choice, talk.content)
+        try:
+            grammar = grammar_of(encoding, tokenizer, talk.tools, talk.choice, talk.content)
+        except GrammarError as error:
+            raise refusal_of(error, grammar="tools") from error
+        asked_by = "response_format" if grammar is talk.content else "tools"
         if grammar is not None and prefix is not None and prefix.get("content"):
             told = "an answer that continues a prefix can't be held to a format"
             raise Refusal(400, told, "response_format", "invalid_value")
@@ -192,7 +196,12 @@ class Service:
             )
             for parser in parsers
         ]
-        job = self.job(prompt, readers, limit, inside=inside, **options)
+        try:
+            job = self.job(prompt, readers, limit, asked_by=asked_by, inside=inside, **options)
+        except Refusal as refusal:
+            if refusal.code == "invalid_grammar" and talk.content is not None:
+                self._check_content(talk.content)
+            raise
         return replace(job, on_end=self._remember)
 
     def job(
@@ -202,15 +211,24 @@ class Service:
         limit: int | None,
         *,
         param: str | None = None,
+        asked_by: str = "response_format",
         inside: Inside | None = None,
         **options: Any,
     ) -> Job:
-        """The job of continuing ids, once a reader. `param`: the field that holds the prompt."""
+        """The job of continuing ids, once a reader. `param`: the field that holds the prompt, `asked_by`: the one that
+        asked for the grammar."""
         try:
             sampling = self.sampling(limit, len(prompt), **options)
             return Job(answers_of(self.model, [prompt] * len(readers), sampling, inside), readers)
         except ValueError as error:
-            raise refusal_of(error, param=param) from error
+            raise refusal_of(error, param=param, grammar=asked_by) from error
+
+    def _check_content(self, content: Grammar) -> None:
+        """Refuse a grammar of the content that is bad by itself, not only beside tools."""
+        try:
+            self.model.compiler.state(content)
+        except GrammarError as error:
+            raise refusal_of(error) from error
 
     def _remember(self, reader: Reader, end: End) -> None:
         """Keep the tokens of an answer that can go back into a context as it is."""

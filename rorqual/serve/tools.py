@@ -13,13 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from rorqual.engine import Grammar
+from rorqual.engine.grammar import MOST_TEXT
 from rorqual.serve.errors import Refusal
+from rorqual.serve.strict import check_schema, check_strict
 from rorqual.text import Encoding, Tokenizer
 from rorqual.text.dsml import DsmlReader
 from rorqual.text.marked import FencedReader, MarkedReader
 from rorqual.text.tokens import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, DSML, SEP
 
 MOST_TOOLS = 128
+MOST_FORMS = 256
+"""In which one parameter of a strict function may stand."""
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
 
@@ -56,7 +60,7 @@ def read_tools(raw: Sequence[Any] | None) -> list[dict[str, Any]]:
                 wanted = {str: "a string", Mapping: "an object", bool: "true or false"}[kind]
                 raise Refusal(400, f"{field} must be {wanted}", f"{place}.function.{field}", "invalid_tool")
         if function.get("strict"):
-            _check_strict(function.get("parameters") or {}, f"{place}.function.parameters")
+            check_strict(function.get("parameters") or {}, f"{place}.function.parameters")
         kept = {k: v for k, v in function.items() if v is not None}
         tools.append({"type": "function", "function": kept})
     return tools
@@ -219,6 +223,8 @@ class _Dsml:
     def __init__(self, tokenizer: Tokenizer, block: str) -> None:
         self.mark, self.block = _token(tokenizer, DSML), block
         self._lines: list[str] = []
+        self._names: dict[str, str] = {}
+        self._written = 0
 
     def rules(self, functions: Sequence[Mapping[str, Any]], parallel: bool) -> str:
         calls = " | ".join(self._call(function) for function in functions)
@@ -238,8 +244,20 @@ class _Dsml:
         )
 
     def _rule(self, text: str) -> str:
-        self._lines.append(f"r{len(self._lines)}: {text}")
-        return f"r{len(self._lines) - 1}"
+        """A rule's name; two with the same text are one."""
+        self._spend(len(text))
+        if text not in self._names:
+            self._names[text] = f"r{len(self._names)}"
+            self._lines.append(f"{self._names[text]}: {text}")
+        return self._names[text]
+
+    def _spend(self, count: int) -> None:
+        """Count bytes, those of rules that were there already too: what costs more than a grammar may have is
+        refused before much time has gone into it."""
+        self._written += count
+        if self._written > MOST_TEXT:
+            told = f"the schemas of strict functions make a grammar of more than {MOST_TEXT:,} bytes"
+            raise Refusal(400, told, "tools", "invalid_tool")
 
     def _call(self, function: Mapping[str, Any]) -> str:
         header = _text(f'invoke name="{function["name"]}">\n')
@@ -261,15 +279,40 @@ class _Dsml:
 
     def _parameter(self, key: str, schema: Any, whole: Mapping[str, Any]) -> str:
         """One parameter of a strict function."""
-        forms = " | ".join(dict.fromkeys(self._values(schema, whole, 0)))
+        try:
+            forms = " | ".join(self._forms(schema, whole))
+        except Refusal as refusal:
+            told = f"the parameter {key!r:.80} of a strict function: {refusal.message}"
+            raise Refusal(400, told, "tools", "invalid_tool") from None
         start = _text(f'parameter name="{key}" string="')
         return self._rule(f'"<" {self.mark} {start} ({forms}) {self.mark} "parameter>\\n"')
 
-    def _values(self, schema: Any, whole: Mapping[str, Any], depth: int) -> list[str]:
-        """How a value may stand: `true">` and the string as it is, or `false">` and JSON, each with `</`."""
-        resolved = _resolve(schema, whole)
-        if "anyOf" in resolved and depth < 8:
-            return [form for one in resolved["anyOf"] for form in self._values(one, whole, depth + 1)]
+    def _forms(self, schema: Any, whole: Mapping[str, Any]) -> list[str]:
+        """How a value may stand: `true">` and the string as it is, or `false">` and JSON, each with `</`. Schemas may
+        name themselves, so each is looked at once."""
+        forms: dict[str, None] = {}
+        seen: set[int] = set()
+        waiting = [schema]
+        while waiting:
+            schema = waiting.pop()
+            self._spend(8)
+            resolved = _resolve(schema, whole)
+            if id(resolved) in seen or schema is False:
+                continue
+            seen.add(id(resolved))
+            check_schema(resolved, "tools")
+            if "anyOf" in resolved:
+                waiting += reversed(resolved["anyOf"])
+                continue
+            forms |= dict.fromkeys(self._simple(schema, resolved, whole))
+            if len(forms) > MOST_FORMS:
+                raise Refusal(400, f"its anyOf has more than {MOST_FORMS} forms", "tools", "invalid_tool")
+        if not forms:
+            raise Refusal(400, "no value fits its schema", "tools", "invalid_tool")
+        return list(forms)
+
+    def _simple(self, schema: Any, resolved: Mapping[str, Any], whole: Mapping[str, Any]) -> list[str]:
+        """The forms of a schema without anyOf."""
         options = [resolved["const"]] if "const" in resolved else resolved.get("enum")
         if options is not None:
             texts = [_text(one + "</") for one in options if isinstance(one, str)]
@@ -280,63 +323,56 @@ class _Dsml:
             if isinstance(resolved.get("pattern"), str):
                 return [f'"true\\">" /{_anchored(resolved["pattern"])}<\\//']
             return ['"true\\">" ANY']
-        return [self._value(schema, whole)]
+        return [self._value(schema if isinstance(schema, Mapping) else {}, whole)]
 
     def _value(self, schema: Any, whole: Mapping[str, Any]) -> str:
         shared = {key: whole[key] for key in ("$defs", "definitions") if key in whole}
         return f'"false\\">" {self._rule(_json({**schema, **shared}))} "</"'
 
 
+_ANYTHING: Mapping[str, Any] = {}
+
+
 def _resolve(schema: Any, whole: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A schema, or what its `$ref` names."""
+    """A schema, or what its `$ref` names; what anything fits if that can't be found: the compiler says why then."""
     for _ in range(32):
         if not isinstance(schema, Mapping):
-            return {}
+            return _ANYTHING
         reference = schema.get("$ref")
         if not isinstance(reference, str) or not reference.startswith("#/"):
             return schema
+        if len(reference) > 1000:
+            return _ANYTHING
         target: Any = whole
         for step in reference[2:].split("/"):
             target = target.get(step) if isinstance(target, Mapping) else None
         schema = target
-    return {}
+    return _ANYTHING
 
 
 def _anchored(pattern: str) -> str:
-    """A pattern of a JSON schema, which may match anywhere, as one for the whole string, inside Lark's slashes."""
-    head = "" if pattern.startswith("^") else "(?s:.*)"
-    tail = "" if pattern.endswith("$") and not pattern.endswith("\\$") else "(?s:.*)"
-    inner = pattern.removeprefix("^")
-    inner = inner if tail else inner[:-1]
-    slashed = re.sub(r"(?<!\\)/", r"\\/", inner)
-    return f"{head}({slashed}){tail}"
+    """A pattern of a JSON schema, which may match anywhere, as one for the whole string, inside Lark's slashes. Each
+    branch of `^a|b$` has its own anchors."""
+    branches, begun, depth, listed = [], 0, 0, False
+    pieces = re.findall(r"\\.|[^\\]", pattern, re.DOTALL)
+    if sum(map(len, pieces)) != len(pattern):
+        raise Refusal(400, "its pattern ends in a single backslash", "tools", "invalid_tool")
+    for at, piece in enumerate(pieces):
+        if listed:
+            listed = piece != "]"
+        elif piece == "[":
+            listed = True
+        elif piece in "()":
+            depth += 1 if piece == "(" else -1
+        elif piece == "|" and depth == 0:
+            branches.append(pieces[begun:at])
+            begun = at + 1
+    return "(" + "|".join(_branch(branch) for branch in [*branches, pieces[begun:]]) + ")"
 
 
-# ---- DeepSeek's rules for strict functions (facts 5)
-
-
-def _check_strict(schema: Any, place: str, depth: int = 0) -> None:
-    """A strict schema names all of an object's properties as required and allows no others."""
-    if not isinstance(schema, Mapping) or depth > 64:
-        return
-    if schema.get("type") == "object" or "properties" in schema:
-        properties = schema.get("properties") or {}
-        if not isinstance(properties, Mapping):
-            raise Refusal(400, "properties must be an object", f"{place}.properties", "invalid_tool")
-        required = schema.get("required") or []
-        missing = [name for name in properties if not isinstance(required, list) or name not in required]
-        if missing:
-            told = f"a strict function must list all properties as required; missing: {', '.join(missing)}"
-            raise Refusal(400, told, f"{place}.required", "invalid_tool")
-        if properties and schema.get("additionalProperties") is not False:
-            told = "a strict function's objects must have additionalProperties: false"
-            raise Refusal(400, told, f"{place}.additionalProperties", "invalid_tool")
-        for name, inner in properties.items():
-            _check_strict(inner, f"{place}.properties.{name}", depth + 1)
-    for key in ("anyOf", "oneOf", "allOf"):
-        for number, inner in enumerate(schema.get(key) or () if isinstance(schema.get(key), list) else ()):
-            _check_strict(inner, f"{place}.{key}.{number}", depth + 1)
-    for key in ("$defs", "definitions"):
-        for name, inner in (schema.get(key) or {}).items() if isinstance(schema.get(key), Mapping) else ():
-            _check_strict(inner, f"{place}.{key}.{name}", depth + 1)
-    _check_strict(schema.get("items"), f"{place}.items", depth + 1)
+def _branch(pieces: list[str]) -> str:
+    """A pattern without alternatives, in letters and escapes, for the whole string."""
+    head, tail = pieces[:1] == ["^"], pieces[-1:] == ["$"]
+    inner = pieces[head : len(pieces) - tail]
+    text = "".join("\\/" if piece == "/" else piece for piece in inner)
+    return ("" if head else "(?s:.*)") + f"({text})" + ("" if tail else "(?s:.*)")

@@ -8,6 +8,8 @@ import json
 import random
 import re
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -284,9 +286,61 @@ def test_compiled_grammars_are_kept_and_shared() -> None:
     assert allowed(one) != allowed(two)  # copies: one does not move the other
     for n in range(5):
         few.state(Grammar.regex(f"a{n}"))
-    assert len(few._compiled) == 2
+    assert len(few._kept) == 2
     assert copy.deepcopy(few) is few
     assert len({Grammar.regex("a"), Grammar.regex("a"), Grammar.regex("a").after(3)}) == 2
+
+
+def test_what_is_kept_is_bounded_in_bytes() -> None:
+    few = GrammarCompiler(TOKENIZER, vocab=VOCAB, ends=ENDS, keep_bytes=1600)
+    for n in range(30):
+        few.state(Grammar.regex(f"a{n:02}" + "b" * 77))
+    assert len(few._kept) == 20 and few._kept_bytes == 1600
+    large = Grammar.regex("c" * 101)
+    state = few.state(large)
+    assert len(few._kept) == 20 and few.state(large)._compiled is state._compiled  # shared while it is used
+    del state
+    assert (large.kind, large.text) not in few._used
+
+
+def test_a_slow_grammar_delays_no_other() -> None:
+    shared = GrammarCompiler(TOKENIZER, vocab=VOCAB, ends=ENDS)
+    begun, go, compile_, count = threading.Event(), threading.Event(), shared._compile, []
+
+    def slow(grammar: Grammar) -> Any:
+        count.append(grammar.text)
+        if grammar.text.startswith("slow"):
+            begun.set()
+            assert go.wait(20)
+        return compile_(grammar)
+
+    shared._compile = slow  # type: ignore[method-assign]
+    with ThreadPoolExecutor(4) as pool:
+        same = [pool.submit(shared.state, Grammar.regex("slow")) for _ in range(2)]
+        bad = pool.submit(shared.state, Grammar.regex("slow("))
+        assert begun.wait(20)
+        assert allowed(shared.state(Grammar.regex("a")))
+        go.set()
+        assert allowed(same[0].result(20)) == allowed(same[1].result(20))
+        with pytest.raises(GrammarError, match="can't be followed"):
+            bad.result(20)
+    assert count.count("slow") == 1 and not shared._compiling
+    with pytest.raises(GrammarError, match="can't be followed"):
+        shared.state(Grammar.regex("slow("))  # a failure is not kept
+
+
+def test_grammars_have_a_largest_size() -> None:
+    assert Grammar.choice(str(n) for n in range(10_000))
+    with pytest.raises(GrammarError, match="10,001 texts, more than 10,000"):
+        Grammar.choice(str(n) for n in range(10_001))
+    for make in (Grammar.regex, Grammar.ebnf, Grammar.choice):
+        with pytest.raises(GrammarError, match="bytes, more than 262,144"):
+            make("é" * 140_000)
+    with pytest.raises(GrammarError, match="this JSON schema has"):
+        Grammar.json_schema({"title": "a" * 262_144})
+    for wrong in ({"a": 1}, 5, b"ab", None, [1], []):
+        with pytest.raises(GrammarError, match="choice needs"):
+            Grammar.choice(wrong)  # type: ignore[arg-type]
 
 
 def test_a_model_makes_one_compiler(drafter: Model) -> None:

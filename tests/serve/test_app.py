@@ -105,6 +105,9 @@ BAD = [
     (ASK | {"tools": [{"type": "function", "function": {"name": "a", "strict": True, "parameters": {
         "type": "object", "properties": {"b": {"type": "string"}}}}}]}, 400, "invalid_tool",
      "tools.0.function.parameters.required"),
+    (ASK | {"max_completion_tokens": 0}, 400, "invalid_value", "max_completion_tokens"),
+    (ASK | {"response_format": {"type": "choice", "choice": {"a": 1}}}, 400, "invalid_grammar", "response_format"),
+    (ASK | {"response_format": {"type": "choice", "choice": 5}}, 400, "invalid_grammar", "response_format"),
 ]  # fmt: skip
 
 
@@ -120,6 +123,72 @@ def test_bad_bodies_are_refused_and_the_field_is_named(puppet: Start) -> None:
             assert set(error) == {"message", "type", "param", "code"} and error["message"]
     assert not server.engine.seen and server.service.active == 0
     assert post(server).status_code == 200
+
+
+def test_the_field_at_fault_has_its_api_s_name(puppet: Start) -> None:
+    server = puppet("x</think>y")
+    user = [{"role": "user", "content": "u"}]
+    odd = {
+        "type": "object",
+        "properties": {"a": {"type": "zzz"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": "f", "strict": True, "parameters": odd}}]
+    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "yyy"}}}
+    asks: list[tuple[str, dict[str, Any], str, str]] = [
+        ("/v1/chat/completions", ASK | {"tools": tools}, "tools", "zzz"),
+        (
+            "/v1/chat/completions",
+            ASK | {"tools": tools, "response_format": {"type": "json_object"}},
+            "tools",
+            "zzz",
+        ),
+        ("/v1/chat/completions", ASK | {"tools": tools, "response_format": schema}, "response_format", "yyy"),
+        ("/v1/chat/completions", ASK | {"max_tokens": 0}, "max_tokens", "max_tokens must be"),
+        ("/v1/completions", {"prompt": "x", "response_format": schema}, "response_format", "yyy"),
+        (
+            "/v1/responses",
+            {"input": "x", "max_output_tokens": 0},
+            "max_output_tokens",
+            "max_output_tokens must be",
+        ),
+        (
+            "/v1/responses",
+            {"input": "x", "reasoning": {"effort": "zzz"}},
+            "reasoning.effort",
+            "reasoning.effort 'zzz'",
+        ),
+        (
+            "/v1/responses",
+            {"input": "x", "tools": [{"type": "function", "name": "a b"}]},
+            "tools.0.name",
+            "must match",
+        ),
+        ("/v1/responses", {"input": [{"type": "reasoning", "content": 5}]}, "input.0.content", "list"),
+        ("/v1/responses", {"input": [{"type": "reasoning", "summary": True}]}, "input.0.summary", "list"),
+        ("/v1/responses", {"input": [{"type": "reasoning", "summary": [5]}]}, "input.0.summary.0", "string"),
+    ]
+    for path, body, param, words in asks:
+        answer = post(server, body, path)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, param) and words in error["message"], (
+            body,
+            error,
+        )
+    for more, words in (
+        ({"output_config": {"effort": "zzz"}}, "output_config.effort 'zzz' is unknown"),
+        ({"system": [{"type": "text", "text": 5}]}, "system.0.text: text must be a string"),
+        ({"tools": [{"name": "f", "strict": True, "input_schema": odd}]}, "tools: "),
+        (
+            {"output_config": {"format": {"type": "xml"}}},
+            "output_config.format.type: output_config.format has",
+        ),
+    ):
+        answer = post(
+            server, {"model": "claude-x", "max_tokens": 5, "messages": user} | more, "/anthropic/v1/messages"
+        )
+        assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(words), answer.text
 
 
 def test_unknown_fields(puppet: Start) -> None:

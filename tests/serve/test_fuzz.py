@@ -103,6 +103,37 @@ values: st.SearchStrategy[Any] = st.recursive(
     max_leaves=6,
 )
 
+schemas: st.SearchStrategy[Any] = st.recursive(
+    st.sampled_from([True, False, {}, {"type": "string"}, {"type": "string", "pattern": "^a|/$"}, {"type": "null"},
+                     {"$ref": "#/properties/a"}, {"$ref": "#/$defs/d"}, {"$ref": "#"}, {"enum": ["a", 1]}])
+    | st.dictionaries(
+        st.sampled_from(["enum", "anyOf", "const", "pattern", "type", "properties", "required", "items", "$ref", "$defs"]),
+        values, max_size=3),
+    lambda inner: st.builds(lambda key, some: {key: some}, st.sampled_from(["anyOf", "allOf"]), st.lists(inner, max_size=7))
+    | st.builds(lambda one: {"type": "array", "items": one}, inner),
+    max_leaves=8,
+)  # fmt: skip
+thoughts = st.fixed_dictionaries(
+    {"type": st.just("reasoning")},
+    optional={name: values | st.lists(values, max_size=2) for name in ("content", "summary")},
+)
+
+
+@st.composite
+def shaped(draw: st.DrawFn) -> tuple[str, bytes]:
+    """A strict function of strange schemas, or a strange reasoning item."""
+    path = draw(st.sampled_from(["/v1/chat/completions", "/v1/responses"]))
+    if path == "/v1/responses" and draw(st.booleans()):
+        return path, json.dumps({"input": [draw(thoughts), {"role": "user", "content": "u"}]}).encode()
+    properties = {"a": draw(schemas), "b": draw(schemas)}
+    schema = SCHEMA | {"properties": properties, "required": ["a", "b"], "$defs": {"d": draw(schemas)}}
+    function = FUNCTION | {"parameters": schema}
+    tool = (
+        {"type": "function", "function": function} if path.endswith("ns") else {"type": "function"} | function
+    )
+    said = {"input": "u"} if path == "/v1/responses" else {"messages": [{"role": "user", "content": "u"}]}
+    return path, json.dumps(said | {"tools": [tool], "tool_choice": "auto"}).encode()
+
 
 @st.composite
 def bodies(draw: st.DrawFn) -> tuple[str, bytes]:
@@ -183,7 +214,7 @@ def ask() -> Iterator[Ask]:
 
 
 @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), database=None)
-@given(request=bodies())
+@given(request=bodies() | shaped())
 def test_no_request_is_too_strange(ask: Ask, request: tuple[str, bytes]) -> None:
     path, raw = request
     status, body = ask(path, raw)

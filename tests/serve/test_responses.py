@@ -122,7 +122,7 @@ def test_formats(puppet: Start, stream: bool) -> None:
         ({"input": [{"type": "computer_call"}]}, "input.0.type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
-        ({"text": {"format": {"type": "xml"}}}, "response_format.type"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"input": []}, "messages"),
         ({"temperature": 9}, "temperature"),
         ({"max_output_tokens": "5"}, "max_output_tokens"),
