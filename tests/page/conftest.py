@@ -22,15 +22,16 @@ FLAGS = (
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """The browser, started once a process."""
+    """The browser, started once a module."""
     api = pytest.importorskip("playwright.sync_api")
     if not CHROMIUM.exists():
         if os.environ.get("CI"):
             pytest.fail(f"there is no {CHROMIUM}: make setup installs it")
         pytest.skip(f"there is no {CHROMIUM} (Debian's package chromium; or set CHROMIUM)")
     api.expect.set_options(timeout=20_000)  # two cores may have much else to do
+    # For one module only: while it lasts this thread has a running event loop, and other tests bring their own.
     with api.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=list(FLAGS))
         yield browser
