@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import httpx
 import pytest
 
 from rorqual.engine import Inside, Sampling
@@ -16,6 +15,8 @@ from rorqual.text import tokens as t
 from tests.serve.conftest import Served, serving
 from tests.serve.puppet import FACTS, TOKENIZER, dsml, insight
 from tests.serve.test_real import speaking
+
+httpx = pytest.importorskip("httpx2")
 
 Start = Callable[..., Served]
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
