@@ -70,11 +70,10 @@ def factor(at, mask, POWERS: tl.constexpr):
 @triton.jit
 def rows_kernel(
     x, up, norm, w0, w1, scale0, scale1, residual, y0, y1, normed, limit, out0, out1,
-    x_row, up_row, w0_row, w1_row, s0_row, s1_row, r_row, y0_row, y1_row, eps, asked, asked_size,
+    x_row, up_row, w0_row, w1_row, s0_row, s1_row, r_row, y0_row, y1_row, eps,
     D: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BO: tl.constexpr,
     NORM: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr,
     RESIDUAL: tl.constexpr, CODES: tl.constexpr, POWERS: tl.constexpr, AHEAD: tl.constexpr,
-    SPAN: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """y0 = norm(x) w0^T (and y1 with w1), BO outputs a program, plus the residual; the first program also
     writes the normed rows. GATED: silu(x) * up in x's place."""
@@ -99,8 +98,6 @@ def rows_kernel(
         by = factor(tl.where(other, scale1, scale0) + left // 128 * s_row + g, g < (D + 127) // 128, POWERS)
     if NORM:
         weight = tl.load(norm + d, mask=d < D, other=0.0).to(x.dtype.element_ty).to(tl.float32)
-    if SPAN:
-        ask(asked, asked_size, tl.program_id(0), tl.num_programs(0), THREADS, SPAN)
     await_inputs(AHEAD)
     which = tl.arange(0, NP)
     values = tl.zeros((BO, NP), tl.float32)
@@ -201,7 +198,6 @@ def rows(
     residual_NO: Tensor | None = None,
     normed_ND: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-    later: Tensor | None = None,
     how: dict[str, int] | None = None,
     up_ND: Tensor | None = None,
     limit: float | None = None,
@@ -211,15 +207,14 @@ def rows(
 
     A weight is plain (`scales` None), or E4M3 codes with scales `[ceil(O / 128), ceil(D / 128)]`; then the row
     is quantised in runs of 128 channels. `residual_NO` is added to the (one) product. `normed_ND` takes the normed
-    rows. `later` is a weight of a kernel to come, which this one asks to be brought into L2. With `up_ND` it is
-    swiglu(x, up), within `limit`, that goes through the weight. All weights must be fit (`rows_fit`). `how`: one
-    form's plan.
+    rows. With `up_ND` it is swiglu(x, up), within `limit`, that goes through the weight. All weights must be fit
+    (`rows_fit`). `how`: one form's plan.
     """
     (count, width), dtype = x_ND.shape, out_dtype or x_ND.dtype
     outs = [w.shape[0] for w in weights]
     ys = [x_ND.new_empty(count, o, dtype=dtype) for o in outs]
     codes = scales[0] is not None
-    plain = later is None and normed_ND is None and dtype == x_ND.dtype
+    plain = normed_ND is None and dtype == x_ND.dtype
     if plain and (how is None or "BOXES" in how) and single_boxes.supported(x_ND, weights, scales):
         held = [s for s in scales if s is not None]
         single_boxes.launch(x_ND, weights, held, norm, residual_NO, ys, up_ND, limit, how)
@@ -230,17 +225,15 @@ def rows(
     how = how or rows_plan(width, sum(outs))
     two = len(weights) == 2
     grid = triton.cdiv(outs[0], how["BO"]) + (triton.cdiv(outs[1], how["BO"]) if two else 0)
-    weight, size, span = asking(later, grid, how["num_warps"])
     rows_kernel[(grid,)](
         x_ND, up_ND, norm[0] if norm is not None else x_ND, weights[0], weights[-1], by[0], by[-1], residual_NO, ys[0],
         ys[-1], normed_ND, limit or 0.0, outs[0], outs[1] if two else 0, x_ND.stride(0),
         up_ND.stride(0) if up_ND is not None else 0, weights[0].stride(0), weights[-1].stride(0), s_rows[0], s_rows[-1],
         residual_NO.stride(0) if residual_NO is not None else 0, ys[0].stride(0), ys[-1].stride(0),
-        norm[1] if norm is not None else 0.0, weight, size,
+        norm[1] if norm is not None else 0.0,
         D=width, GROUPS=triton.next_power_of_2(triton.cdiv(width, 128)), N=count, NP=triton.next_power_of_2(count),
         NORM=norm is not None, NORMED=normed_ND is not None, GATED=up_ND is not None, LIMIT=limit is not None,
-        RESIDUAL=residual_NO is not None, CODES=codes, POWERS=powers, SPAN=span, THREADS=32 * how["num_warps"], **how,
-        **launch_options(x_ND),
+        RESIDUAL=residual_NO is not None, CODES=codes, POWERS=powers, **how, **launch_options(x_ND),
     )  # fmt: skip
     return ys
 

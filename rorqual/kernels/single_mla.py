@@ -91,23 +91,17 @@ def absorb_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("rows", "heads", "width", "table_stride", "splits", "asked_size"))
+@triton.jit(do_not_specialize=("rows", "heads", "width", "table_stride", "splits"))
 def attend_kernel(
     q_ptr, values_ptr, scales_ptr, rope_ptr, table_ptr, ends_ptr, o_ptr, lse_ptr, scale, rows, heads, width,
-    table_stride, splits, asked, asked_size,
+    table_stride, splits,
     VALUE_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, ROPE_STRIDE: tl.constexpr, RANK: tl.constexpr,
     ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-    AHEAD: tl.constexpr, SPAN: tl.constexpr, THREADS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Stage 1 of `mla_decode`, always in splits, started ahead."""
     release(AHEAD)
-    if SPAN:
-        program = tl.program_id(0) + tl.num_programs(0) * (
-            tl.program_id(1) + tl.num_programs(1) * tl.program_id(2)
-        )
-        programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-        ask(asked, asked_size, program, programs, THREADS, SPAN)
     await_inputs(AHEAD)
     _attend(
         q_ptr, values_ptr, scales_ptr, rope_ptr, table_ptr, ends_ptr, o_ptr, lse_ptr, scale, rows, heads, width,
@@ -133,10 +127,9 @@ def _latents(
 
 @triton.jit
 def short_attend_kernel(
-    q, pages, table, ends, part, lse, scale, rows, heads, width, table_row, splits, asked, asked_size,
+    q, pages, table, ends, part, lse, scale, rows, heads, width, table_row, splits,
     RANK: tl.constexpr, QUARTER: tl.constexpr, R: tl.constexpr, EP: tl.constexpr, PAGE: tl.constexpr,
-    M: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr, SPAN: tl.constexpr,
-    THREADS: tl.constexpr,
+    M: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Stage 1 of `mla_decode` for pages in the queries' type, one tile of keys a split: M of a sequence's `rows` =
     width * heads queries against it. Scores are added up in chains of a quarter of the channels, and keys that
@@ -144,9 +137,6 @@ def short_attend_kernel(
     release(AHEAD)
     s = tl.program_id(2)
     split = tl.program_id(1)
-    if SPAN:
-        program = tl.program_id(0) + tl.num_programs(0) * (split + splits * s)
-        ask(asked, asked_size, program, tl.num_programs(0) * splits * tl.num_programs(2), THREADS, SPAN)
     end = tl.load(ends + s)
     first = split * TILE
     key = first + tl.arange(0, TILE)
@@ -203,11 +193,10 @@ def short_attend_kernel(
 
 @triton.jit
 def gather_kernel(
-    part, lse, ends, w, scale, y, splits, w_head, w_row, s_row, y_row, asked, asked_size,
+    part, lse, ends, w, scale, y, splits, w_head, w_row, s_row, y_row,
     N: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, V: tl.constexpr, FIRST: tl.constexpr,
     HEAD_ROWS: tl.constexpr, RANK: tl.constexpr, CP: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr,
-    TILE: tl.constexpr, CODES: tl.constexpr, POWERS: tl.constexpr, AHEAD: tl.constexpr, SPAN: tl.constexpr,
-    THREADS: tl.constexpr,
+    TILE: tl.constexpr, CODES: tl.constexpr, POWERS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """y `[N, H * V]`: programs (head, block of BV value channels) put their head's splits together, each for
     itself, and multiply."""
@@ -225,8 +214,6 @@ def gather_kernel(
         # BV divides what comes before the block: all its rows lie in one block of scales.
         line = (head * HEAD_ROWS + FIRST + tl.program_id(0) % ACROSS * BV) // 128
         by = factor(scale + line * s_row + c // 128, c < RANK, POWERS)
-    if SPAN:
-        ask(asked, asked_size, tl.program_id(0), tl.num_programs(0), THREADS, SPAN)
     for n in tl.static_range(N):
         end = tl.load(ends + n // WIDTH)
         share = tl.cdiv(tl.cdiv(end, splits), TILE) * TILE
@@ -329,14 +316,13 @@ def attention(
     part = torch.empty(splits, count * heads, rank, dtype=torch.float32, device=q_NHd.device)
     lse = torch.empty(splits, count * heads, dtype=torch.float32, device=q_NHd.device)
     grid = (triton.cdiv(width * heads, 16), splits, table_SB.shape[0])
-    asked, amount, span = asking(None, math.prod(grid), 4)
     exponent = softmax_scale * math.log2(math.e)
     if not fp8 and splits * TILE >= table_SB.shape[1] * size:
         quarter = max(16, triton.next_power_of_2(triton.cdiv(rank, 4)))
         short_attend_kernel[grid](
             q_NHC, pages, table_SB, ends_S, part, lse, exponent, width * heads, heads, width, table_SB.stride(0),
-            splits, asked, amount, RANK=rank, QUARTER=quarter, R=rope, EP=max(16, triton.next_power_of_2(rope)),
-            PAGE=size, M=16, TILE=TILE, PRECISION="tf32", num_warps=4, SPAN=span, THREADS=128, **options,
+            splits, RANK=rank, QUARTER=quarter, R=rope, EP=max(16, triton.next_power_of_2(rope)),
+            PAGE=size, M=16, TILE=TILE, PRECISION="tf32", num_warps=4, **options,
         )  # fmt: skip
     else:
         latents, strides = (pages, pages, pages[..., rank:]), [rank + rope, 0, rank + rope]
@@ -351,21 +337,18 @@ def attention(
         block_c = max(16, triton.next_power_of_2(rank))
         attend_kernel[grid](
             q_NHC, *latents, table_SB, ends_S, part, lse, exponent, width * heads, heads, width, table_SB.stride(0),
-            splits, asked, amount,
+            splits,
             VALUE_STRIDE=strides[0], SCALE_STRIDE=strides[1], ROPE_STRIDE=strides[2], RANK=rank, ROPE=rope,
             PAGE=size, BLOCK_C=block_c, BLOCK_E=max(16, triton.next_power_of_2(rope)), BLOCK_M=16, BLOCK_N=TILE,
-            GROUP=min(SCALED, block_c), PRECISION="tf32", num_warps=4, num_stages=3, SPAN=span, THREADS=128,
-            **options,
+            GROUP=min(SCALED, block_c), PRECISION="tf32", num_warps=4, num_stages=3, **options,
         )  # fmt: skip
 
     y = q_NHd.new_empty(count, heads * values)
     programs = heads * triton.cdiv(values, ROWS)
-    asked, amount, span = asking(None, programs, 8)
     gather_kernel[(programs,)](
         part, lse, ends_S, w_HrC[:, nope:], by, y, splits, w_HrC.stride(0), w_HrC.stride(1), s_row, y.stride(0),
-        asked, amount, N=count, WIDTH=width, H=heads, V=values, FIRST=nope, HEAD_ROWS=head_rows, RANK=rank,
-        CP=triton.next_power_of_2(rank), BV=ROWS, BS=BLOCKS, TILE=TILE, num_warps=8, SPAN=span, THREADS=256,
-        **codes, **options,
+        N=count, WIDTH=width, H=heads, V=values, FIRST=nope, HEAD_ROWS=head_rows, RANK=rank,
+        CP=triton.next_power_of_2(rank), BV=ROWS, BS=BLOCKS, TILE=TILE, num_warps=8, **codes, **options,
     )  # fmt: skip
     return y
 

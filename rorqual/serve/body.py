@@ -21,6 +21,46 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
 
 
+class Drawn(Body):
+    """The fields that chat and plain completions share: how answers are drawn, how many, and when they end."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: str | list[str] | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+
+    def drawing(self, most: int) -> dict[str, Any]:
+        """The fields that say how tokens are drawn, as of `Sampling`. Refusal for what is out of range, an `n` above
+        `most` too."""
+        between("temperature", self.temperature, 0, 2)
+        between("top_p", self.top_p, 0, 1)
+        between("frequency_penalty", self.frequency_penalty, -2, 2)
+        between("presence_penalty", self.presence_penalty, -2, 2)
+        between("n", self.n, 1, most)
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "logit_bias": bias_of(self.logit_bias),
+            "seed": self.seed,
+        }
+
+
 M = TypeVar("M", bound=Body)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rorqual.serve.ask import Ask
-from rorqual.serve.body import Body, between, bias_of, parse, stops_of
+from rorqual.serve.body import Drawn, between, parse, stops_of
 from rorqual.serve.driver import Job
 from rorqual.serve.errors import Refusal, speaking
 from rorqual.serve.inside import Pane, Watcher, Wish, facts_of, wish_of
@@ -35,29 +35,14 @@ MESSAGE_FIELDS = (
 """Fields of a message that mean something here; others are left out, or refused in strict mode."""
 
 
-class ChatRequest(Body):
+class ChatRequest(Drawn):
     """The fields of a request. What stands last is taken and has no effect."""
 
     messages: list[Any]
     model: str | None = None
     thinking: dict[str, Any] | None = None
     reasoning_effort: str | None = None
-    max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    n: int | None = None
-    stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -77,12 +62,8 @@ class ChatRequest(Body):
 def job_of(request: ChatRequest, service: Service, wish: Wish | None = None) -> Job:
     """The job that a request asks for; `wish`: what it asks of the model's inside. Raises Refusal."""
     service.check_model(request.model)
-    between("temperature", request.temperature, 0, 2)
-    between("top_p", request.top_p, 0, 1)
-    between("frequency_penalty", request.frequency_penalty, -2, 2)
-    between("presence_penalty", request.presence_penalty, -2, 2)
+    drawing = request.drawing(service.settings.max_choices)
     between("top_logprobs", request.top_logprobs, 0, 20)
-    between("n", request.n, 1, service.settings.max_choices)
     if request.top_logprobs and not request.logprobs:
         raise Refusal(400, "top_logprobs needs logprobs: true", "top_logprobs", "invalid_value")
     tools = read_tools(request.tools)
@@ -107,18 +88,10 @@ def job_of(request: ChatRequest, service: Service, wish: Wish | None = None) -> 
             limit=limit,
             n=request.n or 1,
             stops=stops_of(request.stop),
-            temperature=request.temperature,
-            top_p=None if request.top_p is None else max(request.top_p, 1e-9),
-            top_k=request.top_k,
-            min_p=request.min_p,
-            repetition_penalty=request.repetition_penalty,
-            frequency_penalty=request.frequency_penalty,
-            presence_penalty=request.presence_penalty,
-            logit_bias=bias_of(request.logit_bias),
-            seed=request.seed,
             logprobs=top,
             inside=wish.inside if wish is not None and wish.looks else None,
             watcher=None if wish is None else lambda: Watcher(wish.looks),
+            **drawing,
         )
 
 

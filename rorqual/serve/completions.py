@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rorqual.serve.ask import Ask
-from rorqual.serve.body import Body, between, bias_of, parse, stops_of
+from rorqual.serve.body import Drawn, between, parse, stops_of
 from rorqual.serve.chat import Writer, usage, wants_usage
 from rorqual.serve.driver import Job
 from rorqual.serve.errors import Refusal
@@ -20,29 +20,14 @@ from rorqual.text import Tokenizer, fim
 MOST_PROMPTS = 128
 
 
-class CompletionRequest(Body):
+class CompletionRequest(Drawn):
     """The fields of a request. A prompt is text or token ids; several make as many answers."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
     model: str | None = None
     suffix: str | None = None
     echo: bool | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    n: int | None = None
     best_of: int | None = None
-    stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
     logprobs: int | None = None
     ignore_eos: bool | None = None
     user: Any = None
@@ -53,12 +38,8 @@ def ask(raw: bytes, service: Service) -> Ask:
     """Understand a request. Raises Refusal."""
     request = parse(CompletionRequest, raw, strict=service.settings.strict)
     service.check_model(request.model)
-    between("temperature", request.temperature, 0, 2)
-    between("top_p", request.top_p, 0, 1)
-    between("frequency_penalty", request.frequency_penalty, -2, 2)
-    between("presence_penalty", request.presence_penalty, -2, 2)
     between("logprobs", request.logprobs, 0, 20)
-    between("n", request.n, 1, service.settings.max_choices)
+    drawing = request.drawing(service.settings.max_choices)
     n = request.n or 1
     if request.best_of not in (None, n):
         raise Refusal(400, "best_of is not supported: leave it out", "best_of", "unsupported")
@@ -66,7 +47,7 @@ def ask(raw: bytes, service: Service) -> Ask:
     if len(prompts) * n > service.settings.max_queue:
         raise Refusal(400, f"{len(prompts)} prompts are too many for this server", "prompt", "invalid_value")
     echoes = [echo for echo, _ in prompts] if request.echo else [""] * len(prompts)
-    jobs = [_job(request, ids, n, service) for _, ids in prompts]
+    jobs = [_job(request, ids, n, service, drawing) for _, ids in prompts]
     job = Job([a for job in jobs for a in job.answers], [r for job in jobs for r in job.readers])
     meta = Meta(service.settings.name, "cmpl-", request.logprobs is not None)
     form = Form(meta, service.model.tokenizer, [echo for echo in echoes for _ in range(n)], n)
@@ -114,7 +95,9 @@ def _between(prompt: str, suffix: str, service: Service) -> list[int]:
     return [t for t in (*start, marks[0], *texts[0], marks[1], *texts[1], marks[2]) if t is not None]
 
 
-def _job(request: CompletionRequest, ids: list[int], n: int, service: Service) -> Job:
+def _job(
+    request: CompletionRequest, ids: list[int], n: int, service: Service, drawing: dict[str, Any]
+) -> Job:
     stops, (grammar, _) = stops_of(request.stop), read_format(request.response_format)
     readers = [Reader(None, stops=stops, logprobs=request.logprobs is not None) for _ in range(n)]
     return service.job(
@@ -122,18 +105,10 @@ def _job(request: CompletionRequest, ids: list[int], n: int, service: Service) -
         readers,
         16 if request.max_tokens is None and request.suffix is None else request.max_tokens,
         param="prompt",
-        temperature=request.temperature,
-        top_p=None if request.top_p is None else max(request.top_p, 1e-9),
-        top_k=request.top_k,
-        min_p=request.min_p,
-        repetition_penalty=request.repetition_penalty,
-        frequency_penalty=request.frequency_penalty,
-        presence_penalty=request.presence_penalty,
-        logit_bias=bias_of(request.logit_bias),
-        seed=request.seed,
         logprobs=None if request.logprobs is None else request.logprobs or True,
         grammar=grammar,
         ignore_eos=request.ignore_eos,
+        **drawing,
     )
 
 

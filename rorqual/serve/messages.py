@@ -85,7 +85,7 @@ def ask(raw: bytes, service: Service) -> Ask:
         stops=stops_of(request.stop_sequences, param="stop_sequences"),
         call_id="toolu_{}",
         temperature=request.temperature,
-        top_p=None if request.top_p is None else max(request.top_p, 1e-9),
+        top_p=request.top_p,
         top_k=request.top_k,
     )
     meta = Meta(request.model, "msg_")

@@ -88,7 +88,7 @@ def ask(raw: bytes, service: Service) -> Ask:
         talk,
         limit=request.max_output_tokens,
         temperature=request.temperature,
-        top_p=None if request.top_p is None else max(request.top_p, 1e-9),
+        top_p=request.top_p,
     )
     meta = Meta(service.settings.name, "resp_")
     shown = {

@@ -114,6 +114,8 @@ class Service:
     def sampling(self, limit: int | None, used: int, **options: Any) -> Sampling:
         """A `Sampling` of the fields that a request gave (None: not given). `limit`: most tokens of the answer."""
         given = {name: value for name, value in options.items() if value is not None}
+        if "top_p" in given:  # 0, which APIs allow, leaves the likeliest token
+            given["top_p"] = max(given["top_p"], 1e-9)
         room = self.context - used
         if room < 1:
             told = f"the prompt has {used} tokens, and the context ends at {self.context}: shorten it"
