@@ -27,6 +27,7 @@ from rorqual.engine import Engine, Handle, Sampling
 from rorqual.family import ModelConfig
 from rorqual.model import Model
 from rorqual.serve import Settings, create_app
+from rorqual.serve.run import configure
 from rorqual.text import Tokenizer, get_encoding
 from rorqual.text import tokens as t
 
@@ -74,7 +75,7 @@ class Bench:
                 pass
         app = create_app(model, Settings(name="bench"), engine=self.engine)
         self.driver = app.state.service.driver
-        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False))
+        self.server = uvicorn.Server(configure(app, port=0))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         while not self.server.started:

@@ -17,7 +17,7 @@ from rorqual.engine.runner import Drawn, Flight, Pass, Runner
 from rorqual.engine.sampling import SamplingError
 from rorqual.engine.scheduler import Plan, Scheduler
 from rorqual.engine.team import Team, TeamError
-from rorqual.engine.thread import drive, forget_frames, waker
+from rorqual.engine.thread import drive, forget_frames, release_pool, waker
 from rorqual.kernels.held import refresh_scales
 from rorqual.kernels.linear import packing
 from rorqual.nn import InputError, Transformer
@@ -432,6 +432,7 @@ class Core:
         ends with the engine; an engine that is closed gets none."""
         with self._lock:
             if self._thread is None and not self._closed:
+                release_pool()
                 self._ended = threading.Event()
                 known = weakref.ref(self, waker(self._progress))
                 self._thread = threading.Thread(

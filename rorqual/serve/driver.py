@@ -18,6 +18,7 @@ from typing import Protocol
 
 from rorqual.engine import Completion, Delta, Handle, TeamError
 from rorqual.engine.loop import Answer
+from rorqual.engine.thread import release_pool
 from rorqual.serve.errors import Refusal, refusal_of
 from rorqual.serve.parts import Content, End, Part, Reader, Reasoning, TokenInfo
 
@@ -103,6 +104,7 @@ class Driver:
         """Begin; again after `stop` is allowed."""
         if self._thread is None:
             self._stopping = False
+            release_pool()
             self._thread = threading.Thread(target=self._run, name="rorqual-driver", daemon=True)
             self._thread.start()
 

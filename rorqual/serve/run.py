@@ -11,24 +11,31 @@ import time
 from types import FrameType
 from typing import Any
 
-import h11
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 GRACE = 15.0
 """Seconds beyond the drain after which a process whose engine hangs ends all the same."""
+
+HEAD = 16 * 1024
+"""Most bytes of a request's line and headers."""
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 log = logging.getLogger("rorqual.serve")
 
 
-class Connection(H11Protocol):
-    """Closes itself when a request's line and headers don't arrive within the settings' `head_timeout`: from the
-    beginning of the connection for its first request, from their first byte for others. Between requests uvicorn closes
-    it after 5 seconds, and h11 refuses headers above 16 KiB."""
+class Connection(HttpToolsProtocol):
+    """Bounds what uvicorn leaves open. It closes itself when a request's line and headers don't arrive within the
+    settings' `head_timeout`: from the beginning of the connection for its first request, from their first byte for
+    others. It answers 400 when they, or what stands in a body's place and isn't one, are longer than `HEAD`. Between
+    requests uvicorn closes it after 5 seconds."""
 
     _waiting: asyncio.TimerHandle | None = None
+    _head = 0
+    """Bytes of this message's line, headers and trailers."""
+    _idle = 0
+    """Bytes that have come in a row and brought neither a head to its end nor a body any further."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The connection stands."""
@@ -36,9 +43,16 @@ class Connection(H11Protocol):
         self._wait()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes have come: of headers, as long as h11 has made no request of them."""
+        """Bytes have come."""
+        self._idle += len(data)
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+        closing = self.transport.is_closing()
+        if self._idle > HEAD and not closing:
+            if self.cycle is not None and self.cycle.response_started:
+                self.transport.close()
+            else:
+                self.send_400_response("Invalid HTTP request received.")
+        elif (self.cycle is None or self.cycle.response_complete) and not closing:
             self._wait()
         else:
             self._stop_waiting()
@@ -47,6 +61,36 @@ class Connection(H11Protocol):
         """The connection is gone."""
         self._stop_waiting()
         super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        """A request's first byte."""
+        self._head = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """A piece of its address."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header or trailer, whole."""
+        self._count(len(name) + len(value) + 4)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Its head has come."""
+        self._idle = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of its body."""
+        self._idle = 0
+        super().on_body(body)
+
+    def _count(self, size: int) -> None:
+        self._head += size
+        if self._head > HEAD:
+            raise ValueError("the head is too long")  # which the parser takes for a fault of the request
 
     def _wait(self) -> None:
         if self._waiting is None:
@@ -127,6 +171,13 @@ def prepare_logs() -> None:
     log.propagate = False
 
 
+def configure(app: FastAPI, **options: Any) -> uvicorn.Config:
+    """The application as uvicorn is to run it; `options` are uvicorn's."""
+    given: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
+    given |= {"http": Connection, "ws": "none"}
+    return uvicorn.Config(app, **(given | options))
+
+
 def run(
     app: FastAPI,
     *,
@@ -141,17 +192,9 @@ def run(
     prepare_logs()
     if host not in LOCAL and not settings.keys:
         log.warning("listening on %s without API keys: whoever can reach it can use it", host)
-    given = {
-        "log_level": "warning",
-        "access_log": False,
-        "server_header": False,
-        "http": Connection,
-        "ws": "none",
-        **options,
-    }
     if app.state.guard is not None:
         app.state.guard.hosts.add(host.lower())
-    config = uvicorn.Config(app, host=host, port=port, **given)
+    config = configure(app, host=host, port=port, **options)
     listener = listener or bind(host, port)
     log.info("serving %s on http://%s:%d", settings.name, host, listener.getsockname()[1])
     Server(config).run([listener])

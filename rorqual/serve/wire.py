@@ -17,12 +17,12 @@ from starlette.types import Receive, Scope, Send
 
 from rorqual.serve.errors import Refusal, Style, refusal_of, render
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
 
 def dump(value: object) -> bytes:
     """Compact JSON, as UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode(
-        "utf-8", "replace"
-    )
+    return _encode(value).encode("utf-8", "replace")
 
 
 def event(value: Mapping[str, Any], name: str | None = None) -> bytes:

@@ -15,6 +15,7 @@ from tests.serve.puppet import Puppet, PuppetModel
 pytest.importorskip("fastapi")
 pytest.importorskip("llguidance")
 uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("httptools")
 
 
 class Served:
@@ -38,7 +39,9 @@ class Served:
 
 @contextmanager
 def serving(app: Any) -> Iterator[Served]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    from rorqual.serve.run import configure
+
+    server = uvicorn.Server(configure(app, port=0))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until(lambda: server.started)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -137,6 +138,7 @@ def test_connections_that_say_nothing_are_closed(tmp_path: Path) -> None:
                 b"GET /ready HTTP/1.1\r\nhost: lo",
                 b"GET /ready HTTP/1.1\r\nhost: a\r\n\r\n",
                 b"GET /",
+                b"\r\n",
             ):
                 with socket.create_connection(("127.0.0.1", made.port), timeout=20) as place:
                     if sent == b"GET /":  # a second request, after a whole one
@@ -148,6 +150,40 @@ def test_connections_that_say_nothing_are_closed(tmp_path: Path) -> None:
             assert status(made, "/ready").status_code == 200
             made.gate.set()
             assert "data: [DONE]" in answer.iter_lines()  # it has outlived that time
+
+
+def test_heads_and_trailers_without_end_are_refused(tmp_path: Path) -> None:
+    head = b"POST /tokenize HTTP/1.1\r\nhost: 127.0.0.1\r\n"
+    with server(tmp_path, "x", keep_alive=0.05) as made:
+        up(made)
+        for begin, more in (
+            (b"GET /", b"a" * 1000),
+            (b"GET /", b"?a=" + b"b" * 40_000),  # all at once
+            (head, b"a: " + b"b" * 1000 + b"\r\n"),
+            (head + b"a:", b"b" * 1000),
+            (b"", b"\r\n" * 500),
+            (head + b"transfer-encoding: chunked\r\n\r\n1;", b"x" * 1000),
+            (head + b"transfer-encoding: chunked\r\n\r\n0\r\n", b"a: " + b"b" * 1000 + b"\r\n"),
+            (head + b"transfer-encoding: chunked\r\n\r\n0\r\na:", b"b" * 1000),
+        ):
+            with socket.create_connection(("127.0.0.1", made.port), timeout=20) as place:
+                got, sent = b"", 0
+                place.sendall(begin)
+                try:
+                    while sent < 1_000_000 and not select.select([place], [], [], 0)[0]:
+                        place.sendall(more)
+                        sent += len(more)
+                        time.sleep(0.001)
+                    while piece := place.recv(4096):
+                        got += piece
+                except (ConnectionResetError, BrokenPipeError):
+                    pass
+                assert sent < 1_000_000, begin
+                assert not got or got.startswith(b"HTTP/1.1 400"), (begin, got)
+        text = json.dumps({"prompt": "a " * 50_000}).encode()
+        pieces = [text[i : i + 1000] for i in range(0, len(text), 1000)]
+        assert httpx.post(made.url + "/tokenize", content=iter(pieces)).status_code == 200
+        up(made)
 
 
 # ------------------------------------------------------------------------------------------ many ranks
