@@ -324,7 +324,7 @@ def _choose(
         parts,
         bias_E if bias_E is not None else parts,
         table_VK if table_VK is not None else ids_NK,
-        token_N if token_N is not None else ids_NK,
+        token_N.contiguous() if token_N is not None else ids_NK,  # a column of ids has a stride
         ids_NK,
         weights_NK,
         logits_NE if logits_NE is not None else parts,
