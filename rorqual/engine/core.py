@@ -432,12 +432,12 @@ class Core:
         ends with the engine; an engine that is closed gets none."""
         with self._lock:
             if self._thread is None and not self._closed:
-                release_pool()
+                release_pool(self.model.device)
                 self._ended = threading.Event()
                 known = weakref.ref(self, waker(self._progress))
                 self._thread = threading.Thread(
                     target=drive,
-                    args=(known, self._progress, self._ended),
+                    args=(known, self.model.device, self._progress, self._ended),
                     name="rorqual-engine",
                     daemon=True,
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ class Writer(Protocol):
 
     def start(self) -> Iterator[bytes]: ...
 
-    def feed(self, index: int, part: Part) -> Iterator[bytes]: ...
+    def feed(self, index: int, part: Part) -> Iterable[bytes]: ...
 
     def end(self) -> Iterator[bytes]: ...
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rorqual.serve.ask import Ask
@@ -25,8 +26,11 @@ from rorqual.serve.parts import (
 from rorqual.serve.service import Service, Talk
 from rorqual.serve.tools import read_choice, read_format, read_tools
 from rorqual.serve.turn import Turn, usage_of
-from rorqual.serve.wire import event
+from rorqual.serve.wire import dump, event
 from rorqual.text import Tokenizer
+
+HOLE = "\0text\0"
+"""Stands for a text."""
 
 MESSAGE_FIELDS = (
     "role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id", "prefix", "tools",
@@ -184,6 +188,13 @@ class Chunks:
         for chunk in self._chunks(index, part):
             yield chunk | self._told(index)
 
+    def alike(self, index: int, part: Part) -> Hashable:
+        """A name for parts that make one chunk, the same but for its text; None for others."""
+        plain = type(part) is Content or type(part) is Reasoning
+        if plain and self._opened[index] and not self.meta.logprobs and index not in self._glimpses:
+            return index, type(part)
+        return None
+
     def _told(self, index: int) -> dict[str, Any]:
         """What goes with the next chunk of a choice from inside, if anything."""
         glimpses = self._glimpses.pop(index, None)
@@ -279,14 +290,24 @@ class Writer:
 
     def __init__(self, chunks: Any) -> None:
         self.chunks = chunks
+        self._frames: dict[Hashable, tuple[bytes, bytes]] = {}
+        """What stands before and after the text of chunks that are alike."""
 
     def start(self) -> Iterator[bytes]:
         """Nothing stands before the first chunk."""
         return iter(())
 
-    def feed(self, index: int, part: Part) -> Iterator[bytes]:
+    def feed(self, index: int, part: Part) -> Iterable[bytes]:
         """A part's chunks."""
-        return map(event, self.chunks.feed(index, part))
+        kind = self.chunks.alike(index, part)
+        if kind is None or not isinstance(part, Content | Reasoning):
+            return map(event, self.chunks.feed(index, part))
+        if kind not in self._frames:
+            (chunk,) = self.chunks.feed(index, replace(part, text=HOLE))
+            before, _, after = event(chunk).partition(dump(HOLE))
+            self._frames[kind] = before, after
+        before, after = self._frames[kind]
+        return (before + dump(part.text) + after,)
 
     def end(self) -> Iterator[bytes]:
         """The usage, and the end."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 from rorqual.serve.ask import Ask
@@ -177,6 +177,11 @@ class Chunks:
             case End():
                 turn.add(part)
                 yield self._chunk(self.form.choice(index, "", (), self._said[index], part.finish))
+
+    def alike(self, index: int, part: Part) -> Hashable:
+        """A name for parts that make one chunk, the same but for its text; None for others."""
+        said = self._said[index] or not self.form.echoes[index]
+        return index if said and type(part) is Content and not self.form.meta.logprobs else None
 
     def end(self) -> Iterator[dict[str, Any]]:
         """After all parts: the usage, if asked for."""

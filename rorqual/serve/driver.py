@@ -16,9 +16,11 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
+
 from rorqual.engine import Completion, Delta, Handle, TeamError
 from rorqual.engine.loop import Answer
-from rorqual.engine.thread import release_pool
+from rorqual.engine.thread import release_pool, work_alone
 from rorqual.serve.errors import Refusal, refusal_of
 from rorqual.serve.parts import Content, End, Part, Reader, Reasoning, TokenInfo
 
@@ -89,10 +91,10 @@ class Ticket:
 
 
 class Driver:
-    """Runs an engine in a thread of its own, from `start` to `stop`."""
+    """Runs an engine, whose model is on `device`, in a thread of its own, from `start` to `stop`."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, device: torch.device) -> None:
+        self.engine, self.device = engine, device
         self.broken: Exception | None = None
         """Why the engine takes no more requests, if it doesn't."""
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -104,7 +106,7 @@ class Driver:
         """Begin; again after `stop` is allowed."""
         if self._thread is None:
             self._stopping = False
-            release_pool()
+            release_pool(self.device)
             self._thread = threading.Thread(target=self._run, name="rorqual-driver", daemon=True)
             self._thread.start()
 
@@ -132,6 +134,7 @@ class Driver:
     # ------------------------------------------------------------------------------ in the thread
 
     def _run(self) -> None:
+        work_alone(self.device)
         while not self._stopping:
             try:
                 order = self._orders.get(block=not self.engine.busy)

@@ -50,7 +50,7 @@ class Service:
     def __init__(self, model: Any, engine: Any, settings: Settings | None = None) -> None:
         self.model, self.engine = model, engine
         self.settings = settings or Settings()
-        self.driver = Driver(engine)
+        self.driver = Driver(engine, model.device)
         self.memory = Memory(self.settings.remembered)
         self.created = int(time.time())
         self.active = 0

@@ -79,21 +79,33 @@ class Buffer:
 
         Without a marker, an end of the text that could be the start of one stays.
         """
-        found = one_of(markers).search(self._text, self._at)
+        pattern, longest, firsts = _search(markers)
+        found = pattern.search(self._text, self._at)
         if found:
             text = self._text[self._at : found.start()]
             self._at = found.end()
             return text, found[0]
-        return self.take(len(self) - (0 if self.final else self._held(markers))), None
+        text = self.peek(len(self)) if self.final else self._certain(markers, longest, firsts)
+        self._at += len(text)
+        return text, None
 
-    def _held(self, markers: tuple[str, ...]) -> int:
-        """The length of the longest end of the text that a marker begins with (and is not finished by)."""
-        longest = min(max(map(len, markers), default=1) - 1, len(self))
-        end = self._text[len(self._text) - longest :]
-        for start in range(longest):
-            if any(marker.startswith(end[start:]) for marker in markers):
-                return longest - start
-        return 0
+    def _certain(self, markers: tuple[str, ...], longest: int, firsts: re.Pattern[str]) -> str:
+        """What is unread, without the longest end of it that a marker begins with."""
+        start = max(self._at, len(self._text) - longest)
+        while start_of := firsts.search(self._text, start):
+            start = start_of.start()
+            if any(marker.startswith(self._text[start:]) for marker in markers):
+                return self._text[self._at : start]
+            start += 1
+        return self._text[self._at :]
+
+
+@lru_cache(maxsize=256)
+def _search(markers: tuple[str, ...]) -> tuple[re.Pattern[str], int, re.Pattern[str]]:
+    """What finds the earliest of some texts; the most letters of one that has not ended; its first letters."""
+    firsts = "".join(sorted({re.escape(marker[0]) for marker in markers}))
+    longest = max(map(len, markers), default=1) - 1
+    return one_of(markers), longest, re.compile(f"[{firsts}]" if firsts else "(?!)")
 
 
 _BLANKS = re.compile(r"\s*")

@@ -160,6 +160,11 @@ class StreamParser:
         self.calls: list[ToolCall] = []
         self._thinking, self._opened = thinking, opened
         self._reader = grammar.reader(self) if tools and grammar.reader else None
+        before, _ = grammar.think_end
+        self._think_ends = (before + END_THINK, END_THINK) if before else (END_THINK,)
+        tailed = tuple(grammar.tail + stop for stop in grammar.stops) if grammar.tail else ()
+        self._endings = (*tailed, *grammar.stops, *(self._reader.starts if self._reader else ()))
+        """The texts that end reasoning or content."""
         self._state = {"turn": self._turn, "reasoning": self._reasoning, "content": self._content}[start]
         self._places = {
             self._turn: "opening",
@@ -259,9 +264,8 @@ class StreamParser:
         return True
 
     def _reasoning(self) -> bool:
-        before, _ = self.grammar.think_end
-        ends = (before + END_THINK, END_THINK) if before else (END_THINK,)
-        text, marker = self.buffer.until(*ends, *self._endings())
+        ends = self._think_ends
+        text, marker = self.buffer.until(*ends, *self._endings)
         if text:
             self._reasoning_text.append(text)
             self._events.append(ReasoningDelta(text))
@@ -290,7 +294,7 @@ class StreamParser:
         return True
 
     def _content(self) -> bool:
-        text, marker = self.buffer.until(*self.grammar.wrappers, *self._endings())
+        text, marker = self.buffer.until(*self.grammar.wrappers, *self._endings)
         if text:
             self._content_text.append(text)
             self._events.append(ContentDelta(text))
@@ -307,13 +311,6 @@ class StreamParser:
             self._blanks = []
         self._blanks.append(text[len(said) :])
         return False
-
-    def _endings(self) -> tuple[str, ...]:
-        """The texts that end reasoning or content."""
-        stops = self.grammar.stops
-        if self.grammar.tail:
-            stops = (*(self.grammar.tail + stop for stop in stops), *stops)
-        return stops + (self._reader.starts if self._reader else ())
 
     def _ended_by(self, marker: str) -> bool:
         """Go where a marker of `_endings` leads; True, since there is more to do."""

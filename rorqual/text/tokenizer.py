@@ -8,7 +8,7 @@ import codecs
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from os import PathLike
 from pathlib import Path
@@ -18,6 +18,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
 from rorqual.text import pretokenizers
+from rorqual.text.added import finder, spelled
 
 _CONFIG, _SPECIAL, _GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
 _FILES = ("tokenizer.json", _CONFIG, _SPECIAL, _GENERATION, "chat_template.jinja")
@@ -89,8 +90,9 @@ class Tokenizer:
         self._backend = backend
         self._plain: Backend | None = None
         self._spelled: re.Pattern[str] | None = None
-        added = backend.get_added_tokens_decoder()
-        self._special = frozenset(number for number, token in added.items() if token.special)
+        self._finder: tuple[re.Pattern[str] | None, dict[str, int]] | None = None
+        self._added = backend.get_added_tokens_decoder()
+        self._special = frozenset(number for number, token in self._added.items() if token.special)
         self._folder = folder
         self.bos = bos
         self.eos: tuple[int, ...] = tuple(dict.fromkeys(eos))
@@ -222,25 +224,37 @@ class Tokenizer:
         """`text` with MARK after the first letter of every added token spelled in it, and at its end, so that
         `encode_marked` sees none there."""
         if self._spelled is None:
-            added = [
-                t.content for t in self._backend.get_added_tokens_decoder().values() if len(t.content) > 1
-            ]
-            inner = "|".join(re.escape(token[0]) + "(?=" + re.escape(token[1:]) + ")" for token in added)
-            self._spelled = re.compile(inner or "(?!)")
+            self._spelled = spelled(t.content for t in self._added.values() if len(t.content) > 1)
         return self._spelled.sub(lambda found: found[0] + MARK, text) + MARK if text else ""
 
     def encode_marked(self, text: str) -> list[int]:
         """As `encode`, for text made of parts of which some went through `mark`: the added tokens spelled in
         those are read as ordinary text."""
-        whole = self._backend.encode(text, add_special_tokens=False)
-        added = self._backend.get_added_tokens_decoder()
         ids: list[int] = []
         done = 0
+        for number, start, end in self._places(text):
+            ids += [*self._ordinary(text[done:start]), number]
+            done = end
+        return ids + self._ordinary(text[done:])
+
+    def _ordinary(self, text: str) -> list[int]:
+        text = text.replace(MARK, "")
+        return self.encode(text, special=False) if text else []
+
+    def _places(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """The added tokens spelled in a text, in order: their ids, where they start and where they end. (Those of a
+        single letter don't count.)"""
+        if self._finder is None:
+            self._finder = finder(self._backend, self._added), {t.content: n for n, t in self._added.items()}
+        pattern, ids = self._finder
+        if pattern is not None:
+            for found in pattern.finditer(text):
+                yield ids[found[0]], found.start(), found.end()
+            return
+        whole = self._backend.encode(text, add_special_tokens=False)
         for number, (start, end) in zip(whole.ids, whole.offsets, strict=True):
-            if number in added and len(added[number].content) > 1:
-                ids += [*self.encode(text[done:start].replace(MARK, ""), special=False), number]
-                done = end
-        return ids + self.encode(text[done:].replace(MARK, ""), special=False)
+            if number in self._added and len(self._added[number].content) > 1:
+                yield number, start, end
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Text of `ids`. `skip_special` leaves out tokens the files mark special (in V4: BOS, EOS, PAD and

@@ -9,6 +9,7 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -52,6 +53,7 @@ class PuppetModel:
     """As much of a model as the server asks for."""
 
     def __init__(self, encoding: str | None = "v4", positions: int = 20_000) -> None:
+        self.device = torch.device("cpu")
         self.tokenizer: Tokenizer | None = TOKENIZER
         self.encoding = None if encoding is None else get_encoding(encoding)
         self.config = SimpleNamespace(max_positions=positions, vocab=TOKENIZER.vocab_size, eos=TOKENIZER.eos)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from rorqual.engine import SamplingError, TeamError
 from rorqual.serve import Settings, keys_of, read_keys
@@ -424,7 +425,7 @@ def test_the_driver_outlives_its_loops() -> None:
     from tests.serve.puppet import PuppetModel
 
     engine = Puppet("word " * 3000)
-    driver = Driver(engine)
+    driver = Driver(engine, torch.device("cpu"))
     driver.start()
 
     async def leave() -> None:

@@ -8,10 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rorqual.family.hub import from_hub
+from rorqual.kernels.fp8_linear import reference as fp8_reference
 from rorqual.nn import Transformer
-from rorqual.nn.linear import Matrix
+from rorqual.nn.linear import Linear, Matrix
+from rorqual.nn.moe import MoE
 from rorqual.weights import CheckpointError, load, save
 from tests.weights.tiny import CONFIGS, VOCAB
+
+PLAIN = Linear.forward
 
 
 def logits(model, ids):
@@ -323,23 +327,40 @@ def test_old_rotary_buffers_are_skipped(made, tmp_path):
 # ---------------------------------------------------------------------------------------------- GPU
 
 
+def rounding(model):
+    """`Linear.forward` as a GPU has it: what goes through codes is rounded to FP8 too, but for shared experts whose
+    blocks no kernel takes."""
+    experts = [
+        brick.shared for brick in model.modules() if isinstance(brick, MoE) and brick.shared is not None
+    ]
+    apart = {layer for shared in experts for layer in shared.modules()}
+
+    def forward(self, x):
+        if self.scale is None or self.fp4 or self in apart:
+            return PLAIN(self, x)
+        y = fp8_reference(x.flatten(0, -2), self.weight, self.scale, self.block, self.bias)
+        return y.unflatten(0, x.shape[:-1])
+
+    return forward
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["fp8", "ue8m0", "fp4"])
 @pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_on_a_gpu_as_on_the_cpu(quantised, tmp_path, kind, dtype):
+def test_on_a_gpu_as_on_the_cpu(quantised, tmp_path, kind, dtype, monkeypatch):
     q = quantised(kind)
     model, right = load(q.path, dtype=dtype, device="cuda"), load(q.path, dtype=dtype)
     for name, tensor in right.state_dict().items():
         there = model.state_dict()[name]
         assert there.is_cuda and torch.equal(there.cpu().view(torch.uint8), tensor.view(torch.uint8)), name
-    there, here = logits(model, q.ids.cuda()).cpu().double(), logits(right, q.ids).double()
-    if dtype is None:
-        # The GPU's tensor cores take activations as FP8 too, which the CPU leaves as they are: some hundredths of a
-        # token's length, and all of it where a router then chooses another expert. So the median over tokens.
-        apart = float(((there - here).norm(dim=-1) / here.norm(dim=-1)).median())
-        assert apart < 0.1, apart
+    there = logits(model, q.ids.cuda()).cpu()
+    monkeypatch.setattr(Linear, "forward", rounding(right))
+    here = logits(right, q.ids)
+    if dtype is None:  # an activation between two codes may go either way, and a router or indexer with it
+        assert float(((there - here).norm(dim=-1) / here.norm(dim=-1)).median()) < 1e-2
     else:
         assert (there - here).abs().max() < 1e-2
+    monkeypatch.undo()
     save(model, tmp_path / "gpu")
     save(right, tmp_path / "cpu")
     written = [(tmp_path / d / "model.safetensors").read_bytes() for d in ("gpu", "cpu")]
