@@ -36,8 +36,8 @@ CPU = {
     "turns": turns.turns,
     "serve-tiny": later("benchmarks.serving", "cpu"),
 }
-LONG = {"soak": later("benchmarks.soak", "main")}
-"""Run only where named: these take many minutes."""
+LONG = {"soak": later("benchmarks.soak", "main"), "vllm-tiny": later("benchmarks.vllm_tiny", "main")}
+"""Run only where named: these take many minutes, or need a peer."""
 GPU = {
     "lite": lite.main,
     "lite-profile": partial(lite.main, True),

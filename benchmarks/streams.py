@@ -1,6 +1,7 @@
-"""A client that reads many streams of chat completions at once: `python -m benchmarks.streams URL < requests.json`.
+"""A client that reads many streams of completions at once: `python -m benchmarks.streams URL < requests.json`.
 
-The requests are a list of bodies; they are sent at once, one a connection, or one after the other with `--in-turn`.
+The requests are a list of bodies, of chats where they hold messages; they are sent at once, one a connection, or one
+after the other with `--in-turn`.
 Prints a list of [seconds to the first token, seconds to the end, tokens], one a request. It looks at as little of what
 comes as it can, and runs in a process of its own: the server's time is what is to be measured.
 """
@@ -32,8 +33,9 @@ class Connection:
         assert self.streams is not None
         reader, writer = self.streams
         begun, first, tail, head = time.perf_counter(), 0.0, b"", b""
+        route = b"chat/completions" if b'"messages"' in body else b"completions"
         writer.write(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"POST /v1/" + route + b" HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n" % len(body) + body
         )
         while b"\r\n0\r\n\r\n" not in tail:

@@ -16,7 +16,7 @@ from rorqual.nn import Transformer
 def tiny() -> ModelConfig:
     """The geometry that peers' figures are for."""
     attention = MLA(4, 512, 64, 32, 64, Rope(32, interleaved=True))
-    moe = MoE(16, 4, 256, 1, Router("sigmoid", bias=True, normalize=True))
+    moe = MoE(16, 4, 256, 1, Router("sigmoid", bias=True, group_score="top2", normalize=True))
     plan = (Layer(attention, SwiGLU(1024)), *(Layer(attention, moe),) * 2)
     return ModelConfig("deepseek_v3", 32000, 256, plan, 4096, dtype="bfloat16", eos=())
 

@@ -47,8 +47,8 @@ def release_pool(device: torch.device) -> None:
 
 
 def work_alone(device: torch.device) -> None:
-    """Let the calling thread, which runs passes on a GPU, do what little they have for the CPU by itself: with a pool
-    of its own beside the main thread's that little took 10 to 25 ms of a prompt's 30."""
+    """Let the calling thread, which runs passes on a GPU, do by itself what little they have for the CPU, instead of
+    with a pool of threads more beside the main thread's."""
     if device.type != "cpu":
         torch.get_num_threads()  # PyTorch sets the number when a thread first asks
         with contextlib.suppress(AttributeError, OSError):

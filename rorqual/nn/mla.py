@@ -248,9 +248,13 @@ class MLA(nn.Module):
         p = self.part
         q_BTHC, w_uv = self._absorb_queries(q_nope, q_rope)
         (batch, time), keys = q_BTHC.shape[:2], latent_BKC.shape[1]
+        fused = latent_BKC.device.type == "cpu" and not torch.is_grad_enabled() and not is_invariant()
         out = []
         for block in query_blocks(time, batch * p.heads * keys * 8):
             q = q_BTHC[:, block]
+            if fused:
+                out.append(self._fused(q, latent_BKC, step, block))
+                continue
             score = (q.flatten(1, 2) @ latent_BKC.transpose(1, 2)).unflatten(1, q.shape[1:3])
             score = upcast(score) * p.scale
             if not step.all_visible:
@@ -258,6 +262,19 @@ class MLA(nn.Module):
             weight = score.softmax(-1).to(latent_BKC.dtype)
             out.append((weight.flatten(1, 2) @ latent_BKC[..., : p.kv_rank]).unflatten(1, q.shape[1:3]))
         return _into_values(torch.cat(out, 1), w_uv)
+
+    def _fused(self, q_BTHC: Tensor, latent_BKC: Tensor, step: Step, block: slice) -> Tensor:
+        """Attended latents `[B, T, H, kv_rank]` by PyTorch's attention: all heads are queries of one head, whose values
+        are its keys, rotary channels too."""
+        (time, heads), mask = q_BTHC.shape[1:3], None
+        if not step.all_visible:
+            mask = step.visible_BTK(latent_BKC.shape[1])[:, block]
+            mask = (mask if time == 1 else mask.repeat_interleave(heads, 1))[:, None]
+        latent_B1KC = latent_BKC[:, None]
+        o = F.scaled_dot_product_attention(
+            q_BTHC.flatten(1, 2)[:, None], latent_B1KC, latent_B1KC, attn_mask=mask, scale=self.part.scale
+        )
+        return o[:, 0, :, : self.part.kv_rank].unflatten(1, (time, heads))
 
     def _sparse(self, q_nope: Tensor, q_rope: Tensor, latent_BKC: Tensor, chosen_BTk: Tensor) -> Tensor:
         """Absorbed attention of each query to its own chosen positions (-1: none), gathered in blocks."""

@@ -16,6 +16,9 @@ from rorqual.nn.norm import upcast
 from rorqual.nn.router import Router
 from rorqual.nn.step import Step
 
+SMALL = 16 * 2**20
+"""Bytes of all experts of a layer under which they are read faster than a few of them are called."""
+
 DENSE = 64
 """Tokens up to which `Experts` may run all experts on all of them."""
 
@@ -53,7 +56,10 @@ class Experts(nn.Module):
             and shared is None
             and not torch.is_grad_enabled()
         )
-        if cpu and count < tokens * chosen and tokens <= DENSE and not is_invariant():
+        small = sum(
+            w.numel() * w.element_size() for w in (self.gate.weight, self.up.weight, self.down.weight)
+        )
+        if cpu and (count < tokens * chosen or small < SMALL) and tokens <= DENSE and not is_invariant():
             return self._all(x_ND, ids_NK, weights_NK)
         stacks = self.gate.stack(), self.up.stack(), self.down.stack()
         return experts(
