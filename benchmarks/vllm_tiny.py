@@ -1,4 +1,4 @@
-"""Our server beside vLLM's, both on this machine's CPU and on the same tiny checkpoint: `python -m benchmarks vllm-tiny`.
+"""Our server beside vLLM's on this machine's CPU, one tiny checkpoint for both: `python -m benchmarks vllm-tiny`.
 
 `VLLM_PYTHON` names the Python of an environment that holds vLLM's build for CPUs (a peer, so never one of ours). Both
 servers run all the time and are asked by turns, by the same client, for the same number of tokens.
