@@ -92,6 +92,15 @@ def new_store(lanes: Lanes, pages: int, page_size: int, rings: int, device: torc
     return store
 
 
+class Places(NamedTuple):
+    """Row and column of the real new items (None: all are real), and the flat places of those and of all that each row
+    holds then, up to the longest row's end."""
+
+    real: tuple[Tensor, Tensor] | None
+    new_n: Tensor
+    held_SK: Tensor
+
+
 @dataclass
 class Group:
     """Sequences of a pass whose new tokens stand next to each other in the flat batch.
@@ -142,6 +151,25 @@ class Group:
     def step(self) -> Step:
         """The pass as rows, one a sequence."""
         return Step(Rows(self.starts, self.counts, self.width, self.table_SB.device))
+
+    def places(self, rows: Rows, per_page: int) -> Places:
+        """Where items lie in pages of so many, for `rows` of the group's sequences; worked out once for all layers."""
+        key = id(rows), per_page
+        if key not in self._places:
+            row, column, position = rows.where
+            real = None if all(count == rows.width for count in rows.counts) else (row, column)
+            page_n = self.table_SB[row, position // per_page].long()
+            item_K = torch.arange(rows.end, device=self.table_SB.device)
+            page_SK = self.table_SB[:, : -(-rows.end // per_page)].long()[:, item_K // per_page]
+            found = Places(
+                real, page_n * per_page + position % per_page, page_SK * per_page + item_K % per_page
+            )
+            self._places[key] = rows, found  # with the rows: their id is theirs as long as they are kept
+        return self._places[key][1]
+
+    @cached_property
+    def _places(self) -> dict[tuple[int, int], tuple[Rows, Places]]:
+        return {}
 
     @cached_property
     def _place(self) -> tuple[Tensor, Tensor] | None:
@@ -284,21 +312,18 @@ class PagedSlots:
     """`nn.cache.Slots` over pages: stores new items, and gives a copy of all of a group's items."""
 
     def __init__(self, pages_PT: Tensor, group: Group, packed: Packing | None = None) -> None:
-        self.pages, self.table_SB, self.packed = pages_PT, group.table_SB, packed
+        self.pages, self.group, self.packed = pages_PT, group, packed
 
     def append(self, new_BT: Tensor, rows: Rows) -> Tensor:
         """Store the real items of `new_BT` [S, T, *shape]; returns all items up to the longest row's end.
 
         Items past a shorter row's end hold anything finite; causality hides them.
         """
-        per_page = self.pages.shape[1]
-        row, column, position = rows.where
-        page = self.table_SB[row, position // per_page].long()
-        new = new_BT[row, column]
-        new = new.to(self.pages.dtype) if self.packed is None else self.packed.pack(new)
-        self.pages[page, position % per_page] = new
-        blocks = -(-rows.end // per_page)
-        held = self.pages[self.table_SB[:, :blocks].long()].flatten(1, 2)[:, : rows.end]
+        at = self.group.places(rows, self.pages.shape[1])
+        items = self.pages.view(-1, *self.pages.shape[2:])
+        new = new_BT.flatten(0, 1) if at.real is None else new_BT[at.real]
+        items[at.new_n] = new.to(items.dtype) if self.packed is None else self.packed.pack(new)
+        held = items.index_select(0, at.held_SK.flatten()).unflatten(0, at.held_SK.shape)
         if self.packed is None:
             return held
         return self.packed.unpack(held.flatten(0, 1)).unflatten(0, held.shape[:2])
