@@ -98,7 +98,8 @@ async def full(url: str, server: Process, minutes: float, streams: int) -> str:
         nonlocal tokens, answers
         connection = Connection(url)
         while time.perf_counter() < end:
-            tokens += (await connection.ask(chat(random.randint(8, 200), random.randint(16, 200))))[2]
+            _, _, got = await connection.ask(chat(random.randint(8, 200), random.randint(16, 200)))
+            tokens += got
             answers += 1
 
     async def watch() -> None:
@@ -153,7 +154,8 @@ def serve() -> None:
     from rorqual.serve.run import run
 
     model = talkative(tiny(), "cpu")
-    engine = Engine(model, max_requests=8)
+    # Memory of caches counts once it is written to: little enough that all of it is, early.
+    engine = Engine(model, max_requests=8, memory=128 * 2**20)
     app = create_app(model, Settings(max_queue=5000, drain=1.0), engine=engine)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
