@@ -42,8 +42,7 @@ def release_pool(device: torch.device) -> None:
     costs a small model a third of its speed. Does nothing for other devices (there the driver's threads need the cores)
     and where OpenMP is older than 5.0 or not there."""
     if device.type == "cpu":
-        with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).omp_pause_resource_all(1)  # 1: omp_pause_soft
+        _openmp("omp_pause_resource_all", 1)  # softly: what the program has set stays
 
 
 def work_alone(device: torch.device) -> None:
@@ -51,8 +50,15 @@ def work_alone(device: torch.device) -> None:
     with a pool of threads more beside the main thread's."""
     if device.type != "cpu":
         torch.get_num_threads()  # PyTorch sets the number when a thread first asks
-        with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).omp_set_num_threads(1)
+        _openmp("omp_set_num_threads", 1)
+
+
+def _openmp(function: str, argument: int) -> None:
+    """Call a function of the OpenMP that PyTorch brought along, if there is one."""
+    with contextlib.suppress(
+        AttributeError, OSError, TypeError
+    ):  # the last on Windows, which has no such list
+        getattr(ctypes.CDLL(None), function)(argument)
 
 
 def waker(progress: threading.Condition) -> Any:

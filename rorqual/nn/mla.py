@@ -55,6 +55,10 @@ class MLACache:
         return 0
 
 
+FUSED_KEYS = 2048
+"""Keys up to which a CPU attends to latents by PyTorch's attention, whose one head keeps one core busy a row."""
+
+
 class MLA(nn.Module):
     """Attention whose keys and values are read from one low-rank latent a token."""
 
@@ -249,6 +253,7 @@ class MLA(nn.Module):
         q_BTHC, w_uv = self._absorb_queries(q_nope, q_rope)
         (batch, time), keys = q_BTHC.shape[:2], latent_BKC.shape[1]
         fused = latent_BKC.device.type == "cpu" and not torch.is_grad_enabled() and not is_invariant()
+        fused = fused and keys <= FUSED_KEYS
         out = []
         for block in query_blocks(time, batch * p.heads * keys * 8):
             q = q_BTHC[:, block]

@@ -73,6 +73,11 @@ class Experts(nn.Module):
             of=self.of,
         )
 
+    @property
+    def _small(self) -> bool:
+        weights = self.gate.weight, self.up.weight, self.down.weight
+        return sum(w.numel() * w.element_size() for w in weights) < SMALL
+
     def _all(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """The same with every token through every expert, those not chosen at weight 0: with few tokens the
         matrices are what takes time, and nearly all of them are read anyway, now in three products."""

@@ -304,7 +304,7 @@ class Writer:
             return map(event, self.chunks.feed(index, part))
         if kind not in self._frames:
             (chunk,) = self.chunks.feed(index, replace(part, text=HOLE))
-            before, _, after = event(chunk).partition(dump(HOLE))
+            before, _, after = event(chunk).rpartition(dump(HOLE))  # what may hold anything stands before it
             self._frames[kind] = before, after
         before, after = self._frames[kind]
         return (before + dump(part.text) + after,)

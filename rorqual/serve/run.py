@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import socket
@@ -13,94 +12,14 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from rorqual.serve.connection import Connection
 
 GRACE = 15.0
 """Seconds beyond the drain after which a process whose engine hangs ends all the same."""
 
-HEAD = 16 * 1024
-"""Most bytes of a request's line and headers."""
-
 LOCAL = ("127.0.0.1", "::1", "localhost")
 log = logging.getLogger("rorqual.serve")
-
-
-class Connection(HttpToolsProtocol):
-    """Bounds what uvicorn leaves open. It closes itself when a request's line and headers don't arrive within the
-    settings' `head_timeout`: from the beginning of the connection for its first request, from their first byte for
-    others. It answers 400 when they, or what stands in a body's place and isn't one, are longer than `HEAD`. Between
-    requests uvicorn closes it after 5 seconds."""
-
-    _waiting: asyncio.TimerHandle | None = None
-    _head = 0
-    """Bytes of this message's line, headers and trailers."""
-    _idle = 0
-    """Bytes that have come in a row and brought neither a head to its end nor a body any further."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """The connection stands."""
-        super().connection_made(transport)
-        self._wait()
-
-    def data_received(self, data: bytes) -> None:
-        """Bytes have come."""
-        self._idle += len(data)
-        super().data_received(data)
-        closing = self.transport.is_closing()
-        if self._idle > HEAD and not closing:
-            if self.cycle is not None and self.cycle.response_started:
-                self.transport.close()
-            else:
-                self.send_400_response("Invalid HTTP request received.")
-        elif (self.cycle is None or self.cycle.response_complete) and not closing:
-            self._wait()
-        else:
-            self._stop_waiting()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is gone."""
-        self._stop_waiting()
-        super().connection_lost(exc)
-
-    def on_message_begin(self) -> None:
-        """A request's first byte."""
-        self._head = 0
-        super().on_message_begin()
-
-    def on_url(self, url: bytes) -> None:
-        """A piece of its address."""
-        self._count(len(url))
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """A header or trailer, whole."""
-        self._count(len(name) + len(value) + 4)
-        super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        """Its head has come."""
-        self._idle = 0
-        super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        """A piece of its body."""
-        self._idle = 0
-        super().on_body(body)
-
-    def _count(self, size: int) -> None:
-        self._head += size
-        if self._head > HEAD:
-            raise ValueError("the head is too long")  # which the parser takes for a fault of the request
-
-    def _wait(self) -> None:
-        if self._waiting is None:
-            seconds = self.config.app.state.service.settings.head_timeout  # type: ignore[union-attr]
-            self._waiting = self.loop.call_later(seconds, self.transport.close)
-
-    def _stop_waiting(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
 
 
 class Server(uvicorn.Server):

@@ -179,6 +179,7 @@ def test_heads_and_trailers_without_end_are_refused(tmp_path: Path) -> None:
                 except (ConnectionResetError, BrokenPipeError):
                     pass
                 assert sent < 1_000_000, begin
+                # What was still being sent when the server closed may have cost its answer on the way.
                 assert not got or got.startswith(b"HTTP/1.1 400"), (begin, got)
         text = json.dumps({"prompt": "a " * 50_000}).encode()
         pieces = [text[i : i + 1000] for i in range(0, len(text), 1000)]

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 from rorqual.text.added import finder, longest_of, spelled
 
 WORDS = [
+    "ü",
     "<think>",
     "</think>",
     "<｜User｜>",
@@ -28,11 +29,12 @@ WORDS = [
 
 
 def made(second: list[str], normalizer: object = None, **options: bool) -> Backend:
+    words = dict.fromkeys([*WORDS, *second])
     backend = Backend(models.WordLevel({"x": 0}, unk_token="x"))
     backend.decoder = decoders.ByteLevel()
     if normalizer is not None:
         backend.normalizer = normalizer
-    backend.add_tokens([AddedToken(w, normalized=w in second, **options) for w in WORDS])
+    backend.add_tokens([AddedToken(w, normalized=w in second, **options) for w in words])
     return backend
 
 
@@ -65,6 +67,7 @@ def test_as_the_library_finds_them(second: list[str]) -> None:
     ("second", "normalizer", "options"),
     [
         (["abc"], None, {}),  # begins like one of the first, which comes before it though it is shorter
+        (["ün"], None, {}),  # of a letter that is one of the first
         (["<think>"], normalizers.Lowercase(), {}),
         ([], None, {"lstrip": True}),
         ([], None, {"single_word": True}),
@@ -86,3 +89,13 @@ def test_every_first_letter() -> None:
 def test_a_thousand_tokens_that_begin_alike_are_not_gone_through_one_by_one() -> None:
     words = [f"<｜place▁holder▁no▁{n}｜>" for n in range(1000)]
     assert longest_of(words).count("holder") == 1 and spelled(words).pattern.count("holder") == 1
+
+
+def test_words_that_begin_one_another() -> None:
+    words = ["a" * n for n in range(2, 500)] + ["ab"]
+    assert [m[0] for m in re.finditer(longest_of(words), "aaaab" + "a" * 600)] == [
+        "aaaa",
+        "a" * 499,
+        "a" * 101,
+    ]
+    assert len(spelled(words).findall("aaab")) == 3
