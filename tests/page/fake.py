@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from rorqual.serve import pages
+from rorqual.serve import Settings, pages
 
 MODEL = {
     "name": "tiny-v3", "layers": 16, "expert_layers": list(range(3, 16)), "experts": 48, "chosen": 4, "shared": 1, "drafts": 1,
@@ -83,7 +83,7 @@ def inside_of(at: int, text: str, part: str, draw: random.Random) -> dict[str, A
 def create(answer: str = ANSWER, thought: str = THOUGHT, pause: float = 0.0) -> FastAPI:
     """The application. `app.state.asked` gathers the bodies of its requests; an answer waits at `gate` if it is clear."""
     app = FastAPI()
-    app.state.asked, app.state.service = [], SimpleNamespace(engine=None)
+    app.state.asked, app.state.service = [], SimpleNamespace(engine=None, settings=Settings())
     app.state.gate = asyncio.Event()
     app.state.gate.set()
     app.include_router(pages.router())
