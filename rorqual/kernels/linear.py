@@ -10,6 +10,7 @@ measured in docs/benchmarks.md.
 from __future__ import annotations
 
 import contextlib
+import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -20,6 +21,11 @@ from torch import Tensor
 from rorqual.kernels.fixed import linear_fixed
 from rorqual.kernels.mode import by_fixed_kernels, is_invariant
 from rorqual.kernels.skinny import skinny
+
+# PyTorch and oneDNN each keep the code made for the last 1,024 shapes of a product. A server meets a new shape with every
+# length of prompt, and so grew by 4 MB an answer, to gigabytes. Read when the first product is made; who sets them decides.
+for _name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, "128")
 
 PACK_LIMIT = 2**33
 """Bytes of such copies kept at most (8 GiB): beyond it matrices are used as they lie."""
