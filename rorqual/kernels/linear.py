@@ -22,8 +22,8 @@ from rorqual.kernels.fixed import linear_fixed
 from rorqual.kernels.mode import by_fixed_kernels, is_invariant
 from rorqual.kernels.skinny import skinny
 
-# PyTorch and oneDNN each keep the code made for the last 1,024 shapes of a product. A server meets a new shape with every
-# length of prompt, and so grew by 4 MB an answer, to gigabytes. Read when the first product is made; who sets them decides.
+# PyTorch and oneDNN each keep the code made for the last 1,024 shapes of a product. A server meets new ones with every
+# length of prompt, and grew by 4 MB an answer. Read when the first product is made; whoever has set them decides.
 for _name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(_name, "128")
 
