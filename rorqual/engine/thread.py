@@ -55,9 +55,8 @@ def work_alone(device: torch.device) -> None:
 
 def _openmp(function: str, argument: int) -> None:
     """Call a function of the OpenMP that PyTorch brought along, if there is one."""
-    with contextlib.suppress(
-        AttributeError, OSError, TypeError
-    ):  # the last on Windows, which has no such list
+    # TypeError: on Windows, which has no list of all that is loaded.
+    with contextlib.suppress(AttributeError, OSError, TypeError):
         getattr(ctypes.CDLL(None), function)(argument)
 
 

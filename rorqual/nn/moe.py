@@ -56,10 +56,7 @@ class Experts(nn.Module):
             and shared is None
             and not torch.is_grad_enabled()
         )
-        small = sum(
-            w.numel() * w.element_size() for w in (self.gate.weight, self.up.weight, self.down.weight)
-        )
-        if cpu and (count < tokens * chosen or small < SMALL) and tokens <= DENSE and not is_invariant():
+        if cpu and tokens <= DENSE and (count < tokens * chosen or self._small) and not is_invariant():
             return self._all(x_ND, ids_NK, weights_NK)
         stacks = self.gate.stack(), self.up.stack(), self.down.stack()
         return experts(

@@ -93,10 +93,8 @@ def new_store(lanes: Lanes, pages: int, page_size: int, rings: int, device: torc
 
 
 class Places(NamedTuple):
-    """Row and column of the real new items (None: all are real), and the flat places of those and of all that each row
-    holds then, up to the longest row's end."""
+    """Flat places of the real new items, and of all that each row holds then, up to the longest row's end."""
 
-    real: tuple[Tensor, Tensor] | None
     new_n: Tensor
     held_SK: Tensor
 
@@ -156,14 +154,11 @@ class Group:
         """Where items lie in pages of so many, for `rows` of the group's sequences; worked out once for all layers."""
         key = id(rows), per_page
         if key not in self._places:
-            row, column, position = rows.where
-            real = None if all(count == rows.width for count in rows.counts) else (row, column)
+            row, _, position = rows.where
             page_n = self.table_SB[row, position // per_page].long()
             item_K = torch.arange(rows.end, device=self.table_SB.device)
             page_SK = self.table_SB[:, : -(-rows.end // per_page)].long()[:, item_K // per_page]
-            found = Places(
-                real, page_n * per_page + position % per_page, page_SK * per_page + item_K % per_page
-            )
+            found = Places(page_n * per_page + position % per_page, page_SK * per_page + item_K % per_page)
             self._places[key] = rows, found  # with the rows: their id is theirs as long as they are kept
         return self._places[key][1]
 
@@ -171,26 +166,19 @@ class Group:
     def _places(self) -> dict[tuple[int, int], tuple[Rows, Places]]:
         return {}
 
-    @cached_property
-    def _place(self) -> tuple[Tensor, Tensor] | None:
-        """Row and column of every token; None where all rows are full."""
-        if all(count == self.width for count in self.counts):
-            return None
-        row, column, _ = self.step.rows.where
-        return row, column
-
     def rows(self, x_1N: Tensor) -> Tensor:
         """The group's part of a flat batch `[1, N, ...]` as rows `[S, width, ...]`, zero where padded."""
         mine = x_1N[0, self.tokens]
-        if self._place is None:
+        if self.step.rows.among_padding is None:
             return mine.unflatten(0, (len(self.counts), self.width))
         out = mine.new_zeros(len(self.counts), self.width, *mine.shape[1:])
-        out[self._place] = mine
+        out[self.step.rows.among_padding] = mine
         return out
 
     def flat(self, y_ST: Tensor) -> Tensor:
         """Rows `[S, width, ...]` back to the group's tokens `[n, ...]`."""
-        return y_ST.flatten(0, 1) if self._place is None else y_ST[self._place]
+        among = self.step.rows.among_padding
+        return y_ST.flatten(0, 1) if among is None else y_ST[among]
 
 
 class Numbers(NamedTuple):
@@ -321,7 +309,7 @@ class PagedSlots:
         """
         at = self.group.places(rows, self.pages.shape[1])
         items = self.pages.view(-1, *self.pages.shape[2:])
-        new = new_BT.flatten(0, 1) if at.real is None else new_BT[at.real]
+        new = new_BT.flatten(0, 1) if rows.among_padding is None else new_BT[rows.among_padding]
         items[at.new_n] = new.to(items.dtype) if self.packed is None else self.packed.pack(new)
         held = items.index_select(0, at.held_SK.flatten()).unflatten(0, at.held_SK.shape)
         if self.packed is None:

@@ -62,6 +62,11 @@ class Rows:
         row, column = self.real_BT.nonzero(as_tuple=True)
         return row, column, self.positions_BT[row, column]
 
+    @cached_property
+    def among_padding(self) -> tuple[Tensor, Tensor] | None:
+        """Row and column of every real item, flat; None where every column is real."""
+        return None if all(count == self.width for count in self.counts) else self.where[:2]
+
 
 @dataclass
 class Trace:

@@ -350,11 +350,15 @@ def test_timeouts(puppet: Start) -> None:
     assert post(server).status_code == 504
     server.engine.gate.set()
     until(lambda: not server.engine.live)
-    assert post(server).status_code == 200
-    server = puppet(LONG, timeout=0.3)
-    answer = post(server, ASK | {"stream": True})
-    assert answer.status_code == 200 and '"code":"timeout"' in answer.text
+    server = puppet(LONG, timeout=2)
+    with httpx.stream("POST", server.url + "/v1/chat/completions", json=ASK | {"stream": True}) as answer:
+        lines = answer.iter_lines()
+        assert answer.status_code == 200 and next(lines).startswith("data:")
+        server.engine.gate.clear()
+        assert any('"code":"timeout"' in line for line in lines)
+    server.engine.gate.set()
     until(lambda: not server.engine.live)
+    assert post(puppet("x</think>y")).status_code == 200
 
 
 def test_draining_finishes_what_runs(puppet: Start) -> None:

@@ -28,7 +28,7 @@ H2C = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: A
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     place: Path = tmp_path_factory.mktemp("server")
-    with server(place, "x</think>" + "word " * 50, keep_alive=0.05, head_timeout=2.0) as process:
+    with server(place, "x</think>" + "word " * 50, keep_alive=0.05, head_timeout=4.0) as process:
         up(process)
         yield process
 
@@ -139,7 +139,7 @@ def test_what_follows_an_answer_under_way_does_not_cut_it_off(made: Process) -> 
     with dial(made) as line:
         line.sendall(STREAM % 1 + GET[:20])  # and no more of that for longer than a head may take
         got = line.recv(65536)
-        time.sleep(2.5)
+        time.sleep(4.5)
         made.gate.set()
         while b"[DONE]" not in got:
             piece = line.recv(65536)
@@ -157,9 +157,9 @@ def test_a_late_body_is_not_charged_to_the_next_request(made: Process) -> None:
         got = line.recv(65536)
         time.sleep(0.3)
         line.sendall(b"0123456789")
-        time.sleep(1.5)  # the head that begins now has all of its two seconds
+        time.sleep(2)  # the head that begins now has all of its four seconds
         line.sendall(GET[:20])
-        time.sleep(0.8)
+        time.sleep(2)
         line.sendall(GET[20:])
         got += line.recv(65536)
     assert answers(got) == [404, 200]
