@@ -56,16 +56,20 @@ class Pack:
         self.sample: Tensor | None = None
         self.size = 0
 
-    def of(self, weights: Sequence[Tensor]) -> Tensor | None:
-        """The copy of `weights` `[..., in]`, all other axes flattened and joined; None if there is no room, or
-        their changes can't be seen (inference tensors have no version counter)."""
+    def of(self, weights: Sequence[Tensor], side_by_side: bool = False) -> Tensor | None:
+        """The copy of `weights` `[..., in]`, all other axes flattened and joined, or of a stack `[E, out, in]` as one
+        matrix `[out, E * in]`; always in the one way for one pack. None if there is no room, or their changes can't be
+        seen (inference tensors have no version counter)."""
         global _packed_bytes
         if not self._fresh(weights):
             self.drop()
             size = sum(weight.numel() * weight.element_size() for weight in weights)
             if _packed_bytes + size > PACK_LIMIT or any(weight.is_inference() for weight in weights):
                 return None
-            flat = [weight.detach().flatten(0, -2) for weight in weights]
+            flat = [
+                weight.detach().transpose(0, 1).flatten(1) if side_by_side else weight.detach().flatten(0, -2)
+                for weight in weights
+            ]
             joined = torch.cat(flat) if len(flat) > 1 else flat[0]
             if joined.dtype == torch.bfloat16:
                 joined = torch.ops.mkldnn._reorder_linear_weight(joined, 1)
@@ -174,6 +178,21 @@ def linears(
     y = torch.ops.mkldnn._linear_pointwise(x, joined, None, "none", [], "")
     parts = y.split([weight.shape[:-1].numel() for weight in weights], -1)
     return [part if bias is None else part + bias for part, bias in zip(parts, biases, strict=True)]
+
+
+def summed_reference(x_NEi: Tensor, weight_Eoi: Tensor) -> Tensor:
+    """Every matrix of a stack on its own part of each row, and the sum over matrices in fp32: `[N, out]`."""
+    y_ENo = torch.bmm(x_NEi.transpose(0, 1), weight_Eoi.transpose(1, 2))
+    return (y_ENo if y_ENo.dtype == torch.float64 else y_ENo.float()).sum(0).to(x_NEi.dtype)
+
+
+def linear_summed(x_NEi: Tensor, weight_Eoi: Tensor, pack: Pack) -> Tensor:
+    """`summed_reference`, by one product where `pack` may keep a copy; it is then rounded once."""
+    joined = pack.of((weight_Eoi,), side_by_side=True) if _packs() and _usable(x_NEi, (weight_Eoi,)) else None
+    if joined is None:
+        return summed_reference(x_NEi, weight_Eoi)
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x_NEi.flatten(1), joined, None, "none", [], "")
+    return y
 
 
 def adjoin(weights: Sequence[torch.nn.Parameter]) -> None:

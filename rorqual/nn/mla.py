@@ -198,16 +198,21 @@ class MLA(nn.Module):
         """`absorb` forces the absorbed (True) or expanded (False) form; by default the cheaper one with a
         cache, the expanded one without. Sparse attention is always absorbed."""
         p = self.part
-        turn = step.rotation(p.rope)
+        c_q = None
         if p.q_rank is None:
-            c_q, q = None, self.q(x_BTD)
+            q, kv_BTC = together(x_BTD, self.pack, self.q, self.kv_a)
         else:
-            c_q = self.q_a_norm(self.q_a(x_BTD))
+            c_q, kv_BTC = together(x_BTD, self.pack, self.q_a, self.kv_a)
+            c_q = self.q_a_norm(c_q)
             q = self.q_b(c_q)
         q_nope, q_rope = q.unflatten(-1, (p.heads, p.qk_dim)).split((p.nope_dim, p.rope_dim), -1)
-        q_rope = rotate(q_rope, (turn[0][:, :, None], turn[1][:, :, None]), p.rope.interleaved)
-        c_kv, k_rope = self.kv_a(x_BTD).split((p.kv_rank, p.rope_dim), -1)
-        latent_BKC = torch.cat((self.kv_a_norm(c_kv), rotate(k_rope, turn, p.rope.interleaved)), -1)
+        c_kv, k_rope = kv_BTC.split((p.kv_rank, p.rope_dim), -1)
+        cos, sin = step.rotation(p.rope)
+        # The key is one more head to turn.
+        turned = torch.cat((q_rope, k_rope[:, :, None]), 2)
+        turned = rotate(turned, (cos[:, :, None], sin[:, :, None]), p.rope.interleaved)
+        q_rope, k_rope = turned[:, :, :-1], turned[:, :, -1]
+        latent_BKC = torch.cat((self.kv_a_norm(c_kv), k_rope), -1)
         if cache is not None:
             latent_BKC = cache.latent.append(latent_BKC, step.rows)
         if self.index is not None:
@@ -266,7 +271,7 @@ class MLA(nn.Module):
                 score = score.masked_fill(~step.visible_BTK(keys)[:, block, None], float("-inf"))
             weight = score.softmax(-1).to(latent_BKC.dtype)
             out.append((weight.flatten(1, 2) @ latent_BKC[..., : p.kv_rank]).unflatten(1, q.shape[1:3]))
-        return _into_values(torch.cat(out, 1), w_uv)
+        return _into_values(out[0] if len(out) == 1 else torch.cat(out, 1), w_uv)
 
     def _fused(self, q_BTHC: Tensor, latent_BKC: Tensor, step: Step, block: slice) -> Tensor:
         """Attended latents `[B, T, H, kv_rank]` by PyTorch's attention: all heads are queries of one head, whose values
@@ -305,7 +310,8 @@ def _packing(rank: int, rope: int, dtype: torch.dtype) -> Packing:
 
 def _into_values(u_BTHc: Tensor, w_uv: Tensor) -> Tensor:
     """Attended latents to value space: [B, T, H, kv_rank] -> [B, T, H, v]."""
-    return _by_head(u_BTHc, w_uv.transpose(-1, -2))
+    u_HcN = u_BTHc.flatten(0, 1).permute(1, 2, 0)
+    return (w_uv @ u_HcN).permute(2, 0, 1).unflatten(0, u_BTHc.shape[:2])
 
 
 def _by_head(x_BTHi: Tensor, w_Hio: Tensor) -> Tensor:

@@ -87,8 +87,7 @@ class Experts(nn.Module):
         gate, up = (y.unflatten(1, (experts, width)) for y in linears(x_ND, stacks, (None, None), self.pack))
         inner_NEW = swiglu(upcast(gate), upcast(up), self.limit) * weights_NE[..., None]
         inner_NEW = inner_NEW.masked_fill(weights_NE[..., None] == 0, 0)  # what 0 times infinity would leave
-        y_END = torch.bmm(inner_NEW.to(x_ND.dtype).transpose(0, 1), self.down.weight.transpose(1, 2))
-        return upcast(y_END).sum(0).to(x_ND.dtype)
+        return self.down.summed(inner_NEW.to(x_ND.dtype))
 
 
 class MoE(nn.Module):
