@@ -77,7 +77,7 @@ class Experts(nn.Module):
 
     def _all(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """The same with every token through every expert, those not chosen at weight 0: with few tokens the
-        matrices are what takes time, and nearly all of them are read anyway, now in three products."""
+        matrices are what takes time, and nearly all of them are read anyway, now in two products."""
         experts, width, _ = self.gate.weight.shape
         if self.of > experts:
             here_NK = (ids_NK >= 0) & (ids_NK < experts)
@@ -85,8 +85,8 @@ class Experts(nn.Module):
         weights_NE = weights_NK.new_zeros(x_ND.shape[0], experts).scatter_add_(1, ids_NK, weights_NK)
         stacks = self.gate.weight, self.up.weight
         gate, up = (y.unflatten(1, (experts, width)) for y in linears(x_ND, stacks, (None, None), self.pack))
-        inner_NEW = swiglu(upcast(gate), upcast(up), self.limit) * weights_NE[..., None]
-        inner_NEW = inner_NEW.masked_fill(weights_NE[..., None] == 0, 0)  # what 0 times infinity would leave
+        inner_NEW = swiglu(upcast(gate), upcast(up), self.limit).mul_(weights_NE[..., None])
+        inner_NEW.masked_fill_(weights_NE[..., None] == 0, 0)  # what 0 times infinity would leave
         return self.down.summed(inner_NEW.to(x_ND.dtype))
 
 

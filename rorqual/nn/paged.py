@@ -154,11 +154,15 @@ class Group:
         """Where items lie in pages of so many, for `rows` of the group's sequences; worked out once for all layers."""
         key = id(rows), per_page
         if key not in self._places:
-            row, _, position = rows.where
-            page_n = self.table_SB[row, position // per_page].long()
-            item_K = torch.arange(rows.end, device=self.table_SB.device)
-            page_SK = self.table_SB[:, : -(-rows.end // per_page)].long()[:, item_K // per_page]
-            found = Places(page_n * per_page + position % per_page, page_SK * per_page + item_K % per_page)
+            if rows.among_padding is None:
+                position_n = rows.positions_BT.flatten()
+                page_n = self.table_SB.gather(1, rows.positions_BT // per_page).flatten()
+            else:
+                row, _, position_n = rows.where
+                page_n = self.table_SB[row, position_n // per_page]
+            first_SP = self.table_SB[:, : -(-rows.end // per_page), None].long() * per_page
+            held_SK = (first_SP + torch.arange(per_page, device=first_SP.device)).flatten(1)[:, : rows.end]
+            found = Places(page_n.long() * per_page + position_n % per_page, held_SK)
             self._places[key] = rows, found  # with the rows: their id is theirs as long as they are kept
         return self._places[key][1]
 
