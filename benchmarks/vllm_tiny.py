@@ -1,7 +1,8 @@
 """Our server beside vLLM's on this machine's CPU, one tiny checkpoint for both: `python -m benchmarks vllm-tiny`.
 
-`VLLM_PYTHON` names the Python of an environment that holds vLLM's build for CPUs (a peer, so never one of ours). Both
-servers run all the time and are asked by turns, by the same client, for the same number of tokens.
+`VLLM_PYTHON` names the Python of an environment that holds vLLM's build for CPUs (a peer, so never one of ours). The
+servers are asked by turns, by the same client, for the same number of tokens; who is not asked is stopped (SIGSTOP),
+because vLLM's worker looks for work all the time and takes up to a third of a core from the other.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -41,9 +43,12 @@ def geometry() -> ModelConfig:
 
 
 @contextlib.contextmanager
-def server(name: str, command: list[str], port: int, patience: float) -> Iterator[str]:
-    """A server's process, once it answers; its address."""
-    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log) as child:
+def server(name: str, command: list[str], port: int, patience: float) -> Iterator[tuple[str, int]]:
+    """A server, once it answers: its address and its group of processes, which has been stopped."""
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True) as child,
+    ):
         try:
             url, end = f"http://127.0.0.1:{port}", time.monotonic() + patience
             while True:
@@ -54,9 +59,22 @@ def server(name: str, command: list[str], port: int, patience: float) -> Iterato
                     log.seek(0)
                     raise RuntimeError(f"{name} did not start: {log.read()[-2000:].decode()}")
                 time.sleep(0.5)
-            yield url
+            os.killpg(child.pid, signal.SIGSTOP)
+            yield url, child.pid
         finally:
+            os.killpg(child.pid, signal.SIGCONT)
             child.terminate()
+
+
+@contextlib.contextmanager
+def awake(group: int) -> Iterator[None]:
+    """A stopped group of processes goes on inside."""
+    os.killpg(group, signal.SIGCONT)
+    time.sleep(0.2)
+    try:
+        yield
+    finally:
+        os.killpg(group, signal.SIGSTOP)
 
 
 def ask(url: str, streams: int, answer: int = 128) -> float:
@@ -100,16 +118,17 @@ def main(rounds: int = 9) -> None:
         theirs += ["--served-model-name", "tiny", "--dtype", "bfloat16", "--max-model-len", "2048"]
         ours = [sys.executable, "-m", "rorqual", "serve", str(place), "--name", "tiny"]
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-        urls = {
+        servers = {
             "vLLM": both.enter_context(server("vLLM", [*theirs, "--port", str(ports[0])], ports[0], 600)),
             "rorqual": both.enter_context(server("rorqual", [*ours, "--port", str(ports[1])], ports[1], 60)),
         }
         print("| streams | vLLM, tok/s | rorqual | ratio |\n|---|---|---|---|")
         for streams in (1, 8):
-            found: dict[str, list[float]] = {name: [] for name in urls}
+            found: dict[str, list[float]] = {name: [] for name in servers}
             for turn in range(rounds + 1):
-                for name, url in urls.items():
-                    got = ask(url, streams)
+                for name, (url, group) in servers.items():
+                    with awake(group):
+                        got = ask(url, streams)
                     if turn:
                         found[name].append(got)
             ratios = [b / a for a, b in zip(found["vLLM"], found["rorqual"], strict=True)]
