@@ -67,7 +67,9 @@ def _give_up() -> None:
 
 def bind(host: str, port: int) -> socket.socket:
     """The server's socket, not listening yet. To be bound before a model is loaded: the port may be taken, which is an
-    OSError that says so."""
+    OSError that says so; ValueError for what is no port."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port {port} can't be: ports are numbers from 0 (any that is free) to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found = socket.socket(family)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -53,19 +53,14 @@ class Settings:
         for key in self.keys:
             if not key or not key.isascii() or any(letter.isspace() for letter in key):
                 raise ValueError("an API key must be one word of ASCII letters, digits and signs")
-        for name in (
-            "max_body",
-            "max_queue",
-            "max_choices",
-            "max_bodies",
-            "head_timeout",
-            "body_timeout",
-            "stall",
-            "keep_alive",
-            "remembered",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0")
+        limits = ("max_body", "max_queue", "max_choices", "max_bodies", "remembered", "max_tokens")
+        seconds = ("timeout", "first_timeout", "head_timeout", "body_timeout", "stall", "keep_alive", "retry_after")
+        for name in (*limits, *seconds):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        if not self.drain >= 0:
+            raise ValueError(f"drain is {self.drain}; it must not be below 0")
 
 
 def keys_of(text: str | None) -> tuple[str, ...]:

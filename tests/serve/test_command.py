@@ -13,10 +13,27 @@ from pathlib import Path
 import pytest
 
 import rorqual
+from rorqual.cli import app
 from tests.serve.conftest import until
 from tests.serve.test_real import speaking
 
 httpx = pytest.importorskip("httpx2")
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (["--port", "99999"], "65535"),
+        (["--timeout", "-5"], "timeout is -5"),
+        (["--first-timeout", "0"], "first_timeout is 0"),
+        (["--max-tokens", "0"], "max_tokens is 0"),
+        (["--drain", "-1"], "drain is -1"),
+        (["--drain", "nan"], "drain is nan"),
+    ],
+)
+def test_numbers_that_cannot_be(given: list[str], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        app(["serve", "no-model", *given], exit_on_error=False)
 
 
 def test_the_command(tmp_path: Path) -> None:
