@@ -1,6 +1,6 @@
 """Documents to shards: in parallel, and again from where it stopped.
 
-Each piece of the sources becomes one shard a split. What a build is of stands in `build/plan.json` before the first
+Each piece of the sources becomes one shard a split. What a build is of stands in `PLAN` before the first
 document is read, and each finished piece in `build/`, so that the same command goes on with what is missing and a
 command with other options is refused. What is written depends on the sources and options alone.
 """
@@ -28,6 +28,7 @@ from rorqual.data.numbers import uniform
 from rorqual.data.reshape import Shape, Shaper
 from rorqual.data.shards import (
     HELD,
+    PLAN,
     TRAIN,
     Entry,
     Manifest,
@@ -39,7 +40,7 @@ from rorqual.data.shards import (
 from rorqual.data.sources import PIECE, Bad, Piece, Reading, cut, documents, files_of
 from rorqual.text import Tokenizer
 
-WORK = "build"
+WORK = Path(PLAN).parent
 TOKENIZER = "tokenizer"
 HELD_OUT = 1
 """Which of a document's numbers says whether it is held out."""
@@ -121,7 +122,7 @@ def _settle(folder: Path, tokenizer: Tokenizer, options: Options, pieces: list[P
         "options": asdict(options),
         "pieces": [[asdict(span) for span in piece] for piece in pieces],
     }
-    text, path = json.dumps(plan, indent=1), folder / WORK / "plan.json"
+    text, path = json.dumps(plan, indent=1), folder / PLAN
     if path.is_file():
         if path.read_text(encoding="utf-8") != text:
             what = _difference(path, plan)
@@ -248,9 +249,7 @@ def _make(number: int, piece: Piece) -> Done:
     for split, found in splits.items():
         if found:
             path = _folder / f"{split}-{number:06d}.safetensors"
-            write_shard(
-                path, found, vocab, {"format": "rorqual tokens", "split": split, "piece": str(number)}
-            )
+            write_shard(path, found, vocab, f"rorqual tokens: {split}, piece {number}")
             tokens = sum(len(ids) for ids in found)
             entries.append(Entry(path.name, split, tokens, len(found), path.stat().st_size, digest(path)))
     return Done(tuple(entries), skipped, why)

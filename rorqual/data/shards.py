@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from rorqual.data.errors import DataError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+PLAN = "build/plan.json"
+"""What a build that has not ended is of."""
 TRAIN, HELD = "train", "held"
 """The splits: what is trained on, and the documents held out."""
 
-_TYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
+_TYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
 _LONGEST_HEADER = 2**20
 
 Ints = NDArray[np.int64]
@@ -62,15 +64,16 @@ def write_atomically(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def write_shard(path: Path, documents: Sequence[Sequence[int]], vocab: int, facts: Mapping[str, str]) -> None:
-    """Documents of token ids as a shard; `facts` go into its header."""
+def write_shard(path: Path, documents: Sequence[Sequence[int]], vocab: int, about: str = "") -> None:
+    """Documents of token ids as a shard; `about` goes into its header. The same documents make the same bytes."""
     kind = token_type(vocab)
     borders = np.zeros(len(documents) + 1, dtype=np.int64)
     np.cumsum([len(document) for document in documents], out=borders[1:])
     tokens = np.empty(int(borders[-1]), dtype=kind)
     for begin, end, document in zip(borders, borders[1:], documents, strict=False):
         tokens[begin:end] = document
-    write_atomically(path, save({"tokens": tokens, "borders": borders}, dict(facts)))
+    # One entry only: the library writes several in an order that changes.
+    write_atomically(path, save({"tokens": tokens, "borders": borders}, {"about": about}))
 
 
 def digest(path: Path) -> str:
@@ -80,7 +83,7 @@ def digest(path: Path) -> str:
 
 
 class Shard:
-    """One shard, as arrays over its file: `tokens` [n] and `borders` int64 [documents + 1]; `facts` of its header."""
+    """One shard, as arrays over its file: `tokens` [n] and `borders` int64 [documents + 1]."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -91,7 +94,6 @@ class Shard:
                 if not 0 < length <= min(size - 8, _LONGEST_HEADER):
                     raise DataError(f"{path} is cut off or no shard (its header would have {length} bytes)")
                 header = json.loads(file.read(length))
-            self.facts: dict[str, str] = header.pop("__metadata__", {})
             self.tokens = self._array(header, "tokens", 8 + length, size)
             self.borders = self._array(header, "borders", 8 + length, size)
         except FileNotFoundError:
@@ -144,7 +146,7 @@ class Manifest:
         path = folder / MANIFEST
         if not path.is_file():
             hint = (
-                "its build has not ended: run it again" if (folder / "plan.json").is_file() else "no corpus"
+                "its build has not ended: run it again" if (folder / PLAN).is_file() else "no corpus"
             )
             raise DataError(f"{folder} has no {MANIFEST} ({hint}); `rorqual data build` writes it")
         try:

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol
 
 from rorqual.data.errors import DataError
 
@@ -233,7 +233,13 @@ def _parts(path: Path, span: Span, border: bytes) -> Iterator[tuple[int, bytes]]
             yield at, part
 
 
-def _between(file: IO[bytes], at: int, border: bytes, path: Path) -> Iterator[tuple[int, bytes]]:
+class Readable(Protocol):
+    """A file of bytes."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+def _between(file: Readable, at: int, border: bytes, path: Path) -> Iterator[tuple[int, bytes]]:
     """All that stands between borders from here on, `at` being here."""
     rest, more = b"", True
     while more:
