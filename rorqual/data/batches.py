@@ -100,10 +100,12 @@ class Mixture:
 
     def _order_of(self, block: int) -> tuple[Ints, Ints]:
         """The sources of a block's samples, and how many samples of its source stand before each."""
-        sources = np.repeat(np.arange(len(self.counts)), self.counts)
-        before = np.concatenate([np.arange(count) for count in self.counts])
         at = permuted(np.arange(BLOCK), BLOCK, word(self.seed, _ORDER, block))
-        return sources[at], before[at]
+        sources = np.repeat(np.arange(len(self.counts)), self.counts)[at]
+        before = np.empty(BLOCK, dtype=np.int64)
+        for source, count in enumerate(self.counts):
+            before[sources == source] = np.arange(count)
+        return sources, before
 
     def place(self, sample: int) -> tuple[int, int]:
         """The source of a sample, and its number among that source's samples."""
