@@ -35,6 +35,7 @@ class Batch:
     ids_BT: Tensor
     documents_BT: Tensor
     sources_B: Tensor
+    look: int = 1
 
     @property
     def positions_BT(self) -> Tensor:
@@ -125,6 +126,7 @@ class Mixture:
             torch.from_numpy(np.stack([ids for ids, _ in read])),
             torch.from_numpy(np.stack([documents for _, documents in read])),
             torch.tensor([source for source, _ in places]),
+            self.look,
         )
 
     def epochs(self, samples: int) -> list[float]:
