@@ -54,7 +54,15 @@ class Settings:
             if not key or not key.isascii() or any(letter.isspace() for letter in key):
                 raise ValueError("an API key must be one word of ASCII letters, digits and signs")
         limits = ("max_body", "max_queue", "max_choices", "max_bodies", "remembered", "max_tokens")
-        seconds = ("timeout", "first_timeout", "head_timeout", "body_timeout", "stall", "keep_alive", "retry_after")
+        seconds = (
+            "timeout",
+            "first_timeout",
+            "head_timeout",
+            "body_timeout",
+            "stall",
+            "keep_alive",
+            "retry_after",
+        )
         for name in (*limits, *seconds):
             value = getattr(self, name)
             if value is not None and not value > 0:
