@@ -62,7 +62,8 @@ def server(name: str, command: list[str], port: int, patience: float) -> Iterato
             os.killpg(child.pid, signal.SIGSTOP)
             yield url, child.pid
         finally:
-            os.killpg(child.pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):  # it has ended: what it said is told
+                os.killpg(child.pid, signal.SIGCONT)
             child.terminate()
 
 
@@ -74,7 +75,8 @@ def awake(group: int) -> Iterator[None]:
     try:
         yield
     finally:
-        os.killpg(group, signal.SIGSTOP)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGSTOP)
 
 
 def ask(url: str, streams: int, answer: int = 128) -> float:

@@ -2,9 +2,9 @@
 
 `reference` is the definition. Without gradients, on CPUs with oneDNN, its inner product is called directly:
 in fp32 on the weight as it lies, and inside a `packing` scope (generation opens one) in bf16 on a copy in
-oneDNN's blocked layout; matrices that read the same rows (query, key and value; gate and up) then stand in one
-copy and take one call. What it brings is
-measured in docs/benchmarks.md.
+oneDNN's blocked layout; matrices that read the same rows (query, key and value; query and latent; gate and up) then
+stand in one copy and take one call, and so do matrices whose results are summed (all experts' last ones). What it
+brings is measured in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def linears(
         return linear(x, whole).split([weight.shape[0] for weight in weights], -1)
     joined = pack.of(weights) if _packs() and _usable(x, weights) else None
     if joined is None:
-        return reference(x, weights, biases)
+        return [linear(x, weight.flatten(0, -2), bias) for weight, bias in zip(weights, biases, strict=True)]
     y = torch.ops.mkldnn._linear_pointwise(x, joined, None, "none", [], "")
     parts = y.split([weight.shape[:-1].numel() for weight in weights], -1)
     return [part if bias is None else part + bias for part, bias in zip(parts, biases, strict=True)]

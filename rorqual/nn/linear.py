@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rorqual.kernels.experts import Weights
 from rorqual.kernels.fixed import linear_fixed
 from rorqual.kernels.fp8_linear import fp8_linear
-from rorqual.kernels.linear import Pack, linear, linear_in_fp32, linear_summed, linears
+from rorqual.kernels.linear import Pack, linear, linear_in_fp32, linears
 from rorqual.kernels.mode import by_fixed_kernels
 from rorqual.kernels.quant import FP4_BLOCK, dequantize_fp4, dequantize_fp8
 
@@ -160,11 +160,6 @@ class GroupedLinear(Matrix):
 
     def __init__(self, experts: int, inputs: int, outputs: int) -> None:
         super().__init__(experts, outputs, inputs)
-        self.pack = Pack()
-
-    def summed(self, x_NEi: Tensor) -> Tensor:
-        """Each matrix on its own part of every row, and the sum over matrices: `[N, out]`. Without codes only."""
-        return linear_summed(x_NEi, self.weight, self.pack)
 
     def stack(self) -> Weights:
         """What `kernels.experts` takes."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rorqual.family import parts
 from rorqual.kernels.experts import Shared, Weights, experts
 from rorqual.kernels.gpu import usable
-from rorqual.kernels.linear import Pack, linears
+from rorqual.kernels.linear import Pack, linear_summed, linears
 from rorqual.kernels.mode import is_invariant
 from rorqual.nn.linear import GroupedLinear
 from rorqual.nn.mlp import SwiGLU, swiglu
@@ -32,7 +32,7 @@ class Experts(nn.Module):
         self.up = GroupedLinear(experts, hidden, width)
         self.down = GroupedLinear(experts, width, hidden)
         self.limit = limit
-        self.pack = Pack()
+        self.pack, self.down_pack = Pack(), Pack()
         self.first, self.of = 0, experts
 
     def hold(self, first: int, of: int) -> None:
@@ -77,7 +77,8 @@ class Experts(nn.Module):
 
     def _all(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """The same with every token through every expert, those not chosen at weight 0: with few tokens the
-        matrices are what takes time, and nearly all of them are read anyway, now in two products."""
+        matrices are what takes time, and nearly all of them are read anyway, now in two products. (What is not
+        finite in an expert's `down` is met by all tokens here.)"""
         experts, width, _ = self.gate.weight.shape
         if self.of > experts:
             here_NK = (ids_NK >= 0) & (ids_NK < experts)
@@ -87,7 +88,7 @@ class Experts(nn.Module):
         gate, up = (y.unflatten(1, (experts, width)) for y in linears(x_ND, stacks, (None, None), self.pack))
         inner_NEW = swiglu(upcast(gate), upcast(up), self.limit).mul_(weights_NE[..., None])
         inner_NEW.masked_fill_(weights_NE[..., None] == 0, 0)  # what 0 times infinity would leave
-        return self.down.summed(inner_NEW.to(x_ND.dtype))
+        return linear_summed(inner_NEW.to(x_ND.dtype), self.down.weight, self.down_pack)
 
 
 class MoE(nn.Module):

@@ -161,7 +161,11 @@ class Group:
                 row, _, position_n = rows.where
                 page_n = self.table_SB[row, position_n // per_page]
             first_SP = self.table_SB[:, : -(-rows.end // per_page), None].long() * per_page
-            held_SK = (first_SP + torch.arange(per_page, device=first_SP.device)).flatten(1)[:, : rows.end]
+            held_SK = (
+                (first_SP + torch.arange(per_page, device=first_SP.device))
+                .flatten(1)[:, : rows.end]
+                .contiguous()
+            )
             found = Places(page_n.long() * per_page + position_n % per_page, held_SK)
             self._places[key] = rows, found  # with the rows: their id is theirs as long as they are kept
         return self._places[key][1]

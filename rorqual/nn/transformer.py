@@ -296,8 +296,7 @@ class Transformer(nn.Module):
 
     def packs(self) -> list[Pack]:
         """The packed weight copies of all matrices, for `kernels.linear.packing`."""
-        found = (getattr(module, "pack", None) for module in self.modules())
-        return [*(pack for pack in found if isinstance(pack, Pack)), self._tied_pack]
+        return [held for module in self.modules() for held in vars(module).values() if isinstance(held, Pack)]
 
     def simulate_released_rounding(self, on: bool = True) -> None:
         """Round cached entries and index vectors as the released FP8/FP4 kernels of V3.2 and V4 do (facts

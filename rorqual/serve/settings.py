@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+MOST = 10**9
+"""Of any of them: thirty years of seconds, which timers can still count, or a gigabyte."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -54,13 +57,21 @@ class Settings:
             if not key or not key.isascii() or any(letter.isspace() for letter in key):
                 raise ValueError("an API key must be one word of ASCII letters, digits and signs")
         limits = ("max_body", "max_queue", "max_choices", "max_bodies", "remembered", "max_tokens")
-        seconds = ("timeout", "first_timeout", "head_timeout", "body_timeout", "stall", "keep_alive", "retry_after")
+        seconds = (
+            "timeout",
+            "first_timeout",
+            "head_timeout",
+            "body_timeout",
+            "stall",
+            "keep_alive",
+            "retry_after",
+        )
         for name in (*limits, *seconds):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; it must be above 0")
-        if not self.drain >= 0:
-            raise ValueError(f"drain is {self.drain}; it must not be below 0")
+            if value is not None and not 0 < value <= MOST:
+                raise ValueError(f"{name} is {value}; it must be above 0 and at most {MOST:,}")
+        if not 0 <= self.drain <= MOST:
+            raise ValueError(f"drain is {self.drain}; it must be 0 to {MOST:,} seconds")
 
 
 def keys_of(text: str | None) -> tuple[str, ...]:

@@ -216,9 +216,33 @@ def test_packed_copies_follow_their_weights(dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def test_writes_that_no_counter_sees_are_found_between_generations() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("experts", "rows"), [(1, 1), (5, 3), (8, 40)])
+def test_products_that_are_summed(dtype: torch.dtype, experts: int, rows: int) -> None:
+    x, pack = torch.randn(rows, experts, 24).to(dtype), kernel.Pack()
+    tolerance = (
+        1e-5 if dtype == torch.float32 else 0.03
+    )  # sums of bf16 products, rounded once or for each expert
+    weight = torch.nn.Parameter(torch.randn(experts, 18, 24).to(dtype) * 0.1)
+    wanted = torch.einsum("nei,eoi->no", x.double(), weight.double())
+    assert largest(kernel.summed_reference(x, weight).double(), wanted) <= tolerance
+    assert (
+        largest(kernel.linear_summed(x, weight, pack).double(), wanted) <= tolerance and pack.tensor is None
+    )
+    with kernel.packing([pack]):
+        assert largest(kernel.linear_summed(x, weight, pack).double(), wanted) <= tolerance
+        assert pack.tensor is not None
+        weight.mul_(2)
+        assert largest(kernel.linear_summed(x, weight, pack).double(), 2 * wanted) <= 2 * tolerance
+        other = torch.nn.Parameter(weight / 2)
+        assert largest(kernel.linear_summed(x, other, pack).double(), wanted) <= tolerance
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gqa", "v3"])
+def test_writes_that_no_counter_sees_are_found_between_generations(kind: str) -> None:
     """`.data`, as some trainers and weight syncs use it, changes a weight behind its version counter."""
-    model = build("gqa").to(torch.bfloat16)
+    model = build(kind).to(torch.bfloat16)
     sampling = Sampling(temperature=0.0, max_new_tokens=12, ignore_eos=True)
     before = model.generate([5, 6, 7], sampling).ids
     generator = torch.Generator().manual_seed(9)

@@ -29,6 +29,8 @@ httpx = pytest.importorskip("httpx2")
         (["--max-tokens", "0"], "max_tokens is 0"),
         (["--drain", "-1"], "drain is -1"),
         (["--drain", "nan"], "drain is nan"),
+        (["--drain", "inf"], "drain is inf"),
+        (["--timeout", "inf"], "timeout is inf"),
     ],
 )
 def test_numbers_that_cannot_be(given: list[str], why: str) -> None:
