@@ -37,15 +37,6 @@ class Batch:
     sources_B: Tensor
     look: int = 1
 
-    @property
-    def positions_BT(self) -> Tensor:
-        """Where each token stands in the part of its document that the row holds: for rows whose documents don't see
-        each other."""
-        at_BT = torch.arange(self.ids_BT.shape[1]).expand_as(self.ids_BT)
-        begins_BT = torch.ones_like(self.documents_BT, dtype=torch.bool)
-        begins_BT[:, 1:] = self.documents_BT.diff(dim=1) != 0
-        return at_BT - torch.where(begins_BT, at_BT, 0).cummax(1).values
-
 
 class Windows:
     """A corpus as windows of `length` tokens; sample j is a window, and epochs follow each other without end."""

@@ -145,9 +145,7 @@ class Manifest:
         """Raises DataError for a folder that is no corpus, or not a whole one."""
         path = folder / MANIFEST
         if not path.is_file():
-            hint = (
-                "its build has not ended: run it again" if (folder / PLAN).is_file() else "no corpus"
-            )
+            hint = "its build has not ended: run it again" if (folder / PLAN).is_file() else "no corpus"
             raise DataError(f"{folder} has no {MANIFEST} ({hint}); `rorqual data build` writes it")
         try:
             found = json.loads(path.read_text(encoding="utf-8"))

@@ -86,6 +86,15 @@ class Trace:
     selected: dict[int, Tensor] = field(default_factory=dict)
 
 
+def within(documents_BT: Tensor) -> Tensor:
+    """Where each token stands in its document: how many before it in the row have the same number, one after the
+    other."""
+    at_BT = torch.arange(documents_BT.shape[1], device=documents_BT.device).expand_as(documents_BT)
+    begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = documents_BT.diff(dim=1) != 0
+    return at_BT - torch.where(begins_BT, at_BT, 0).cummax(1).values
+
+
 class Step:
     """One forward pass: its rows, and rotations and masks shared by all layers."""
 
@@ -102,6 +111,8 @@ class Step:
         """cos and sin of the new tokens, `[B, T, dim / 2]` (`[1, T, ...]` if all rows are alike)."""
         if rope not in self._rotations:
             positions = self.rows.positions_BT[:1] if self.rows.uniform else self.rows.positions_BT
+            if self.documents_BT is not None:
+                positions = within(self.documents_BT)
             self._rotations[rope] = rotation(rope, positions)
         return self._rotations[rope]
 

@@ -191,7 +191,9 @@ class Transformer(nn.Module):
             for layer in (*self.config.layers, *self.config.mtp):
                 a = layer.attention
                 if not isinstance(a, parts.GQA) and not (isinstance(a, parts.MLA) and a.index is None):
-                    raise InputError(f"{type(a).__name__} with sparse or compressed keys can't keep documents apart yet")
+                    raise InputError(
+                        f"{type(a).__name__} with sparse or compressed keys can't keep documents apart yet"
+                    )
         return self._through(ids_BT, step, None)
 
     def run_paged(self, ids_1N: Tensor, step: PagedStep, stores: Sequence[Store]) -> Tensor:

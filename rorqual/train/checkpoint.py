@@ -103,8 +103,8 @@ def read(folder: Path, step: int) -> Kept:
             content = (place / name).read_bytes()
             if len(content) != said["bytes"] or hashlib.sha256(content).hexdigest() != said["sha256"]:
                 raise CheckpointLost(
-                    f"{place / name} is not what was written ({len(content)} bytes of {said['bytes']}): delete {place.name} "
-                    "and resume from the one before it"
+                    f"{place / name} is not what was written ({len(content)} bytes of {said['bytes']}): delete "
+                    f"{place.name} and resume from the one before it"
                 )
             kept.tensors[name.removesuffix(".safetensors")] = load_file(place / name)
     except (OSError, KeyError, TypeError, AttributeError, SafetensorError, ValueError) as error:

@@ -1,5 +1,7 @@
-"""What pretraining minimises: next tokens, tokens further ahead (MTP), and balance of experts, each a sum over tokens or
-sequences divided by the whole step's count, so that any cut into micro-batches gives the same gradients."""
+"""What pretraining minimises: next tokens, tokens further ahead (MTP), and balance of experts.
+
+Each is a sum over tokens or sequences, divided by the whole step's count, so that any cut into micro-batches gives the
+same gradients."""
 
 from __future__ import annotations
 

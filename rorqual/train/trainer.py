@@ -89,8 +89,8 @@ class Trainer:
         for corpus in self._corpora:
             if corpus.manifest.vocab > config.vocab:
                 raise TrainError(
-                    f"{corpus.folder} was built with {corpus.manifest.vocab} token ids, and the model has {config.vocab}: "
-                    "build it with the model's tokenizer"
+                    f"{corpus.folder} was built with {corpus.manifest.vocab} token ids, and the model has "
+                    f"{config.vocab}: build it with the model's tokenizer"
                 )
         for stage in recipe.stages:
             if stage.length + 1 > config.max_positions:

@@ -35,7 +35,9 @@ TOKENIZER = tokenizer()
 
 def texts(count: int, start: int = 0) -> list[str]:
     """Documents that tell themselves apart."""
-    return [f"document {n} of the sea.\nIt has {n % 7 * 'many '}words.\n\n" for n in range(start, start + count)]
+    return [
+        f"document {n} of the sea.\nIt has {n % 7 * 'many '}words.\n\n" for n in range(start, start + count)
+    ]
 
 
 def json_lines(path: Path, documents: list[str]) -> Path:

@@ -12,6 +12,7 @@ import torch
 from rorqual.data import Corpus, DataError, Mixture, Options, build
 from rorqual.data.batches import BLOCK
 from rorqual.data.numbers import mix, mix_all, permuted, uniform, word
+from rorqual.nn.step import within
 from tests.data.corpora import TOKENIZER, json_lines, texts, tokenizer
 
 
@@ -81,10 +82,14 @@ def test_reads_over_shards_are_reads_of_one_row(corpora: list[Corpus]) -> None:
     whole, numbers = corpus.read(0, corpus.tokens)
     assert (np.diff(numbers) >= 0).all() and numbers[-1] == corpus.documents - 1
     bos = TOKENIZER.bos
-    assert ((whole == bos) == (np.diff(numbers, prepend=-1) == 1)).all()  # a document begins where its number does
+    assert (
+        (whole == bos) == (np.diff(numbers, prepend=-1) == 1)
+    ).all()  # a document begins where its number does
     for begin in range(0, corpus.tokens - 700, 97):
         part, here = corpus.read(begin, 700)
-        assert np.array_equal(part, whole[begin : begin + 700]) and np.array_equal(here, numbers[begin : begin + 700])
+        assert np.array_equal(part, whole[begin : begin + 700]) and np.array_equal(
+            here, numbers[begin : begin + 700]
+        )
     for begin, count in ((-1, 5), (corpus.tokens - 4, 5)):
         with pytest.raises(IndexError):
             corpus.read(begin, count)
@@ -115,13 +120,15 @@ def test_mixtures_hold_their_proportions(corpora: list[Corpus]) -> None:
         numbers = [number for found, number in places if found == source]
         assert numbers == list(range(len(numbers)))
     share = [np.mean([s for s, _ in places[at : at + 600]]) for at in range(0, BLOCK, 600)]
-    assert 0.1 < min(share) and max(share) < 0.24
+    assert min(share) > 0.1 and max(share) < 0.24
     assert mixture.epochs(BLOCK)[1] == pytest.approx(counts[1] / mixture.windows[1].count)
 
 
 def test_positions_begin_anew_with_documents(corpora: list[Corpus]) -> None:
     batch = Mixture(corpora, length=64, seed=2).batch(0, 16)
-    for ids, documents, positions in zip(batch.ids_BT, batch.documents_BT, batch.positions_BT, strict=True):
+    for ids, documents, positions in zip(
+        batch.ids_BT, batch.documents_BT, within(batch.documents_BT), strict=True
+    ):
         expected, last = [], None
         for number in documents.tolist():
             expected.append(expected[-1] + 1 if number == last else 0)
@@ -131,7 +138,12 @@ def test_positions_begin_anew_with_documents(corpora: list[Corpus]) -> None:
 
 
 def test_what_cannot_be_mixed_is_named(corpora: list[Corpus], tmp_path: Path) -> None:
-    for weights, why in (([1], "2 corpora and 1"), ([1, 0], "above 0"), ([1, 1e-9], "too little"), ([1, np.nan], "above 0")):
+    for weights, why in (
+        ([1], "2 corpora and 1"),
+        ([1, 0], "above 0"),
+        ([1, 1e-9], "too little"),
+        ([1, np.nan], "above 0"),
+    ):
         with pytest.raises(DataError, match=why):
             Mixture(corpora, weights, length=16)
     with pytest.raises(DataError, match="take a shorter sequence"):

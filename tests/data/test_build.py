@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rorqual.data import HELD, TRAIN, Corpus, DataError, Manifest, Options, Reading, Shape, build, shards
+from rorqual.data import HELD, TRAIN, Corpus, DataError, Options, Reading, Shape, build, shards
 from rorqual.data.reshape import Shaper, combined
 from rorqual.text import tokens as t
 from tests.data.corpora import TOKENIZER, json_lines, texts, tokenizer
@@ -103,7 +103,9 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
         ({"more": True}, "other sources"),
     ],
 )
-def test_another_build_in_the_same_folder_is_refused(tmp_path: Path, change: dict[str, Any], why: str) -> None:
+def test_another_build_in_the_same_folder_is_refused(
+    tmp_path: Path, change: dict[str, Any], why: str
+) -> None:
     source = json_lines(tmp_path / "a.jsonl", texts(5))
     build([str(source)], tmp_path / "c", TOKENIZER, Options(seed=3), workers=1)
     before = contents(tmp_path / "c")
@@ -251,7 +253,11 @@ def test_fill_in_the_middle() -> None:
 
 def test_tokens_taken_apart_read_the_same() -> None:
     halves = combined(TOKENIZER)
-    assert {TOKENIZER.decode([token]) for token in halves} == {".\n", ".\n\n", ");\n"}  # not "\n\n": no punctuation
+    assert {TOKENIZER.decode([token]) for token in halves} == {
+        ".\n",
+        ".\n\n",
+        ");\n",
+    }  # not "\n\n": no punctuation
     text = "the end.\n\nf(x);\nthe end.\n" * 30
     whole, parted = Shaper(TOKENIZER, Shape(), 1), Shaper(TOKENIZER, Shape(split=1.0), 1)
     assert TOKENIZER.decode(parted.ids(text, 0, 0)) == TOKENIZER.decode(whole.ids(text, 0, 0))
