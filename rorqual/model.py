@@ -174,6 +174,15 @@ def save(model: Transformer, directory: str | PathLike[str], **options: Any) -> 
         model.tokenizer.save(directory)
 
 
+def export(model: Transformer, tokenizer: str | PathLike[str], directory: str | PathLike[str]) -> Path:
+    """Write a trained model in the released format, with the tokenizer in a folder: what `load` and transformers
+    take."""
+    place = Path(directory)
+    weights.save(model, place)
+    Tokenizer.from_dir(tokenizer).save(place)
+    return place
+
+
 def load_tokenizer(path: str | PathLike[str], *, revision: str | None = None) -> Tokenizer:
     """The tokenizer of what `load` takes, without its weights. Raises `weights.CheckpointError` if there is none."""
     place = weights.resolve(path, revision=revision, patterns=weights.TEXT)

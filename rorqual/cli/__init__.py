@@ -20,6 +20,7 @@ app = App(
     version=rorqual.__version__,
 )
 app.command("rorqual.cli.data:app", name="data")
+app.command("rorqual.cli.pretrain:app", name="pretrain")
 console = Console(highlight=False)
 DTYPES = ("float32", "bfloat16", "float16")
 

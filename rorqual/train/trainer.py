@@ -17,6 +17,8 @@ from torch import Tensor
 
 from rorqual.data import HELD, Batch, Corpus, DataError, Manifest, Mixture
 from rorqual.data.numbers import word
+from rorqual.family import ConfigError
+from rorqual.family.hub import to_hub
 from rorqual.nn import Transformer
 from rorqual.nn.balance import max_violation, update_bias
 from rorqual.train.checkpoint import Kept, Writer, newest, steps_in
@@ -92,6 +94,10 @@ class Trainer:
                     f"{corpus.folder} was built with {corpus.manifest.vocab} token ids, and the model has "
                     f"{config.vocab}: build it with the model's tokenizer"
                 )
+        try:
+            to_hub(config)
+        except ConfigError as error:
+            self.warn(f"what is trained can be resumed but not written in a released format: {error}")
         for stage in recipe.stages:
             if stage.length + 1 > config.max_positions:
                 raise TrainError(
