@@ -158,7 +158,7 @@ def load(
     """
     place = weights.resolve(path, revision=revision)
     model = cast(Model, weights.load(place, dtype=dtype, device=device, build=Model))
-    model.tokenizer = _tokenizer(place)
+    model.tokenizer = tokenizer_at(place)
     if encoding is not None:
         model.encoding = get_encoding(encoding)
     elif model.tokenizer is not None:
@@ -174,7 +174,28 @@ def save(model: Transformer, directory: str | PathLike[str], **options: Any) -> 
         model.tokenizer.save(directory)
 
 
-def _tokenizer(place: Path) -> Tokenizer | None:
+def export(model: Transformer, tokenizer: str | PathLike[str], directory: str | PathLike[str]) -> Path:
+    """Write a trained model in the released format, with the tokenizer in a folder: what `load` and transformers
+    take."""
+    place = Path(directory)
+    weights.save(model, place)
+    Tokenizer.from_dir(tokenizer).save(place)
+    return place
+
+
+def load_tokenizer(path: str | PathLike[str], *, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of what `load` takes, without its weights. Raises `weights.CheckpointError` if there is none."""
+    place = weights.resolve(path, revision=revision, patterns=weights.TEXT)
+    found = tokenizer_at(place)
+    if found is None:
+        raise weights.CheckpointError(
+            f"{place} has no tokenizer.json: name a folder or checkpoint that has one"
+        )
+    return found
+
+
+def tokenizer_at(place: Path) -> Tokenizer | None:
+    """The tokenizer in a folder or .gguf file, if it has one."""
     if place.suffix == ".gguf":
         return Tokenizer.from_gguf(weights.gguf_fields(place))
     return Tokenizer.from_dir(place) if (place / "tokenizer.json").exists() else None

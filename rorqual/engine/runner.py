@@ -350,7 +350,7 @@ class Runner:
     def _further(self, state: Tensor, next_1N: Tensor, step: PagedStep, columns: Tensor) -> Tensor:
         """MTP over a pass: logits `[len(columns), V]` of the tokens after the next, at these columns."""
         store = self.stores[len(self.model.layers)]
-        hidden, _ = self.model.predict_further_paged(state, next_1N, step, 0, store)
+        hidden, _ = self.model.further(state, next_1N, step, 0, store)
         return self.model.logits(hidden[0, columns])
 
     # ---------------------------------------------------------------------------------------- draw

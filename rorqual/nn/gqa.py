@@ -151,7 +151,7 @@ def attend(q_BTHd: Tensor, k_BKGd: Tensor, v_BKGe: Tensor, step: Step, scale: fl
         )
         return o.reshape(q.shape[0], heads, 1, -1).transpose(1, 2)
     grouped = heads != groups
-    if step.from_zero:
+    if step.causal:
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     else:
         mask = step.visible_BTK(k.shape[2])[:, None]

@@ -80,8 +80,19 @@ class Trace:
     """
 
     hidden: list[Tensor] = field(default_factory=list)
+    keep_hidden: bool = True
+    """Whether `hidden` is filled at all."""
     experts: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     selected: dict[int, Tensor] = field(default_factory=dict)
+
+
+def within(documents_BT: Tensor) -> Tensor:
+    """Where each token stands in its document: how many before it in the row have the same number, one after the
+    other."""
+    at_BT = torch.arange(documents_BT.shape[1], device=documents_BT.device).expand_as(documents_BT)
+    begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = documents_BT.diff(dim=1) != 0
+    return at_BT - torch.where(begins_BT, at_BT, 0).cummax(1).values
 
 
 class Step:
@@ -90,8 +101,8 @@ class Step:
     watch: Watch | None = None
     """Keeps what a paged pass chose, where somebody looks inside."""
 
-    def __init__(self, rows: Rows, trace: Trace | None = None) -> None:
-        self.rows, self.trace = rows, trace
+    def __init__(self, rows: Rows, trace: Trace | None = None, documents_BT: Tensor | None = None) -> None:
+        self.rows, self.trace, self.documents_BT = rows, trace, documents_BT
         self.layer = 0
         self._rotations: dict[Rope, Rotation] = {}
         self._mask: tuple[int, Tensor] | None = None
@@ -100,6 +111,8 @@ class Step:
         """cos and sin of the new tokens, `[B, T, dim / 2]` (`[1, T, ...]` if all rows are alike)."""
         if rope not in self._rotations:
             positions = self.rows.positions_BT[:1] if self.rows.uniform else self.rows.positions_BT
+            if self.documents_BT is not None:
+                positions = within(self.documents_BT)
             self._rotations[rope] = rotation(rope, positions)
         return self._rotations[rope]
 
@@ -114,14 +127,22 @@ class Step:
         return self.rows.uniform and self.rows.width == 1
 
     @property
+    def causal(self) -> bool:
+        """Keys are the new tokens themselves, and each query sees those up to its own."""
+        return self.from_zero and self.documents_BT is None
+
+    @property
     def from_zero(self) -> bool:
         """No row has a past: keys are the new tokens themselves and a plain causal mask serves."""
         return not any(self.rows.starts)
 
     def visible_BTK(self, keys: int) -> Tensor:
-        """True where key position k is not after the query's position; `[1, T, K]` if rows are alike."""
+        """True where key position k is not after the query's position, and of the same document where those are told
+        apart; `[1, T, K]` if rows are alike."""
         if self._mask is None or self._mask[0] != keys:
             positions = self.rows.positions_BT[:1] if self.rows.uniform else self.rows.positions_BT
             mask = torch.arange(keys, device=positions.device) <= positions[..., None]
+            if self.documents_BT is not None:
+                mask = mask & (self.documents_BT[:, :, None] == self.documents_BT[:, None, :])
             self._mask = (keys, mask)
         return self._mask[1]

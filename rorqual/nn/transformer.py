@@ -184,6 +184,18 @@ class Transformer(nn.Module):
             cache.lengths = list(rows.ends)
         return x
 
+    def run_whole(self, ids_BT: Tensor, step: Step) -> Tensor:
+        """The same without a cache, for a step whose rows begin at 0; its `documents_BT` are kept apart by attention,
+        where the model's kinds of attention can do that (`InputError`)."""
+        if step.documents_BT is not None:
+            for layer in (*self.config.layers, *self.config.mtp):
+                a = layer.attention
+                if not isinstance(a, parts.GQA) and not (isinstance(a, parts.MLA) and a.index is None):
+                    raise InputError(
+                        f"{type(a).__name__} with sparse or compressed keys can't keep documents apart yet"
+                    )
+        return self._through(ids_BT, step, None)
+
     def run_paged(self, ids_1N: Tensor, step: PagedStep, stores: Sequence[Store]) -> Tensor:
         """The same over pages: the new tokens of many sequences in one row `[1, N]`, one store a layer."""
         if self.config.residual is not None or not usable(self.embed.weight):
@@ -201,7 +213,7 @@ class Transformer(nn.Module):
             x = x[:, :, None].expand(-1, -1, self.config.residual.streams, -1)
         for index, layer in enumerate(self.layers):
             step.layer = index
-            if step.trace is not None:
+            if step.trace is not None and step.trace.keep_hidden:
                 step.trace.hidden.append(x)
             x = layer(x, ids_BT, step, caches[index] if caches is not None else None)
         return x
@@ -209,7 +221,7 @@ class Transformer(nn.Module):
     def finish(self, state: Tensor, trace: Trace | None = None) -> Tensor:
         """Residual state -> normed hidden state `[B, T, D]`, what the head reads."""
         hidden = self.norm(state if self.mix_head is None else self.mix_head(state))
-        if trace is not None:
+        if trace is not None and trace.keep_hidden:
             trace.hidden.append(hidden)
         return hidden
 
@@ -234,20 +246,16 @@ class Transformer(nn.Module):
         one of `new_mtp_cache`.
         """
         layer_cache = cache.layers[depth] if cache is not None else None
-        hidden, state = self._further(state, next_ids_BT, Step(rows), depth, layer_cache)
+        hidden, state = self.further(state, next_ids_BT, Step(rows), depth, layer_cache)
         if cache is not None:
             cache.lengths = list(rows.ends)
         return self.logits(hidden), state
 
-    def predict_further_paged(
-        self, state: Tensor, next_ids_1N: Tensor, step: PagedStep, depth: int, store: Store
+    def further(
+        self, state: Tensor, next_ids_BT: Tensor, step: Step, depth: int = 0, cache: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """The same over pages; gives the normed hidden states `[1, N, D]` that `logits` reads, not logits."""
-        return self._further(state, next_ids_1N, step, depth, store)
-
-    def _further(
-        self, state: Tensor, next_ids_BT: Tensor, step: Step, depth: int, cache: Any
-    ) -> tuple[Tensor, Tensor]:
+        """The same as a part of a pass (over pages with a `PagedStep` and the module's store): gives the normed hidden
+        states `[B, T, D]` that `logits` reads, not logits."""
         step.layer = len(self.layers) + depth
         out: tuple[Tensor, Tensor] = self.mtp[depth](state, self.embed(next_ids_BT), next_ids_BT, step, cache)
         return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -14,9 +15,16 @@ PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinj
 """What a checkpoint needs of a hub repository."""
 
 
-def resolve(path_or_hub_id: str | PathLike[str], revision: str | None = None) -> Path:
+TEXT = ["tokenizer*", "*.model", "*.jinja", "*config.json", "special_tokens_map.json"]
+"""What its tokenizer needs."""
+
+
+def resolve(
+    path_or_hub_id: str | PathLike[str], revision: str | None = None, patterns: Sequence[str] = PATTERNS
+) -> Path:
     """An existing path as it is, never touching the network; a hub id or a name of `rorqual models`
-    downloaded (with progress bars) or found in the hub's cache; or a packaged model such as "smollm2".
+    downloaded (with progress bars; the files of `patterns`) or found in the hub's cache; or a packaged model such as
+    "smollm2".
 
     Raises CheckpointError if it is none of them, or the hub can't be reached and its cache has no copy.
     """
@@ -45,7 +53,7 @@ def resolve(path_or_hub_id: str | PathLike[str], revision: str | None = None) ->
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # the hub client raises many kinds, of its own and of its transports
         at = f" at revision {revision}" if revision else ""
         raise CheckpointError(

@@ -19,6 +19,8 @@ app = App(
     help="The DeepSeek model family, V1 to V4, in one PyTorch code base.",
     version=rorqual.__version__,
 )
+app.command("rorqual.cli.data:app", name="data")
+app.command("rorqual.cli.pretrain:app", name="pretrain")
 console = Console(highlight=False)
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -440,7 +442,3 @@ def main() -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-
-
-if __name__ == "__main__":
-    main()

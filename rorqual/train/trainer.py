@@ -1,0 +1,322 @@
+"""The loop: batches to losses to moved weights, one step after the other, the same from any checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rorqual.data import HELD, Batch, Corpus, DataError, Manifest, Mixture
+from rorqual.data.numbers import word
+from rorqual.family import ConfigError
+from rorqual.family.hub import to_hub
+from rorqual.nn import Transformer
+from rorqual.nn.balance import max_violation, update_bias
+from rorqual.train.checkpoint import Kept, Writer, newest, steps_in
+from rorqual.train.objective import Factors, Pretraining
+from rorqual.train.optim import Optimizer, clip
+from rorqual.train.recipe import Recipe
+from rorqual.train.schedule import Steps
+
+LOG = "log.jsonl"
+_MIXTURE, _HELD = 10, 11
+"""What numbers are drawn for (see `data.numbers.word`)."""
+
+
+class TrainError(ValueError):
+    """A run that can't begin or go on; the message says what to do."""
+
+
+@dataclass
+class Report:
+    """What a step tells: `values` by name, among them "loss" and "tokens" (seen after it)."""
+
+    step: int
+    values: dict[str, float] = field(default_factory=dict)
+    skipped: str = ""
+    """Why nothing was moved, if nothing was."""
+
+
+class Trainer:
+    """A run of a recipe in a folder. `run()` goes to its end; `resume` takes the newest whole checkpoint up."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: str | os.PathLike[str],
+        *,
+        device: torch.device | str = "cpu",
+        resume: bool = False,
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        self.recipe, self.folder, self.warn = recipe, Path(folder), warn
+        self.steps = Steps(recipe.stages)
+        self.objective = Pretraining(recipe.apart)
+        self._corpora = [Corpus(source.folder) for source in recipe.sources]
+        self._check()
+        self.mixtures = [
+            self._mixture(self._corpora, n, word(recipe.seed, _MIXTURE, n)) for n in range(len(recipe.stages))
+        ]
+        self.model = Transformer(
+            recipe.config, dtype=getattr(torch, recipe.dtype), device=device, seed=recipe.seed
+        )
+        self.optimizer = Optimizer(self.model.named_parameters(), recipe.optimizer)
+        self.ema: dict[str, Tensor] | None = None
+        if recipe.ema is not None:
+            self.ema = {
+                name: p.detach().to("cpu", torch.float32, copy=True)
+                for name, p in self.model.named_parameters()
+            }
+        self.step, self.updates, self.norms, self._wrong = 0, 0, [], 0  # type: int, int, list[float], int
+        self._known: list[str] = []
+        self.writer = Writer(self.folder, recipe.keep)
+        self._begin(resume)
+
+    def _mixture(self, corpora: list[Corpus], stage: int, seed: int) -> Mixture:
+        weights = [source.weight for source in self.recipe.sources]
+        depths = len(self.recipe.config.mtp)
+        return Mixture(corpora, weights, length=self.recipe.stages[stage].length, look=1 + depths, seed=seed)
+
+    def _check(self) -> None:
+        recipe, config = self.recipe, self.recipe.config
+        for corpus in self._corpora:
+            if corpus.manifest.vocab > config.vocab:
+                raise TrainError(
+                    f"{corpus.folder} was built with {corpus.manifest.vocab} token ids, and the model has "
+                    f"{config.vocab}: build it with the model's tokenizer"
+                )
+        try:
+            to_hub(config)
+        except ConfigError as error:
+            self.warn(f"what is trained can be resumed but not written in a released format: {error}")
+        for stage in recipe.stages:
+            if stage.length + 1 > config.max_positions:
+                raise TrainError(
+                    f"sequences of {stage.length} are longer than the model's {config.max_positions} positions"
+                )
+        if recipe.micro < 1 or recipe.tokens < 1:
+            raise TrainError("micro and tokens must be above 0")
+
+    # --------------------------------------------------------------------------------- begin, resume
+
+    def _begin(self, resume: bool) -> None:
+        there = steps_in(self.folder)
+        if not resume:
+            if there or (self.folder / LOG).exists():
+                raise TrainError(
+                    f"{self.folder} holds a run: go on with it by --resume, or give this one another folder"
+                )
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return
+        kept, wrong = newest(self.folder)
+        for problem in wrong:
+            self.warn(problem)
+        if kept is None:
+            if there:
+                raise TrainError(
+                    f"{self.folder}: none of its {len(there)} checkpoints can be read; the newest: {wrong[0]}"
+                )
+            if not self.folder.is_dir():
+                raise TrainError(f"{self.folder} holds no run to go on with")
+            self._cut_log(0)
+            return
+        if kept.facts.get("recipe") != self.recipe.fingerprint():
+            raise TrainError(
+                f"{self.folder} is a run of another recipe (or of this one with other overrides): resume "
+                "with what it was begun with, or begin anew in another folder"
+            )
+        tokenizers = [corpus.manifest.tokenizer for corpus in self._corpora]
+        if kept.facts.get("tokenizers") != tokenizers:
+            raise TrainError("the corpora were built with another tokenizer than the run was begun with")
+        self.model.load_state_dict(kept.tensors["model"])
+        self.optimizer.restore(kept.tensors["optimizer"])
+        if self.ema is not None:
+            self.ema = kept.tensors["ema"]
+        self.step, self.updates = kept.step, int(kept.facts["updates"])
+        self.norms, self._wrong = list(kept.facts["norms"]), int(kept.facts["wrong"])
+        self._cut_log(self.step)
+
+    def _cut_log(self, step: int) -> None:
+        """Forget what the log says of steps that will be taken again; a line half written goes with them."""
+        path = self.folder / LOG
+        lines = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            try:
+                if json.loads(line)["step"] >= step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            lines.append(line + "\n")
+        path.write_text("".join(lines), encoding="utf-8")
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of what stands now."""
+        facts = {
+            "recipe": self.recipe.fingerprint(),
+            "name": self.recipe.name,
+            "tokenizers": [corpus.manifest.tokenizer for corpus in self._corpora],
+            "tokens": self.steps[self.step][3],
+            "updates": self.updates,
+            "norms": self.norms,
+            "wrong": self._wrong,
+        }
+        tensors = {"model": dict(self.model.state_dict()), "optimizer": self.optimizer.tensors()}
+        if self.ema is not None:
+            tensors["ema"] = self.ema
+        self.writer.put(Kept(self.step, facts, tensors))
+
+    # --------------------------------------------------------------------------------------- the loop
+
+    def run(self, told: Callable[[Report], None] | None = None) -> None:
+        """Go on to the recipe's end. Interrupted (Ctrl-C), it saves where it is first."""
+        try:
+            with (self.folder / LOG).open("a", encoding="utf-8") as log:
+                for report in self:
+                    log.write(
+                        json.dumps(
+                            {
+                                "step": report.step,
+                                **report.values,
+                                **({"skipped": report.skipped} if report.skipped else {}),
+                            }
+                        )
+                        + "\n"
+                    )
+                    log.flush()
+                    if told is not None:
+                        told(report)
+        except KeyboardInterrupt:
+            self.save()
+            raise
+        finally:
+            self.writer.wait()
+
+    def __iter__(self) -> Iterator[Report]:
+        recipe = self.recipe
+        while self.steps[self.step][3] < recipe.tokens:
+            report = self._take()
+            self.step += 1
+            ended = self.steps[self.step][3] >= recipe.tokens
+            if recipe.evaluate_every and (self.step % recipe.evaluate_every == 0 or ended):
+                report.values |= self.evaluate()
+            if ended or (recipe.save_every and self.step % recipe.save_every == 0):
+                self.save()
+            yield report
+
+    def factors(self, tokens: float) -> Factors:
+        """What the parts of the objective count for then."""
+        return Factors(self.recipe.mtp(tokens), self.recipe.balance, self.recipe.v2)
+
+    def _take(self) -> Report:
+        """One step."""
+        began, recipe = time.perf_counter(), self.recipe
+        stage, first, samples, seen = self.steps[self.step]
+        batch = self.mixtures[stage].batch(first, samples)
+        tokens = samples * recipe.stages[stage].length
+        told, load = self.gradients(batch, seen)
+        values = {name: float(value) for name, value in told.items()}
+        norm = float(clip(self.model.parameters(), recipe.clip))
+        report = Report(self.step, values)
+        report.skipped = self._doubt(values["loss"], norm)
+        rate = recipe.rate(seen)
+        if not report.skipped:
+            self.updates += 1
+            self.optimizer.step(self.updates, rate)
+            self._balance(load, recipe.speed(seen))
+            self._average()
+        for p in self.model.parameters():
+            p.grad = None
+        took = time.perf_counter() - began
+        values |= {"norm": norm, "rate": rate, "tokens": float(seen + tokens), "seconds": took}
+        for number, counts in load.items():
+            values[f"violation {number}"] = max_violation(counts)
+        return report
+
+    def gradients(self, batch: Batch, seen: float) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+        """A step's gradients, left in the parameters: what the losses were, and each layer's expert load."""
+        factors, micro = self.factors(seen), self.recipe.micro
+        cuts = [slice(at, at + micro) for at in range(0, len(batch.ids_BT), micro)]
+        batches = [
+            Batch(batch.ids_BT[cut], batch.documents_BT[cut], batch.sources_B[cut], batch.look)
+            for cut in cuts
+        ]
+        counts = self.objective.counts(batches, len(self.model.mtp))
+        told: dict[str, Tensor] = {}
+        load: dict[int, Tensor] = {}
+        for part in batches:
+            found = self.objective(self.model, part, counts, factors)
+            found.loss.backward()
+            for name, value in found.told.items():
+                told[name] = told[name] + value if name in told else value
+            for number, counted in found.load.items():
+                load[number] = load[number] + counted if number in load else counted
+        return told, load
+
+    def _doubt(self, loss: float, norm: float) -> str:
+        """Why a step had better not be taken; "" if it may."""
+        guard = self.recipe.guard
+        why = ""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            why = f"the loss is {loss}, the gradient's norm {norm}"
+        elif guard is not None and len(self.norms) == guard.window:
+            middle = statistics.median(self.norms)
+            if norm > guard.factor * middle:
+                why = f"the gradient's norm is {norm:.3g}, {norm / middle:.0f} times its median"
+        if not why:
+            self._wrong = 0
+            self.norms = [*self.norms, norm][-(guard.window if guard is not None else 1) :]
+            return ""
+        self._wrong += 1
+        if self._wrong > (guard.most if guard is not None else 0):
+            raise TrainError(
+                f"step {self.step}: {why}, for the {self._wrong}th time in a row. The last checkpoint is from "
+                "before it: lower the learning rate, or look at the data of these steps"
+            )
+        return why
+
+    @torch.no_grad()
+    def _balance(self, load: dict[int, Tensor], speed: float) -> None:
+        if speed == 0:
+            return
+        layers: Any = [*self.model.layers, *(module.block for module in self.model.mtp)]
+        for number, counts in load.items():
+            router = layers[number].ff.router
+            if router.bias is not None:
+                update_bias(router, counts, speed)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.ema is not None and self.recipe.ema is not None:
+            for name, p in self.model.named_parameters():
+                self.ema[name].lerp_(p.detach().to("cpu", torch.float32), 1 - self.recipe.ema)
+
+    # -------------------------------------------------------------------------------------- evaluate
+
+    @torch.no_grad()
+    def evaluate(self, rows: int = 64) -> dict[str, float]:
+        """Loss on the held-out splits, over the same rows every time; nothing where nothing was held out."""
+        if not all(Manifest.read(corpus.folder).of(HELD) for corpus in self._corpora):
+            return {}
+        try:
+            held = self._mixture(
+                [Corpus(c.folder, HELD) for c in self._corpora], 0, word(self.recipe.seed, _HELD)
+            )
+        except DataError:  # too few tokens for one sample
+            return {}
+        rows = min(rows, sum(windows.count for windows in held.windows))
+        total = 0.0
+        for first in range(0, rows, self.recipe.micro):
+            batch = held.batch(first, min(self.recipe.micro, rows - first))
+            counts = self.objective.counts([batch], 0)
+            loss = self.objective(self.model, batch, counts, Factors()).told["next"]
+            total += float(loss) * len(batch.ids_BT)
+        return {"held": total / rows}

@@ -1,0 +1,280 @@
+"""A run is a function of its recipe: stopped anywhere, killed anywhere, it ends with the same bits."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import multiprocessing
+import os
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rorqual.data import Options, build
+from rorqual.train import checkpoint
+from rorqual.train.optim import Muon
+from rorqual.train.recipe import Guard, Recipe, Source, override
+from rorqual.train.schedule import Schedule, Stage
+from rorqual.train.trainer import LOG, Trainer, TrainError
+from tests.data.corpora import TOKENIZER, json_lines, texts
+from tests.engine.conftest import config
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    place = tmp_path_factory.mktemp("corpus")
+    source = json_lines(place / "a.jsonl", texts(300))
+    build([str(source)], place / "c", TOKENIZER, Options(held=0.1), workers=1)
+    return str(place / "c")
+
+
+def recipe(corpus: str, kind: str = "v3", **changes: Any) -> Recipe:
+    made = Recipe(
+        name="test",
+        config=config(kind, TOKENIZER.vocab_size),
+        sources=(Source(corpus),),
+        stages=(Stage(length=16, batch=2, to=4, ramp=200), Stage(length=32, batch=2, start=500)),
+        tokens=1200,
+        rate=Schedule(0.003),
+        micro=2,
+        ema=0.9,
+        save_every=4,
+        evaluate_every=7,
+    )
+    return replace(made, **changes)
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    """What was told of each step, its times left out."""
+    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def ends(trainer: Trainer) -> dict[str, torch.Tensor]:
+    state = dict(trainer.model.state_dict()) | trainer.optimizer.tensors()
+    return state | {f"ema {name}": t for name, t in (trainer.ema or {}).items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("gqa", {}), ("v3", {}), ("v3", {"optimizer": Muon(), "dtype": "bfloat16"}), ("v4", {})],
+)
+def test_stopped_and_resumed_it_is_the_same_run(
+    tmp_path: Path, corpus: str, kind: str, changes: dict[str, Any]
+) -> None:
+    plan = recipe(corpus, kind, **changes)
+    whole = Trainer(plan, tmp_path / "whole")
+    whole.run()
+    assert whole.step > 20 and {"held", "loss", "norm", "accuracy"} <= log(tmp_path / "whole")[6].keys()
+    seen = 0
+    for stop in (3, 6, 11, 1000):  # between checkpoints, too
+        part = Trainer(plan, tmp_path / "cut", resume=seen > 0)
+        assert part.step == seen // 4 * 4 if seen < 1000 else True
+
+        def told(report: Any, stop: int = stop) -> None:
+            if report.step + 1 == stop:
+                raise RuntimeError("power cut")
+
+        try:
+            part.run(told)
+        except RuntimeError:
+            seen = stop
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
+    assert checkpoint.same(ends(part), ends(whole))
+    assert checkpoint.steps_in(tmp_path / "cut") == checkpoint.steps_in(tmp_path / "whole")
+
+
+def test_ctrl_c_saves_where_it_is(tmp_path: Path, corpus: str) -> None:
+    plan = recipe(corpus, "gqa", save_every=0)
+    trainer = Trainer(plan, tmp_path / "a")
+
+    def told(report: Any) -> None:
+        if report.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(told)
+    again = Trainer(plan, tmp_path / "a", resume=True)
+    assert again.step == 5
+    again.run()
+    whole = Trainer(plan, tmp_path / "b")
+    whole.run()
+    assert checkpoint.same(ends(again), ends(whole)) and log(tmp_path / "a") == log(tmp_path / "b")
+
+
+def go_on(corpus: str, folder: str, resume: bool) -> None:
+    """What a process that is killed does."""
+    torch.set_num_threads(1)
+    Trainer(recipe(corpus, "gqa", save_every=1, tokens=6000), folder, resume=resume).run()
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_the_curve_is_the_unbroken_one(tmp_path: Path, corpus: str) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rorqual.train.trainer"])
+    moments, kills, begun = random.Random(5), 0, False
+    for _ in range(60):
+        child = context.Process(target=go_on, args=(corpus, str(tmp_path / "cut"), begun))
+        child.start()
+        end = time.monotonic() + 60
+        goal = lines(tmp_path / "cut" / LOG) + moments.randint(1, 5)
+        while child.is_alive() and time.monotonic() < end:
+            begun = begun or (tmp_path / "cut" / LOG).exists()
+            if begun and lines(tmp_path / "cut" / LOG) >= goal:
+                break
+            time.sleep(moments.random() * 0.01)
+        if kills < 20 and child.is_alive():
+            child.kill()
+            kills += 1
+        child.join(120)
+        if child.exitcode == 0:
+            break
+    assert kills == 20 and child.exitcode == 0
+    threads = torch.get_num_threads()
+    try:
+        go_on(corpus, str(tmp_path / "whole"), False)
+    finally:
+        torch.set_num_threads(threads)
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
+    last = checkpoint.steps_in(tmp_path / "whole")[-1]
+    one, two = (checkpoint.read(tmp_path / name, last) for name in ("cut", "whole"))
+    assert all(checkpoint.same(one.tensors[group], two.tensors[group]) for group in two.tensors)
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+# --------------------------------------------------------------------------------- what goes wrong
+
+
+def run_to(folder: Path, plan: Recipe) -> Trainer:
+    trainer = Trainer(plan, folder)
+    trainer.run()
+    return trainer
+
+
+def test_broken_checkpoints_are_named_and_the_one_before_is_taken(tmp_path: Path, corpus: str) -> None:
+    plan = recipe(corpus, "gqa", keep=3)
+    run_to(tmp_path / "a", plan)
+    steps = checkpoint.steps_in(tmp_path / "a")
+    assert len(steps) == 3
+    model = checkpoint.place_of(tmp_path / "a", steps[-1]) / "model.safetensors"
+    wrong = bytearray(model.read_bytes())
+    wrong[-1] ^= 1
+    model.write_bytes(bytes(wrong))
+    state = checkpoint.place_of(tmp_path / "a", steps[-2]) / "state.json"
+    state.write_text(state.read_text()[:40])
+    said: list[str] = []
+    again = Trainer(plan, tmp_path / "a", resume=True, warn=said.append)
+    assert again.step == steps[0] and len(said) == 2
+    assert "model.safetensors is not what was written" in said[0] and "can't be read" in said[1]
+    again.run()
+    assert checkpoint.same(ends(again), ends(run_to(tmp_path / "b", plan)))
+    for step in checkpoint.steps_in(tmp_path / "a"):
+        (checkpoint.place_of(tmp_path / "a", step) / "optimizer.safetensors").unlink()
+    with pytest.raises(TrainError, match="none of its 3 checkpoints"):
+        Trainer(plan, tmp_path / "a", resume=True, warn=said.append)
+
+
+def test_a_full_disk_loses_only_that_checkpoint(
+    tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = recipe(corpus, "gqa")
+    real, count = os.fsync, [0]
+
+    def fsync(number: int) -> None:
+        count[0] += 1
+        if count[0] > 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(number)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space"):
+        Trainer(plan, tmp_path / "a").run()
+    monkeypatch.undo()
+    assert checkpoint.steps_in(tmp_path / "a") == [4] and not list((tmp_path / "a").glob(".*.part"))
+    again = Trainer(plan, tmp_path / "a", resume=True)
+    assert again.step == 4
+    again.run()
+    assert log(tmp_path / "a") == log(run_to(tmp_path / "b", plan).folder)
+
+
+def test_a_run_goes_on_only_as_what_it_was(tmp_path: Path, corpus: str) -> None:
+    plan = recipe(corpus, "gqa", tokens=200)
+    run_to(tmp_path / "a", plan)
+    with pytest.raises(TrainError, match="--resume"):
+        Trainer(plan, tmp_path / "a")
+    with pytest.raises(TrainError, match="another recipe"):
+        Trainer(replace(plan, clip=0.5), tmp_path / "a", resume=True)
+    Trainer(replace(plan, save_every=9, keep=5), tmp_path / "a", resume=True)  # that is nobody's business
+    with pytest.raises(TrainError, match="holds no run"):
+        Trainer(plan, tmp_path / "nowhere", resume=True)
+    with pytest.raises(TrainError, match="token ids, and the model has"):
+        Trainer(replace(plan, config=config("gqa", 60)), tmp_path / "b")
+    with pytest.raises(TrainError, match="positions"):
+        Trainer(replace(plan, stages=(Stage(300, 2),)), tmp_path / "b")
+
+
+def test_steps_that_are_not_numbers_or_spikes_move_nothing(tmp_path: Path, corpus: str) -> None:
+    plan = recipe(corpus, "gqa", guard=Guard(factor=5, window=4, most=2), tokens=2000, save_every=0)
+    trainer = Trainer(plan, tmp_path / "a")
+    real, bad = trainer.gradients, {6: math.nan, 9: 1e4}
+
+    def gradients(batch: Any, seen: float) -> Any:
+        told, load = real(batch, seen)
+        factor = bad.get(trainer.step)
+        if factor is not None:
+            for p in trainer.model.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(factor)
+        return told, load
+
+    trainer.gradients = gradients  # type: ignore[method-assign]
+    before: dict[int, dict[str, torch.Tensor]] = {}
+    for report in trainer:
+        now = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        if report.step in bad:
+            assert report.skipped and checkpoint.same(now, before[report.step - 1])
+        elif report.step:
+            assert not report.skipped and not checkpoint.same(now, before[report.step - 1])
+        before[report.step] = now
+        if report.step == 12:
+            break
+    bad.update({n: math.nan for n in range(13, 30)})
+    with pytest.raises(TrainError, match="not a number|nan.*3th time"):
+        list(trainer)
+
+
+def test_it_learns(tmp_path: Path, corpus: str) -> None:
+    trainer = run_to(tmp_path / "a", recipe(corpus, "v3", tokens=12_000, rate=Schedule(0.01), ema=None))
+    told = log(tmp_path / "a")
+    assert told[0]["next"] > 5 and told[-1]["next"] < 2.5 and told[-1]["held"] < 2.5
+    assert told[-1]["mtp 1"] < told[0]["mtp 1"] and told[-1]["accuracy"] > 0.4
+    assert trainer.model.layers[1].ff.router.bias.abs().max() > 0
+
+
+def test_overrides() -> None:
+    plan = recipe("nowhere")
+    assert override(plan, "rate", "1e-4").rate(10**9) == 1e-4
+    assert override(plan, "optimizer.decay", "0").optimizer.decay == 0.0
+    assert override(plan, "stages.0.batch", "1e2").stages[0].batch == 100
+    assert override(plan, "clip", "none").clip is None and override(plan, "apart", "yes").apart is True
+    assert override(plan, "sources.0.folder", "x").sources == (Source("x"),)
+    for path, value, why in (
+        ("nope", "1", "has no 'nope'; it has name"),
+        ("optimizer.nope", "1", "AdamW has no 'nope'"),
+        ("stages.7.batch", "1", "no place in a list of 2"),
+        ("seed", "x", "can't be read"),
+        ("apart", "maybe", "can't be read"),
+        ("optimizer", "x", "name a field of it, such as optimizer.betas"),
+        ("seed.deep", "1", "nothing lies under"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            override(plan, path, value)
