@@ -103,7 +103,10 @@ def build(
         def told(done: int, of: int) -> None:
             progress.update(task, completed=done, total=of)
 
-        manifest = make(sources, out, load_tokenizer(tokenizer), options, workers=workers, told=told)
+        manifest = make(
+            sources, out, load_tokenizer(tokenizer), options, workers=workers, told=told,
+            warn=lambda text: progress.console.print(text, style="yellow"),
+        )  # fmt: skip
     if manifest.skipped:
         Console(stderr=True).print(
             f"{manifest.skipped:,} documents could not be read and were left out", style="yellow"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,25 +54,31 @@ def pretrain(
     import torch
 
     from rorqual.model import export
-    from rorqual.recipes import recipe
+    from rorqual.recipes import entry
     from rorqual.train.recipe import override as overridden
     from rorqual.train.trainer import Trainer
 
     if not name.startswith(PREFIX):
         raise ValueError(f"{name!r} is no recipe: write {PREFIX}NAME, such as {PREFIX}mini-cpu")
     folder = out or Path("runs") / name.removeprefix(PREFIX)
-    plan: Any = recipe(name.removeprefix(PREFIX), folder)
+    found = entry(name.removeprefix(PREFIX))
+    plan: Any = found.make(folder)
     if data:
         plan = overridden_sources(plan, data)
-    for change in override:
+    for change in sorted(override, key=lambda change: not change.startswith("tokens=")):
         path, equals, value = change.partition("=")
         if not equals:
             raise ValueError(f"--override {change}: write path=value, such as optimizer.decay=0.05")
         plan = overridden(plan, path, value)
+        if path == "tokens":  # schedules are shares of it
+            whole = found.make(folder, plan.tokens)
+            plan = replace(plan, rate=whole.rate, mtp=whole.mtp, speed=whole.speed)
     console = Console(stderr=True)
     if dry_run:
         describe(plan, console)
         return
+    if found.prepare is not None and not data:
+        found.prepare(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     trainer = Trainer(
         plan,
@@ -94,8 +101,6 @@ def pretrain(
 
 def overridden_sources(plan: Any, data: tuple[str, ...]) -> Any:
     """The recipe with other corpora."""
-    from dataclasses import replace
-
     from rorqual.train.recipe import Source
 
     sources = []

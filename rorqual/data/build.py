@@ -7,13 +7,15 @@ command with other options is refused. What is written depends on the sources an
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rorqual.data.errors import DataError
 from rorqual.data.numbers import uniform
@@ -42,6 +45,8 @@ from rorqual.text import Tokenizer
 
 WORK = Path(PLAN).parent
 TOKENIZER = "tokenizer"
+SHARD = 2**26
+"""Tokens of a shard, about, where a piece has more."""
 HELD_OUT = 1
 """Which of a document's numbers says whether it is held out."""
 
@@ -86,18 +91,20 @@ def build(
     *,
     workers: int | None = None,
     told: Callable[[int, int], None] | None = None,
+    warn: Callable[[str], None] = print,
 ) -> Manifest:
     """Make a corpus of the sources (files, folders, `hf:owner/name`) in `folder`, or go on making it.
 
-    `told(done, of)` hears of bytes whenever a piece is finished. Raises DataError for sources that can't be read, for a
-    folder with another build, and for a full disk; pieces finished until then are kept.
+    `told(done, of)` hears of bytes whenever a piece is finished, `warn` of what is left out. Raises DataError for
+    sources that can't be read, for a folder with another build, and for a full disk; finished pieces are kept.
     """
     options, folder = options or Options(), Path(folder)
     Shaper(tokenizer, options.shape, options.seed)  # refuses what this tokenizer can't do, before any work
-    pieces = cut(files_of(sources), options.reading, options.piece)
+    pieces = cut(files_of(sources, warn), options.reading, options.piece)
     if not pieces:
         raise DataError(f"{', '.join(sources)}: there is nothing in it")
-    _settle(folder, tokenizer, options, pieces)
+    with _room(folder):
+        _settle(folder, tokenizer, options, pieces)
     weights = [sum(span.end - span.begin for span in piece) for piece in pieces]
     found: dict[int, Done] = {}
     for number, done in _run(folder, options, pieces, workers or os.cpu_count() or 1):
@@ -111,7 +118,8 @@ def build(
         raise DataError(f"{', '.join(sources)}: no documents in it {why and '(' + why + ')'}".rstrip())
     skipped = sum(done.skipped for done in ordered)
     manifest = Manifest(fingerprint(tokenizer), tokenizer.vocab_size, asdict(options), shards, skipped)
-    manifest.write(folder)
+    with _room(folder):
+        manifest.write(folder)
     return manifest
 
 
@@ -129,14 +137,36 @@ def _settle(folder: Path, tokenizer: Tokenizer, options: Options, pieces: list[P
             raise DataError(
                 f"{folder} holds a build with {what}: give this one another folder, or delete that one"
             )
-        return
-    if folder.is_dir() and any(folder.iterdir()):
+    else:
+        if any(p.is_file() and not p.name.endswith(".part") for p in folder.rglob("*")):
+            raise DataError(
+                f"{folder} is not empty, and no corpus was begun there: give the corpus its own folder"
+            )
+        (folder / WORK).mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())
+    if not _same(folder / TOKENIZER, fingerprint(tokenizer)):
+        tokenizer.save(folder / TOKENIZER)
+
+
+def _same(place: Path, wanted: str) -> bool:
+    """Whether the tokenizer with this fingerprint lies there."""
+    try:
+        return fingerprint(Tokenizer.from_dir(place)) == wanted
+    except (OSError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def _room(folder: Path) -> Iterator[None]:
+    """What goes wrong with the disk, as a DataError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(f"{folder}: {error}") from error
         raise DataError(
-            f"{folder} is not empty, and no corpus was begun there: give the corpus its own folder"
-        )
-    (folder / WORK).mkdir(parents=True)
-    tokenizer.save(folder / TOKENIZER)
-    write_atomically(path, text.encode())
+            f"no room is left under {folder}: make some and run the same command again"
+        ) from error
 
 
 def _difference(path: Path, plan: dict[str, Any]) -> str:
@@ -197,10 +227,19 @@ def _begin(folder: Path, options: Options, ignore_signals: bool) -> None:
     """A worker begins."""
     global _shaper, _options, _folder
     if ignore_signals:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever began it tells it to end
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever began it tells it to end,
+        threading.Thread(target=_follow, daemon=True).start()  # or has ended itself
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _shaper = Shaper(Tokenizer.from_dir(folder / TOKENIZER), options.shape, options.seed)
     _options, _folder = options, folder
+
+
+def _follow() -> None:
+    """End when the process that began this one has ended."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(number: int, piece: Piece) -> Done:
@@ -208,15 +247,9 @@ def _work(number: int, piece: Piece) -> Done:
     note = _folder / WORK / f"{number:06d}.json"
     done = _finished(note)
     if done is None:
-        try:
+        with _room(_folder):
             done = _make(number, piece)
             write_atomically(note, json.dumps(asdict(done)).encode())
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise DataError(f"piece {number}: {error}") from error
-            raise DataError(
-                f"no room is left under {_folder}: make some and run the same command again"
-            ) from error
     return done
 
 
@@ -234,22 +267,34 @@ def _finished(note: Path) -> Done | None:
 def _make(number: int, piece: Piece) -> Done:
     assert _shaper is not None
     vocab = _shaper.tokenizer.vocab_size
-    kind, splits = token_type(vocab), {TRAIN: [], HELD: []}  # type: tuple[Any, dict[str, list[Any]]]
+    kind = token_type(vocab)
+    splits: dict[str, list[NDArray[Any]]] = {TRAIN: [], HELD: []}
+    held_back, entries = dict.fromkeys(splits, 0), []  # type: dict[str, int], list[Entry]
     skipped, why = 0, ""
+
+    def flush(split: str) -> None:
+        found, splits[split], held_back[split] = splits[split], [], 0
+        part = sum(entry.split == split for entry in entries)
+        path = _folder / f"{split}-{number:06d}-{part:02d}.safetensors"
+        write_shard(path, found, vocab, f"rorqual tokens: {split}, piece {number}, part {part}")
+        tokens = sum(len(ids) for ids in found)
+        entries.append(Entry(path.name, split, tokens, len(found), path.stat().st_size, digest(path)))
+
     for place, text in enumerate(documents(piece, _options.reading)):
         if isinstance(text, Bad):
             if _options.reading.stop:
                 raise DataError(f"{text.why}. Mend it, or leave such documents out with --skip-bad")
             skipped, why = skipped + 1, why or text.why
             continue
-        held = uniform(_options.seed, HELD_OUT, number, place) < _options.held
+        # By what it says: a text that comes twice is on one side.
+        content = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+        split = HELD if uniform(_options.seed, HELD_OUT, content) < _options.held else TRAIN
         ids = np.array(_shaper.ids(text, number, place), dtype=kind)
-        splits[HELD if held else TRAIN].append(ids)
-    entries = []
+        splits[split].append(ids)
+        held_back[split] += len(ids)
+        if held_back[split] >= SHARD:
+            flush(split)
     for split, found in splits.items():
         if found:
-            path = _folder / f"{split}-{number:06d}.safetensors"
-            write_shard(path, found, vocab, f"rorqual tokens: {split}, piece {number}")
-            tokens = sum(len(ids) for ids in found)
-            entries.append(Entry(path.name, split, tokens, len(found), path.stat().st_size, digest(path)))
+            flush(split)
     return Done(tuple(entries), skipped, why)

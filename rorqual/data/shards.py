@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ TRAIN, HELD = "train", "held"
 
 _TYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
 _LONGEST_HEADER = 2**20
+
+OPEN = 128
+"""Shards of a corpus that are open at once."""
 
 Ints = NDArray[np.int64]
 
@@ -64,7 +68,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def write_shard(path: Path, documents: Sequence[Sequence[int]], vocab: int, about: str = "") -> None:
+def write_shard(
+    path: Path, documents: Sequence[Sequence[int] | NDArray[Any]], vocab: int, about: str = ""
+) -> None:
     """Documents of token ids as a shard; `about` goes into its header. The same documents make the same bytes."""
     kind = token_type(vocab)
     borders = np.zeros(len(documents) + 1, dtype=np.int64)
@@ -83,9 +89,10 @@ def digest(path: Path) -> str:
 
 
 class Shard:
-    """One shard, as arrays over its file: `tokens` [n] and `borders` int64 [documents + 1]."""
+    """One shard, as arrays over its file: `tokens` [n] and `borders` int64 [documents + 1], which `check` has read
+    through."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, check: bool = True) -> None:
         self.path = path
         try:
             size = path.stat().st_size
@@ -94,14 +101,15 @@ class Shard:
                 if not 0 < length <= min(size - 8, _LONGEST_HEADER):
                     raise DataError(f"{path} is cut off or no shard (its header would have {length} bytes)")
                 header = json.loads(file.read(length))
-            self.tokens = self._array(header, "tokens", 8 + length, size)
-            self.borders = self._array(header, "borders", 8 + length, size)
+            whole = np.memmap(path, dtype=np.uint8, mode="r")  # one for both: each holds a file open
+            self.tokens = self._array(header, "tokens", whole[8 + length :])
+            self.borders = self._array(header, "borders", whole[8 + length :])
         except FileNotFoundError:
             raise DataError(f"{path} is missing: build the corpus again, whole shards are kept") from None
         except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise DataError(f"{path} is no shard: its header can't be read ({error})") from error
         borders = self.borders
-        if (
+        if check and (
             len(borders) == 0
             or borders[0] != 0
             or borders[-1] != len(self.tokens)
@@ -109,16 +117,14 @@ class Shard:
         ):
             raise DataError(f"{path} is corrupt: the borders of its documents contradict its tokens")
 
-    def _array(self, header: dict[str, Any], name: str, data: int, size: int) -> NDArray[Any]:
+    def _array(self, header: dict[str, Any], name: str, data: NDArray[np.uint8]) -> NDArray[Any]:
         begin, end = header[name]["data_offsets"]
         kind, (count,) = _TYPES[header[name]["dtype"]], header[name]["shape"]
         if not 0 <= begin <= end or end - begin != count * kind.itemsize:
             raise DataError(f"{self.path} is corrupt: {name} has {end - begin} bytes for {count} numbers")
-        if data + end > size:
-            raise DataError(f"{self.path} is cut off: {size} bytes of {data + end}")
-        if count == 0:
-            return np.empty(0, dtype=kind)
-        return np.memmap(self.path, dtype=kind, mode="r", offset=data + begin, shape=(count,))
+        if end > len(data):
+            raise DataError(f"{self.path} is cut off: {len(data)} bytes of data, {end} are named")
+        return data[begin:end].view(kind)
 
     @property
     def documents(self) -> int:
@@ -178,7 +184,6 @@ class Corpus:
         entries = self.manifest.of(split)
         if not entries:
             raise DataError(f"{folder} has no {split!r} split")
-        self.shards = []
         for entry in entries:
             shard = Shard(self.folder / entry.file)
             if (len(shard.tokens), shard.documents) != (entry.tokens, entry.documents):
@@ -186,7 +191,8 @@ class Corpus:
                     f"{shard.path} holds {len(shard.tokens)} tokens in {shard.documents} documents, the manifest says "
                     f"{entry.tokens} in {entry.documents}: it belongs to another build; build the corpus again"
                 )
-            self.shards.append(shard)
+        # Some at a time: an open file each, and systems allow a thousand.
+        self._shard = lru_cache(maxsize=OPEN)(lambda n: Shard(self.folder / entries[n].file, check=False))
         self._begins = np.cumsum([0, *(entry.tokens for entry in entries)])
         self._first_documents = np.cumsum([0, *(entry.documents for entry in entries)])
 
@@ -207,7 +213,7 @@ class Corpus:
         ids, documents = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
         done, number = 0, int(np.searchsorted(self._begins, begin, side="right")) - 1
         while done < count:
-            shard, at = self.shards[number], begin + done - int(self._begins[number])
+            shard, at = self._shard(number), begin + done - int(self._begins[number])
             here = min(count - done, len(shard.tokens) - at)
             if here > 0:
                 part = shard.tokens[at : at + here]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,9 +24,10 @@ CHUNK = 2**20
 
 HUB = "hf:"
 
-JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+JSON_LINES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 PARQUET = (".parquet",)
-LEFT_OUT = (".safetensors", ".gguf", ".bin", ".pt", ".zip", ".tar", ".png", ".jpg", ".pdf", ".zst", ".xz")
+LEFT_OUT = (".safetensors", ".gguf", ".bin", ".pt", ".png", ".jpg", ".pdf")
+PACKED = (".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz", ".tar.gz", ".7z")
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,21 @@ def kind(path: Path) -> str:
     return "parquet" if name.endswith(PARQUET) else "text"
 
 
-def files_of(sources: Sequence[str]) -> list[Path]:
-    """All files of the sources, folders searched through, in an order of their own. DataError for what is not there."""
+def files_of(sources: Sequence[str], warn: Callable[[str], None] = print) -> list[Path]:
+    """All files of the sources, each once, folders searched through, in an order of their own. What is left out of
+    folders though it may hold text is told to `warn`. DataError for what is not there."""
     found: list[Path] = []
     for source in sources:
         path = _from_hub(source) if source.startswith(HUB) else Path(source)
         if path.is_dir():
-            inside = (p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-            files = sorted(p for p in inside if not p.name.lower().endswith(LEFT_OUT))
+            inside = [p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path))]
+            inside = sorted(inside)
+            packed = [p for p in inside if p.name.lower().endswith(PACKED)]
+            if packed:
+                warn(
+                    f"{source}: {len(packed)} packed files are left out, {packed[0].name} first: unpack them, or as .gz"
+                )
+            files = [p for p in inside if not p.name.lower().endswith((*LEFT_OUT, *PACKED))]
             if not files:
                 raise DataError(f"{source} holds no files of text, JSON lines or parquet")
             found += files
@@ -76,7 +84,7 @@ def files_of(sources: Sequence[str]) -> list[Path]:
             found.append(path)
         else:
             raise DataError(f"{source} is not there; datasets on the hub are written {HUB}owner/name")
-    return found
+    return list({path.resolve(): path for path in reversed(found)}.values())[::-1]
 
 
 def _hidden(path: Path) -> bool:
@@ -117,11 +125,23 @@ def _spans(path: Path, reading: Reading, size: int) -> Iterator[Span]:
         each = max(1, groups * size // max(total, 1))
         for begin in range(0, groups, each):
             yield Span(str(path), begin, min(begin + each, groups), total)
-    elif path.name.endswith(".gz") or (kind(path) == "text" and not _cuttable(reading.border)):
+    elif _gzipped(path) or (kind(path) == "text" and not _cuttable(reading.border)):
         yield Span(str(path), 0, total, total)  # can't be entered in the middle
     else:
         for begin in range(0, total, size):
             yield Span(str(path), begin, min(begin + size, total), total)
+
+
+def _gzipped(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
+
+
+def _whole(path: Path) -> bytes:
+    """A text file's bytes."""
+    try:
+        return gzip.decompress(path.read_bytes()) if _gzipped(path) else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} can't be read to its end: {error}") from error
 
 
 def _cuttable(border: str | None) -> bool:
@@ -164,7 +184,7 @@ def _json_lines(path: Path, span: Span, reading: Reading) -> Iterator[str | Bad]
 
 def _texts(path: Path, span: Span, reading: Reading) -> Iterator[str | Bad]:
     border = (reading.border or "").encode()
-    parts = _parts(path, span, border) if border else [(0, path.read_bytes())]
+    parts = _parts(path, span, border) if border else [(0, _whole(path))]
     for at, part in parts:
         try:
             text = part.decode("utf-8")
@@ -211,13 +231,17 @@ def _field(record: Any, field: str) -> str:
         value = value[name]
     if not isinstance(value, str):
         raise DataError(f"field {field!r} is a {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"field {field!r} holds half a character (letter {error.start})") from None
     return value
 
 
 def _parts(path: Path, span: Span, border: bytes) -> Iterator[tuple[int, bytes]]:
     """What stands between borders, with the byte it begins at: the parts that begin within the span."""
     with path.open("rb") as raw:
-        if path.name.endswith(".gz"):
+        if _gzipped(path):
             with gzip.open(raw) as unpacked:
                 yield from _between(unpacked, 0, border, path)
             return

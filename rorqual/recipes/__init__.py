@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from rorqual.recipes.mini import mini_cpu
+from rorqual.recipes import mini
 from rorqual.train.recipe import Recipe
 
-RECIPES: dict[str, Callable[[Path], Recipe]] = {"mini-cpu": mini_cpu}
-"""By name. Each is given the folder of the run, where it may put what it needs."""
+
+@dataclass(frozen=True)
+class Entry:
+    """make: the recipe for a folder, of its own length or of so many tokens. prepare: builds the data that it names
+    there, where it brings some."""
+
+    make: Callable[..., Recipe]
+    prepare: Callable[[Path], None] | None = None
 
 
-def recipe(name: str, folder: Path) -> Recipe:
+RECIPES = {"mini-cpu": Entry(mini.mini_cpu, mini.prepare)}
+
+
+def entry(name: str) -> Entry:
     """A recipe by name. ValueError names those there are."""
     if name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
-    return RECIPES[name](folder)
+    return RECIPES[name]
 
 
-__all__ = ["RECIPES", "recipe"]
+__all__ = ["RECIPES", "Entry", "entry"]

@@ -211,6 +211,10 @@ def _deliver(told: list[tuple[Ticket, News]]) -> None:
             ticket.told(news)
 
 
+EARLY = 0.005
+"""Seconds by which a timer of the event loop may fire before its time (uvloop counts in milliseconds)."""
+
+
 @dataclass
 class Job:
     """Answers to be made of one prompt, one a choice, and how each is read."""
@@ -324,7 +328,7 @@ class Running:
             raise Refusal(503, "the engine does not run", code="unavailable")
         limits = [self._timeout, self._first_timeout if self.first is None else None]
         waited = time.monotonic() - self.started
-        if any(limit is not None and waited >= limit for limit in limits):
+        if any(limit is not None and waited > limit - EARLY for limit in limits):
             raise Refusal(504, "the answer took longer than this server allows", code="timeout")
 
     def _read(self, number: int, news: News) -> list[Part]:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,13 @@ def write(folder: Path, kept: Kept) -> Path:
             _write(part / f"{group}.safetensors", content)
         state = {"step": kept.step, "facts": kept.facts, "files": files}
         _write(part / "state.json", json.dumps(state, indent=1).encode())
-        if place.exists():
-            shutil.rmtree(place)
+        old = folder / f".{place.name}.old"
+        if place.exists():  # one that is being replaced stays until the new one stands
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(place, old)
         os.replace(part, place)
         _sync(folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return place
@@ -117,7 +120,12 @@ def read(folder: Path, step: int) -> Kept:
 
 
 def newest(folder: Path) -> tuple[Kept | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with those that are newer."""
+    """The newest checkpoint that is whole, and what is wrong with those that are newer. One that was being replaced
+    when all ended is put back."""
+    for old in folder.glob(".step-*.old"):
+        place = folder / old.name.removeprefix(".").removesuffix(".old")
+        if not place.exists():
+            os.replace(old, place)
     wrong: list[str] = []
     for step in reversed(steps_in(folder)):
         try:
@@ -127,19 +135,29 @@ def newest(folder: Path) -> tuple[Kept | None, list[str]]:
     return None, wrong
 
 
-class Writer:
-    """Writes checkpoints in a thread of its own, one at a time, and deletes old ones: the last `last` stay, and those
-    in `protected`."""
+def set_aside(folder: Path, after: int) -> None:
+    """Give checkpoints of steps after `after`, which can't be read, another name."""
+    for step in steps_in(folder):
+        if step > after:
+            place = place_of(folder, step)
+            aside = folder / f"broken-{place.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(place, aside)
 
-    def __init__(self, folder: Path, last: int = 2) -> None:
-        self.folder, self.last = folder, last
-        self.protected: set[int] = set()
+
+class Writer:
+    """Writes checkpoints in a thread of its own, one at a time, and deletes old ones: the last `last` stay. A write
+    that fails is told to `warn`, and the next one is tried; two in a row are raised."""
+
+    def __init__(self, folder: Path, last: int = 2, warn: Callable[[str], None] = print) -> None:
+        self.folder, self.last, self.warn = folder, max(1, last), warn
+        self._failed = 0
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
     def put(self, kept: Kept) -> None:
-        """Have it written. The tensors are copied first; an error of the write before comes up here."""
-        self.wait()
+        """Have it written, after what is being written now. The tensors are copied first."""
+        self._join()
         copied = {
             group: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
             for group, tensors in kept.tensors.items()
@@ -151,21 +169,27 @@ class Writer:
     def _write(self, kept: Kept) -> None:
         try:
             write(self.folder, kept)
-            steps = steps_in(self.folder)
-            for step in steps[: -self.last] if self.last else []:
-                if step not in self.protected:
-                    shutil.rmtree(place_of(self.folder, step))
+            older = [step for step in steps_in(self.folder) if step <= kept.step]
+            for step in older[: -self.last]:
+                shutil.rmtree(place_of(self.folder, step))
+            self._failed = 0
         except Exception as error:
+            self._failed += 1
             self._error = error
+            self.warn(f"the checkpoint of step {kept.step} could not be written: {error}")
 
-    def wait(self) -> None:
-        """Until nothing is being written. Raises what went wrong."""
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        if self._error is not None and self._failed > 1:
+            raise self._error
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises what went wrong with the last write."""
+        self._join()
+        if self._error is not None and self._failed:
+            raise self._error
 
 
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

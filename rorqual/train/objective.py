@@ -121,11 +121,12 @@ class Pretraining:
             if router.table is not None:
                 continue  # looked up by token: there is nothing to learn
             share = sequences / counts.sequences
-            if factors.balance:
-                scores_BTE = scores(logits_NE, router.part.score).unflatten(0, (sequences, -1))
-                found = sequence_loss(scores_BTE, ids_NK.unflatten(0, (sequences, -1))) * (
-                    factors.balance * share
-                )
+            if factors.balance and factors.v2 is None:
+                scores_NE = scores(logits_NE, router.part.score)
+                # Eq. 18 counts the likeliest experts of the affinities alone, without bias and groups.
+                best_NK = scores_NE.topk(ids_NK.shape[1], -1).indices
+                per_row = (scores_NE.unflatten(0, (sequences, -1)), best_NK.unflatten(0, (sequences, -1)))
+                found = sequence_loss(*per_row) * (factors.balance * share)
                 total = found if total is None else total + found
             if factors.v2 is not None:
                 found = (

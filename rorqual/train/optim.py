@@ -6,7 +6,7 @@ plain functions of (parameters, gradients, state, step): nothing is hidden in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -89,20 +89,18 @@ class Optimizer:
         return made | {key: torch.zeros_like(p, dtype=kind) for key in ("m", "v")}
 
     @torch.no_grad()
-    def step(self, number: int, rate: float, rate_of: Callable[[str], float] | None = None) -> None:
-        """Move all parameters that have gradients: step `number`, from 1 on, at learning rate `rate` (times
-        `rate_of(name)`)."""
+    def step(self, number: int, rate: float) -> None:
+        """Move all parameters that have gradients: step `number`, from 1 on, at learning rate `rate`."""
         for name, p in self.parameters.items():
             if p.grad is None:
                 continue
-            own = rate if rate_of is None else rate * rate_of(name)
             state = self.state[name]
             weight = state.get("master", p)
             grad = p.grad.to(weight.dtype)
             if self._muon(name):
-                self._by_muon(weight, grad, state, own)
+                self._by_muon(weight, grad, state, rate)
             else:
-                self._by_adam(weight, grad, state, own, number)
+                self._by_adam(weight, grad, state, rate, number)
             if weight is not p:
                 p.copy_(weight)
 

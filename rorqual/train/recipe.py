@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
 
 from rorqual.family import ModelConfig
 from rorqual.train.balance import V2Balance
 from rorqual.train.optim import AdamW, Settings
 from rorqual.train.schedule import Schedule, Stage
+
+DTYPES = ("float32", "bfloat16", "float64")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Guard:
 @dataclass(frozen=True)
 class Recipe:
     """Everything a run is made of. `tokens`: where it ends. `micro`: rows that go through the model at once.
-    `rate`, `mtp` (λ) and `speed` (γ of the routers' biases) are functions of tokens seen."""
+    `v2`: V2's balance losses instead of V3's. `rate`, `mtp` (λ) and `speed` (γ of the routers' biases) are
+    functions of tokens seen."""
 
     name: str
     config: ModelConfig
@@ -57,6 +61,19 @@ class Recipe:
     save_every: int = 0
     keep: int = 2
 
+    def __post_init__(self) -> None:
+        for name in ("tokens", "micro", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; it can be {', '.join(DTYPES)}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip is {self.clip}; it must be above 0, or none")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; it must lie between 0 and 1, or be none")
+        if not self.balance >= 0 or self.evaluate_every < 0 or self.save_every < 0:
+            raise ValueError("balance, evaluate_every and save_every must not be below 0")
+
     def fingerprint(self) -> str:
         """What two runs compare, to know whether one goes on with the other. How often it is looked at and saved is
         left out, as is what of a folder's name."""
@@ -67,46 +84,47 @@ class Recipe:
 
 
 def override(recipe: Any, path: str, value: str) -> Any:
-    """`recipe` with the field at `path` ("optimizer.decay", "stages.0.batch") read from text in the type it has.
+    """`recipe` with the field at `path` ("optimizer.decay", "stages.0.batch") read from text in the field's type.
     ValueError names what is there instead."""
     head, _, rest = path.partition(".")
     if isinstance(recipe, tuple):
         if not head.isdigit() or int(head) >= len(recipe):
             raise ValueError(f"{head!r} is no place in a list of {len(recipe)}: they are numbered from 0")
         at = int(head)
-        new = override(recipe[at], rest, value) if rest else _read(recipe[at], value, head)
+        new = override(recipe[at], rest, value) if rest else _read(recipe[at], value, head, type(recipe[at]))
         return (*recipe[:at], new, *recipe[at + 1 :])
     if not is_dataclass(recipe) or isinstance(recipe, type):
         raise ValueError(f"nothing lies under {head!r} here")
     names = [f.name for f in fields(recipe) if not f.name.startswith("_")]
     if head not in names:
         raise ValueError(f"{type(recipe).__name__} has no {head!r}; it has {', '.join(names)}")
-    old = getattr(recipe, head)
-    return replace(recipe, **{head: override(old, rest, value) if rest else _read(old, value, head)})
+    old, kind = getattr(recipe, head), get_type_hints(type(recipe))[head]
+    return replace(recipe, **{head: override(old, rest, value) if rest else _read(old, value, head, kind)})
 
 
-def _read(old: Any, value: str, name: str) -> Any:
-    """`value` in the type of what it replaces."""
+def _read(old: Any, value: str, name: str, kind: Any) -> Any:
+    """`value` as a field's type has it."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     low = value.lower()
+    if low == "none" and NoneType in kinds:
+        return None
     try:
-        if isinstance(old, bool):
+        if bool in kinds:
             return {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}[low]
-        if isinstance(old, Schedule):
+        if Schedule in kinds:
             return Schedule(float(value))
-        if isinstance(old, str):
+        if str in kinds:
             return value
-        if low == "none":
-            return None
-        if isinstance(old, int):
-            return int(float(value)) if float(value).is_integer() else int(value)
-        if isinstance(old, float) or old is None:
+        if int in kinds:
+            number = float(value)  # so that 1e6 is one, too
+            if not number.is_integer():
+                raise ValueError
+            return int(number)
+        if float in kinds:
             return float(value)
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         raise ValueError(
             f"{name}={value}: it is {old!r} now, and this can't be read as one of its kind"
         ) from None
-    raise ValueError(f"{name} is a {type(old).__name__}: name a field of it, such as {name}.{_first(old)}")
-
-
-def _first(old: Any) -> str:
-    return next((f.name for f in fields(old)), "") if is_dataclass(old) else "0"
+    inner = next((f.name for f in fields(old)), "") if is_dataclass(old) else "0"
+    raise ValueError(f"{name} is {old!r}: name a field of it, such as {name}.{inner}")

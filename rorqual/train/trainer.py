@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import os
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rorqual.data import HELD, Batch, Corpus, DataError, Manifest, Mixture
+from rorqual.data import HELD, Batch, Corpus, Mixture
 from rorqual.data.numbers import word
+from rorqual.data.shards import write_atomically
 from rorqual.family import ConfigError
 from rorqual.family.hub import to_hub
 from rorqual.nn import Transformer
 from rorqual.nn.balance import max_violation, update_bias
-from rorqual.train.checkpoint import Kept, Writer, newest, steps_in
+from rorqual.train.checkpoint import Kept, Writer, newest, set_aside, steps_in
 from rorqual.train.objective import Factors, Pretraining
 from rorqual.train.optim import Optimizer, clip
 from rorqual.train.recipe import Recipe
@@ -30,6 +35,27 @@ from rorqual.train.schedule import Steps
 LOG = "log.jsonl"
 _MIXTURE, _HELD = 10, 11
 """What numbers are drawn for (see `data.numbers.word`)."""
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """A list that a first Ctrl-C puts something into, instead of stopping whatever runs; the second is as always. Does
+    nothing outside the main thread."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def first(number: int, _: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class TrainError(ValueError):
@@ -76,15 +102,29 @@ class Trainer:
                 name: p.detach().to("cpu", torch.float32, copy=True)
                 for name, p in self.model.named_parameters()
             }
+        self.held = self._held() if recipe.evaluate_every else None
         self.step, self.updates, self.norms, self._wrong = 0, 0, [], 0  # type: int, int, list[float], int
-        self._known: list[str] = []
-        self.writer = Writer(self.folder, recipe.keep)
+        self.writer = Writer(self.folder, recipe.keep, warn)
         self._begin(resume)
 
     def _mixture(self, corpora: list[Corpus], stage: int, seed: int) -> Mixture:
         weights = [source.weight for source in self.recipe.sources]
         depths = len(self.recipe.config.mtp)
         return Mixture(corpora, weights, length=self.recipe.stages[stage].length, look=1 + depths, seed=seed)
+
+    def _held(self) -> Mixture | None:
+        """The held-out splits, mixed as what is trained on; None, with a word, where there is too little."""
+        without = [c.folder for c in self._corpora if not c.manifest.of(HELD)]
+        if without:
+            self.warn(f"{without[0]} holds nothing out, so nothing is evaluated: build it with --hold-out")
+            return None
+        held = [Corpus(corpus.folder, HELD) for corpus in self._corpora]
+        need = self.recipe.stages[0].length + 1 + len(self.recipe.config.mtp)
+        short = [c.folder for c in held if c.tokens < need]
+        if short:
+            self.warn(f"{short[0]} holds less than one sample of {need} tokens out, so nothing is evaluated")
+            return None
+        return self._mixture(held, 0, word(self.recipe.seed, _HELD))
 
     def _check(self) -> None:
         recipe, config = self.recipe, self.recipe.config
@@ -99,12 +139,10 @@ class Trainer:
         except ConfigError as error:
             self.warn(f"what is trained can be resumed but not written in a released format: {error}")
         for stage in recipe.stages:
-            if stage.length + 1 > config.max_positions:
+            if stage.length > config.max_positions:
                 raise TrainError(
                     f"sequences of {stage.length} are longer than the model's {config.max_positions} positions"
                 )
-        if recipe.micro < 1 or recipe.tokens < 1:
-            raise TrainError("micro and tokens must be above 0")
 
     # --------------------------------------------------------------------------------- begin, resume
 
@@ -125,8 +163,9 @@ class Trainer:
                 raise TrainError(
                     f"{self.folder}: none of its {len(there)} checkpoints can be read; the newest: {wrong[0]}"
                 )
-            if not self.folder.is_dir():
+            if not (self.folder / LOG).is_file():
                 raise TrainError(f"{self.folder} holds no run to go on with")
+            self.warn(f"{self.folder} has no checkpoint yet: it begins again")
             self._cut_log(0)
             return
         if kept.facts.get("recipe") != self.recipe.fingerprint():
@@ -134,9 +173,12 @@ class Trainer:
                 f"{self.folder} is a run of another recipe (or of this one with other overrides): resume "
                 "with what it was begun with, or begin anew in another folder"
             )
-        tokenizers = [corpus.manifest.tokenizer for corpus in self._corpora]
-        if kept.facts.get("tokenizers") != tokenizers:
-            raise TrainError("the corpora were built with another tokenizer than the run was begun with")
+        if kept.facts.get("corpora") != self._contents():
+            raise TrainError(
+                f"{self.folder} was begun on other data: a corpus has been built anew or is another one. Give it "
+                "what it had (where that lies may differ), or begin anew in another folder"
+            )
+        set_aside(self.folder, kept.step)
         self.model.load_state_dict(kept.tensors["model"])
         self.optimizer.restore(kept.tensors["optimizer"])
         if self.ema is not None:
@@ -156,14 +198,22 @@ class Trainer:
             except (ValueError, KeyError, TypeError):
                 break
             lines.append(line + "\n")
-        path.write_text("".join(lines), encoding="utf-8")
+        write_atomically(path, "".join(lines).encode())
+
+    def _contents(self) -> list[str]:
+        """What the corpora hold, to the bit, wherever they lie."""
+        found = []
+        for corpus in self._corpora:
+            shards = [(e.split, e.tokens, e.sha256) for e in corpus.manifest.shards]
+            found.append(hashlib.sha256(repr((corpus.manifest.tokenizer, shards)).encode()).hexdigest())
+        return found
 
     def save(self) -> None:
         """Begin to write a checkpoint of what stands now."""
         facts = {
             "recipe": self.recipe.fingerprint(),
             "name": self.recipe.name,
-            "tokenizers": [corpus.manifest.tokenizer for corpus in self._corpora],
+            "corpora": self._contents(),
             "tokens": self.steps[self.step][3],
             "updates": self.updates,
             "norms": self.norms,
@@ -177,7 +227,12 @@ class Trainer:
     # --------------------------------------------------------------------------------------- the loop
 
     def run(self, told: Callable[[Report], None] | None = None) -> None:
-        """Go on to the recipe's end. Interrupted (Ctrl-C), it saves where it is first."""
+        """Go on to the recipe's end. Interrupted (Ctrl-C), it ends the step it is in, saves, and raises
+        KeyboardInterrupt; interrupted once more it stops at once, and the last checkpoint counts."""
+        with interrupts() as asked:
+            self._run(told, asked)
+
+    def _run(self, told: Callable[[Report], None] | None, asked: list[int]) -> None:
         try:
             with (self.folder / LOG).open("a", encoding="utf-8") as log:
                 for report in self:
@@ -194,9 +249,9 @@ class Trainer:
                     log.flush()
                     if told is not None:
                         told(report)
-        except KeyboardInterrupt:
-            self.save()
-            raise
+                    if asked:
+                        self.save()
+                        raise KeyboardInterrupt
         finally:
             self.writer.wait()
 
@@ -219,6 +274,8 @@ class Trainer:
     def _take(self) -> Report:
         """One step."""
         began, recipe = time.perf_counter(), self.recipe
+        for p in self.model.parameters():
+            p.grad = None
         stage, first, samples, seen = self.steps[self.step]
         batch = self.mixtures[stage].batch(first, samples)
         tokens = samples * recipe.stages[stage].length
@@ -233,8 +290,6 @@ class Trainer:
             self.optimizer.step(self.updates, rate)
             self._balance(load, recipe.speed(seen))
             self._average()
-        for p in self.model.parameters():
-            p.grad = None
         took = time.perf_counter() - began
         values |= {"norm": norm, "rate": rate, "tokens": float(seen + tokens), "seconds": took}
         for number, counts in load.items():
@@ -279,7 +334,7 @@ class Trainer:
         if self._wrong > (guard.most if guard is not None else 0):
             raise TrainError(
                 f"step {self.step}: {why}, for the {self._wrong}th time in a row. The last checkpoint is from "
-                "before it: lower the learning rate, or look at the data of these steps"
+                "before it: look at the data of these steps, or begin anew with a lower learning rate"
             )
         return why
 
@@ -303,20 +358,16 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, rows: int = 64) -> dict[str, float]:
-        """Loss on the held-out splits, over the same rows every time; nothing where nothing was held out."""
-        if not all(Manifest.read(corpus.folder).of(HELD) for corpus in self._corpora):
-            return {}
-        try:
-            held = self._mixture(
-                [Corpus(c.folder, HELD) for c in self._corpora], 0, word(self.recipe.seed, _HELD)
-            )
-        except DataError:  # too few tokens for one sample
+        """Loss a token on the held-out splits, over the same rows every time; nothing where nothing was held out."""
+        held = self.held
+        if held is None:
             return {}
         rows = min(rows, sum(windows.count for windows in held.windows))
-        total = 0.0
+        total, targets = 0.0, 0
         for first in range(0, rows, self.recipe.micro):
             batch = held.batch(first, min(self.recipe.micro, rows - first))
             counts = self.objective.counts([batch], 0)
             loss = self.objective(self.model, batch, counts, Factors()).told["next"]
-            total += float(loss) * len(batch.ids_BT)
-        return {"held": total / rows}
+            total += float(loss) * counts.targets[0]
+            targets += counts.targets[0]
+        return {"held": total / targets}

@@ -78,7 +78,7 @@ def test_a_row_is_the_corpus_cut_in_windows(corpora: list[Corpus]) -> None:
 
 def test_reads_over_shards_are_reads_of_one_row(corpora: list[Corpus]) -> None:
     corpus = corpora[0]
-    assert len(corpus.shards) > 3
+    assert len(corpus.manifest.shards) > 3
     whole, numbers = corpus.read(0, corpus.tokens)
     assert (np.diff(numbers) >= 0).all() and numbers[-1] == corpus.documents - 1
     bos = TOKENIZER.bos

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rorqual.data import HELD, TRAIN, Corpus, DataError, Options, Reading, Shape, build, shards
+from rorqual.data import HELD, TRAIN, Corpus, DataError, Options, Reading, Shape, build, fingerprint, shards
 from rorqual.data.reshape import Shaper, combined
+from rorqual.text import Tokenizer
 from rorqual.text import tokens as t
 from tests.data.corpora import TOKENIZER, json_lines, texts, tokenizer
 
@@ -71,16 +72,23 @@ def test_any_number_of_workers_and_any_part_makes_the_same(tmp_path: Path) -> No
     assert contents(tmp_path / "many") == expected
 
 
+def building(source: Path, folder: Path, tokenizer: Path, piece: int) -> list[str]:
+    """A build as a process of its own."""
+    code = (
+        "from rorqual.data import Options, build\nfrom rorqual.text import Tokenizer\n"
+        f"build([{str(source)!r}], {str(folder)!r}, Tokenizer.from_dir({str(tokenizer)!r}), "
+        f"Options(piece={piece}), workers=2)"
+    )
+    return [sys.executable, "-c", code]
+
+
 def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
     source = json_lines(tmp_path / "a.jsonl", texts(3000))
     TOKENIZER.save(tmp_path / "tokenizer")
-    code = (
-        "import rorqual.data.build as b\nfrom rorqual.text import Tokenizer\n"
-        f"b.build([{str(source)!r}], {str(tmp_path / 'c')!r}, "
-        f"Tokenizer.from_dir({str(tmp_path / 'tokenizer')!r}), b.Options(piece=4000), workers=2)"
-    )
+    begin = building(source, tmp_path / "c", tmp_path / "tokenizer", 4000)
+    kills = 0
     for more in (3, 6, 9):
-        child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+        child = subprocess.Popen(begin, start_new_session=True)
         end = time.monotonic() + 60
         before = len(list((tmp_path / "c").glob("*.safetensors")))
         while child.poll() is None and time.monotonic() < end:
@@ -89,10 +97,80 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
             time.sleep(0.005)
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
+            kills += 1
         child.wait()
+    assert kills == 3
     build([str(source)], tmp_path / "c", TOKENIZER, Options(piece=4000), workers=1)
     build([str(source)], tmp_path / "d", TOKENIZER, Options(piece=4000), workers=1)
     assert contents(tmp_path / "c") == contents(tmp_path / "d")
+
+
+def test_texts_that_come_twice_are_on_one_side(tmp_path: Path) -> None:
+    one, two = (json_lines(tmp_path / name, texts(60)) for name in ("a.jsonl", "b.jsonl"))
+    sides = []
+    for piece in (700, 10**6):
+        build(
+            [str(one), str(two)], tmp_path / f"{piece}", TOKENIZER, Options(held=0.3, piece=piece), workers=1
+        )
+        sides.append([set(documents(Corpus(tmp_path / f"{piece}", split))) for split in (TRAIN, HELD)])
+    (train, held), other = sides
+    assert not train & held and len(train | held) == 60 and 8 < len(held) < 30
+    assert other == [train, held]  # nor does it depend on the cut
+
+
+def documents(corpus: Corpus) -> list[tuple[int, ...]]:
+    row, numbers = corpus.read(0, corpus.tokens)
+    return [tuple(row[numbers == number]) for number in range(corpus.documents)]
+
+
+def test_a_piece_may_be_many_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = json_lines(tmp_path / "a.jsonl", texts(60))
+    build([str(source)], tmp_path / "one", TOKENIZER, Options(held=0.2), workers=1)
+    monkeypatch.setattr(shards, "OPEN", 2)
+    monkeypatch.setattr(sys.modules["rorqual.data.build"], "SHARD", 200)
+    build([str(source)], tmp_path / "many", TOKENIZER, Options(held=0.2), workers=1)
+    one, many = (Corpus(tmp_path / name) for name in ("one", "many"))
+    assert len(many.manifest.of(TRAIN)) > 5 and ids(one) == ids(many)
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    assert ids(many) == ids(one) and many._shard.cache_info().currsize <= 2
+    if before:
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_a_build_that_died_at_its_beginning_can_begin_again(tmp_path: Path) -> None:
+    source = str(json_lines(tmp_path / "a.jsonl", texts(5)))
+    (tmp_path / "c" / "build").mkdir(parents=True)
+    (tmp_path / "c" / "build" / ".plan.json.7.part").write_text("{")
+    build([source], tmp_path / "c", TOKENIZER, workers=1)
+    tokenizer("sea").save(tmp_path / "c" / "tokenizer")  # not what the plan says
+    (tmp_path / "c" / "build" / "000000.json").unlink()
+    before = contents(tmp_path / "c")
+    build([source], tmp_path / "c", TOKENIZER, workers=1)
+    assert contents(tmp_path / "c") == before
+    assert Corpus(tmp_path / "c").manifest.tokenizer == fingerprint(
+        Tokenizer.from_dir(tmp_path / "c" / "tokenizer")
+    )
+
+
+def test_workers_end_with_who_began_them(tmp_path: Path) -> None:
+    source = json_lines(tmp_path / "a.jsonl", texts(4000))
+    TOKENIZER.save(tmp_path / "tokenizer")
+    begin = building(source, tmp_path / "c", tmp_path / "tokenizer", 3000)
+    child = subprocess.Popen(begin, start_new_session=True)
+    end = time.monotonic() + 60
+    while not list((tmp_path / "c").glob("*.safetensors")) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert child.poll() is None, "it ended before it could be killed"
+    child.kill()
+    child.wait()
+    while time.monotonic() < end:
+        try:
+            os.killpg(child.pid, 0)
+        except ProcessLookupError:
+            return  # nobody is left in its session
+        time.sleep(0.05)
+    os.killpg(child.pid, signal.SIGKILL)
+    pytest.fail("workers have outlived the build")
 
 
 @pytest.mark.parametrize(
@@ -267,8 +345,6 @@ def test_tokens_taken_apart_read_the_same() -> None:
 
 
 def test_what_a_tokenizer_cannot_do_is_said_before_any_work(tmp_path: Path) -> None:
-    from rorqual.text import Tokenizer
-
     bare = Tokenizer(TOKENIZER._backend)
     with pytest.raises(DataError, match="--no-bos"):
         build(["nowhere"], tmp_path / "c", bare)

@@ -76,6 +76,19 @@ def test_folders_are_searched_in_order(tmp_path: Path) -> None:
         files_of([str(tmp_path / "empty")])
 
 
+def test_names_say_how_files_are_read(tmp_path: Path) -> None:
+    said: list[str] = []
+    lines = json_lines(tmp_path / "a.json", texts(3)).read_bytes()
+    (tmp_path / "B.JSONL.GZ").write_bytes(gzip.compress(lines))
+    (tmp_path / "c.TXT.gz").write_bytes(gzip.compress(b"one text"))
+    (tmp_path / "d.jsonl.zst").write_bytes(b"packed")
+    found = read(files_of([str(tmp_path)], said.append))
+    assert found == [*texts(3), *texts(3), "one text"] and len(said) == 1 and "d.jsonl.zst" in said[0]
+    # Named twice it is read once.
+    again = files_of([str(tmp_path), str(tmp_path / "a.json"), str(tmp_path / "." / "a.json")], said.append)
+    assert len(again) == 3
+
+
 def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
@@ -103,6 +116,7 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (b"[1]", "no field 'text' .there is: list."),
         (b'{"text": "\xff"}', "byte 21"),
         (b"[" * 100_000, "byte 21"),
+        (rb'{"text": "cut \ud83d"}', "half a character .letter 4."),
     ],
 )
 def test_bad_lines_are_named_and_the_others_read(tmp_path: Path, line: bytes, why: str) -> None:

@@ -78,13 +78,17 @@ def test_what_is_wrong_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFix
         with pytest.raises(ValueError, match=why):
             run(*words, *([] if words == ["mini-cpu"] else ["--out", str(tmp_path / "a")]))
     run("recipe:mini-cpu", "--out", str(tmp_path / "b"), "--dry-run")
-    assert "M parameters" in capsys.readouterr().err and not (tmp_path / "b" / "run").exists()
+    assert "M parameters" in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_recipes_are_the_same_every_time(name: str, tmp_path: Path) -> None:
-    one, two = (RECIPES[name](tmp_path / place) for place in "ab")
+    one, two = (RECIPES[name].make(tmp_path / place) for place in "ab")
     assert one.fingerprint() == two.fingerprint()
+    longer = RECIPES[name].make(tmp_path, 3 * one.tokens)
+    assert [longer.rate(3 * t) for t in (10, 10**5, 10**6)] == pytest.approx(
+        [one.rate(t) for t in (10, 10**5, 10**6)]
+    )
 
 
 def test_a_tokenizer_of_ones_own() -> None:

@@ -69,8 +69,9 @@ def plainly(model: Transformer, given: Batch, factors: Factors) -> Tensor:
                 s, picked = score[mine], chosen[mine]
                 experts, k = s.shape[1], picked.shape[1]
                 p = (s / s.sum(1, keepdim=True)).sum(0) / width
+                likeliest = s.topk(k, 1).indices  # eq. 18: of the affinities alone
                 for i in range(experts):
-                    f = experts / (k * width) * int((picked == i).sum())
+                    f = experts / (k * width) * int((likeliest == i).sum())
                     loss = loss + factors.balance * f * p[i] / len(ids)
     return loss
 

@@ -8,6 +8,8 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -90,22 +92,38 @@ def test_stopped_and_resumed_it_is_the_same_run(
     assert checkpoint.steps_in(tmp_path / "cut") == checkpoint.steps_in(tmp_path / "whole")
 
 
-def test_ctrl_c_saves_where_it_is(tmp_path: Path, corpus: str) -> None:
-    plan = recipe(corpus, "gqa", save_every=0)
+@pytest.mark.parametrize("where", ["told", "optimizer", "evaluate", "gradients"])
+def test_ctrl_c_ends_the_step_and_saves(
+    tmp_path: Path, corpus: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the signal falls: the step that was under way is whole, and told of."""
+    plan = recipe(corpus, "gqa", save_every=0, evaluate_every=5)
     trainer = Trainer(plan, tmp_path / "a")
+    owner, name = {
+        "told": (trainer, "_balance"),
+        "optimizer": (trainer.optimizer, "_by_adam"),
+        "evaluate": (trainer, "evaluate"),
+        "gradients": (trainer, "gradients"),
+    }[where]
+    real, hits = getattr(owner, name), [0]
 
-    def told(report: Any) -> None:
-        if report.step == 4:
-            raise KeyboardInterrupt
+    def hit(*given: Any) -> Any:
+        hits[0] += trainer.step >= 4
+        if hits[0] == 1 + 2 * (where == "optimizer"):  # amid the parameters
+            os.kill(os.getpid(), signal.SIGINT)
+            hits[0] += 100
+        return real(*given)
 
+    monkeypatch.setattr(owner, name, hit)
     with pytest.raises(KeyboardInterrupt):
-        trainer.run(told)
+        trainer.run()
     again = Trainer(plan, tmp_path / "a", resume=True)
     assert again.step == 5
     again.run()
     whole = Trainer(plan, tmp_path / "b")
     whole.run()
     assert checkpoint.same(ends(again), ends(whole)) and log(tmp_path / "a") == log(tmp_path / "b")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def go_on(corpus: str, folder: str, resume: bool) -> None:
@@ -183,27 +201,91 @@ def test_broken_checkpoints_are_named_and_the_one_before_is_taken(tmp_path: Path
         Trainer(plan, tmp_path / "a", resume=True, warn=said.append)
 
 
+@pytest.mark.parametrize("room_again", [True, False])
 def test_a_full_disk_loses_only_that_checkpoint(
-    tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch, room_again: bool
 ) -> None:
-    plan = recipe(corpus, "gqa")
+    plan, said = recipe(corpus, "gqa"), []  # type: Recipe, list[str]
     real, count = os.fsync, [0]
 
     def fsync(number: int) -> None:
         count[0] += 1
-        if count[0] > 6:
+        if count[0] > 6 and not (room_again and count[0] > 7):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(number)
 
+    whole = run_to(tmp_path / "b", plan)
     monkeypatch.setattr(checkpoint.os, "fsync", fsync)
-    with pytest.raises(OSError, match="No space"):
-        Trainer(plan, tmp_path / "a").run()
+    trainer = Trainer(plan, tmp_path / "a", warn=said.append)
+    if room_again:
+        trainer.run()
+        assert len(said) == 1 and "step 8 could not be written" in said[0]
+        assert checkpoint.same(ends(trainer), ends(whole))
+        assert checkpoint.steps_in(tmp_path / "a") == checkpoint.steps_in(tmp_path / "b")
+        return
+    with pytest.raises(OSError, match="No space"):  # the second in a row ends it
+        trainer.run()
     monkeypatch.undo()
     assert checkpoint.steps_in(tmp_path / "a") == [4] and not list((tmp_path / "a").glob(".*.part"))
     again = Trainer(plan, tmp_path / "a", resume=True)
     assert again.step == 4
     again.run()
-    assert log(tmp_path / "a") == log(run_to(tmp_path / "b", plan).folder)
+    assert log(tmp_path / "a") == log(tmp_path / "b")
+
+
+def test_what_is_whole_outlives_what_is_broken(tmp_path: Path, corpus: str) -> None:
+    """Broken checkpoints don't count among those that are kept, and one that is replaced stays until the end."""
+    plan = recipe(corpus, "gqa", keep=1, tokens=800)
+    run_to(tmp_path / "a", plan)
+    (newest_step,) = checkpoint.steps_in(tmp_path / "a")
+    kept = checkpoint.read(tmp_path / "a", newest_step)
+    for step in (newest_step + 3, newest_step + 4):
+        checkpoint.place_of(tmp_path / "a", step).mkdir()
+    writer = checkpoint.Writer(tmp_path / "a", 1)
+    writer.put(replace(kept, step=newest_step + 1))
+    writer.wait()
+    assert newest_step + 1 in checkpoint.steps_in(tmp_path / "a")
+    said: list[str] = []
+    again = Trainer(plan, tmp_path / "a", resume=True, warn=said.append)
+    assert (
+        again.step == newest_step + 1 and len(said) == 2 and len(list((tmp_path / "a").glob("broken-*"))) == 2
+    )
+    place = checkpoint.place_of(tmp_path / "a", newest_step + 1)
+    os.replace(place, tmp_path / "a" / f".{place.name}.old")  # killed between two renames
+    found, wrong = checkpoint.newest(tmp_path / "a")
+    assert found is not None and found.step == newest_step + 1 and not wrong
+
+
+def test_a_run_stays_on_its_data(tmp_path: Path, corpus: str) -> None:
+    plan = recipe(corpus, "gqa", tokens=300)
+    run_to(tmp_path / "a", plan)
+    other = tmp_path / "moved"
+    shutil.copytree(corpus, other)
+    Trainer(replace(plan, sources=(Source(str(other)),)), tmp_path / "a", resume=True)
+    source = json_lines(tmp_path / "x.jsonl", texts(300, start=5))
+    build([str(source)], tmp_path / "c", TOKENIZER, Options(held=0.1), workers=1)
+    with pytest.raises(TrainError, match="other data"):
+        Trainer(replace(plan, sources=(Source(str(tmp_path / "c")),)), tmp_path / "a", resume=True)
+    for step in checkpoint.steps_in(tmp_path / "a"):
+        shutil.rmtree(checkpoint.place_of(tmp_path / "a", step))
+    said: list[str] = []
+    assert (
+        Trainer(plan, tmp_path / "a", resume=True, warn=said.append).step == 0 and "begins again" in said[0]
+    )
+
+
+def test_what_can_not_be_evaluated_is_said_at_once(tmp_path: Path, corpus: str) -> None:
+    broken = tmp_path / "c"
+    shutil.copytree(corpus, broken)
+    (held,) = broken.glob("held-*")
+    held.write_bytes(held.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="cut off"):
+        Trainer(recipe(str(broken), "gqa"), tmp_path / "a")
+    source = json_lines(tmp_path / "x.jsonl", texts(100))
+    build([str(source)], tmp_path / "d", TOKENIZER, workers=1)
+    said: list[str] = []
+    trainer = Trainer(recipe(str(tmp_path / "d"), "gqa"), tmp_path / "b", warn=said.append)
+    assert "holds nothing out" in said[0] and trainer.evaluate() == {}
 
 
 def test_a_run_goes_on_only_as_what_it_was(tmp_path: Path, corpus: str) -> None:
@@ -219,7 +301,7 @@ def test_a_run_goes_on_only_as_what_it_was(tmp_path: Path, corpus: str) -> None:
     with pytest.raises(TrainError, match="token ids, and the model has"):
         Trainer(replace(plan, config=config("gqa", 60)), tmp_path / "b")
     with pytest.raises(TrainError, match="positions"):
-        Trainer(replace(plan, stages=(Stage(300, 2),)), tmp_path / "b")
+        Trainer(replace(plan, stages=(Stage(201, 2),)), tmp_path / "b")
 
 
 def test_steps_that_are_not_numbers_or_spikes_move_nothing(tmp_path: Path, corpus: str) -> None:
@@ -267,6 +349,8 @@ def test_overrides() -> None:
     assert override(plan, "stages.0.batch", "1e2").stages[0].batch == 100
     assert override(plan, "clip", "none").clip is None and override(plan, "apart", "yes").apart is True
     assert override(plan, "sources.0.folder", "x").sources == (Source("x"),)
+    assert override(replace(plan, stages=(Stage(8, 2),)), "stages.0.to", "4").stages[0].to == 4
+    assert override(plan, "v2", "none").v2 is None and override(plan, "ema", "0.5").ema == 0.5
     for path, value, why in (
         ("nope", "1", "has no 'nope'; it has name"),
         ("optimizer.nope", "1", "AdamW has no 'nope'"),
@@ -275,6 +359,12 @@ def test_overrides() -> None:
         ("apart", "maybe", "can't be read"),
         ("optimizer", "x", "name a field of it, such as optimizer.betas"),
         ("seed.deep", "1", "nothing lies under"),
+        ("micro", "none", "can't be read"),
+        ("micro", "0", "above 0"),
+        ("dtype", "banana", "can be float32"),
+        ("clip", "-1", "above 0"),
+        ("v2", "0.1", "name a field of it"),
+        ("stages.0.to", "4.5", "can't be read"),
     ):
         with pytest.raises(ValueError, match=why):
             override(plan, path, value)
