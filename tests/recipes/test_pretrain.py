@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +44,14 @@ def test_it_trains_resumes_and_leaves_a_model_that_others_read(
 
     def interrupted(self: Trainer) -> Any:
         if self.step == 7:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return real(self)
 
     monkeypatch.setattr(Trainer, "_take", interrupted)
     with pytest.raises(SystemExit, match="130"):
         run(*small(tmp_path / "a"))
     monkeypatch.undo()
-    assert checkpoint.steps_in(tmp_path / "a" / "run")[-1] == 7
+    assert checkpoint.steps_in(tmp_path / "a" / "run")[-1] == 8
     with pytest.raises(ValueError, match="--resume"):
         run(*small(tmp_path / "a"))
     run(*small(tmp_path / "a", "--resume"))
