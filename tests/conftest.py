@@ -2,7 +2,9 @@
 
 import os
 import random
+import signal
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub is no test; before any hub library
@@ -68,3 +70,11 @@ _torch_random = _TorchRandom()  # hypothesis keeps only a weak reference
 hypothesis.register_random(_torch_random)
 hypothesis.settings.register_profile("rorqual", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("rorqual")
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background of a shell that ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -144,6 +144,8 @@ def _settle(folder: Path, tokenizer: Tokenizer, options: Options, pieces: list[P
             )
         (folder / WORK).mkdir(parents=True, exist_ok=True)
         write_atomically(path, text.encode())
+    for left in (*folder.glob(".*.part"), *(folder / WORK).glob(".*.part")):  # of a build that was killed
+        left.unlink(missing_ok=True)
     if not _same(folder / TOKENIZER, fingerprint(tokenizer)):
         tokenizer.save(folder / TOKENIZER)
 

@@ -40,12 +40,12 @@ _MIXTURE, _HELD = 10, 11
 @contextlib.contextmanager
 def interrupts() -> Iterator[list[int]]:
     """A list that a first Ctrl-C puts something into, instead of stopping whatever runs; the second is as always. Does
-    nothing outside the main thread."""
+    nothing outside the main thread, and where Ctrl-C is to be ignored (nohup)."""
     asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
         yield asked
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def first(number: int, _: object) -> None:
         asked.append(number)

@@ -38,7 +38,7 @@ def small(folder: Path, *more: str) -> list[str]:
 
 
 def test_it_trains_resumes_and_leaves_a_model_that_others_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ctrl_c: None
 ) -> None:
     real = Trainer._take
 

@@ -94,7 +94,7 @@ def test_stopped_and_resumed_it_is_the_same_run(
 
 @pytest.mark.parametrize("where", ["told", "optimizer", "evaluate", "gradients"])
 def test_ctrl_c_ends_the_step_and_saves(
-    tmp_path: Path, corpus: str, where: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, corpus: str, where: str, monkeypatch: pytest.MonkeyPatch, ctrl_c: None
 ) -> None:
     """Wherever the signal falls: the step that was under way is whole, and told of."""
     plan = recipe(corpus, "gqa", save_every=0, evaluate_every=5)
