@@ -55,6 +55,7 @@ def pretrain(
 
     from rorqual.model import export
     from rorqual.recipes import entry
+    from rorqual.train.checkpoint import steps_in
     from rorqual.train.recipe import override as overridden
     from rorqual.train.trainer import Trainer
 
@@ -93,7 +94,12 @@ def pretrain(
         with Live(view, console=console, refresh_per_second=4) as live:
             trainer.run(lambda report: live.update(view.take(report)))
     except KeyboardInterrupt:
-        console.print(f"saved at step {trainer.step}; the same command with --resume goes on")
+        kept = steps_in(folder / "run")
+        console.print(
+            f"saved at step {kept[-1]}; the same command with --resume goes on"
+            if kept
+            else "nothing was saved yet"
+        )
         raise
     made = export(trainer.model, Path(plan.sources[0].folder) / "tokenizer", folder / "model")
     console.print(f'the model: {made}. Try: rorqual generate {made} "The" --temperature 0.5')

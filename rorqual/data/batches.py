@@ -119,8 +119,3 @@ class Mixture:
             torch.tensor([source for source, _ in places]),
             self.look,
         )
-
-    def epochs(self, samples: int) -> list[float]:
-        """How often each corpus has been gone through after so many samples, about."""
-        share = self.counts / BLOCK * samples
-        return [float(n / windows.count) for n, windows in zip(share, self.windows, strict=True)]

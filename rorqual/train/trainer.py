@@ -236,16 +236,8 @@ class Trainer:
         try:
             with (self.folder / LOG).open("a", encoding="utf-8") as log:
                 for report in self:
-                    log.write(
-                        json.dumps(
-                            {
-                                "step": report.step,
-                                **report.values,
-                                **({"skipped": report.skipped} if report.skipped else {}),
-                            }
-                        )
-                        + "\n"
-                    )
+                    skipped = {"skipped": report.skipped} if report.skipped else {}
+                    log.write(json.dumps({"step": report.step, **report.values, **skipped}) + "\n")
                     log.flush()
                     if told is not None:
                         told(report)
@@ -263,9 +255,9 @@ class Trainer:
             ended = self.steps[self.step][3] >= recipe.tokens
             if recipe.evaluate_every and (self.step % recipe.evaluate_every == 0 or ended):
                 report.values |= self.evaluate()
+            yield report  # and have it written down: what a checkpoint holds, the log has
             if ended or (recipe.save_every and self.step % recipe.save_every == 0):
                 self.save()
-            yield report
 
     def factors(self, tokens: float) -> Factors:
         """What the parts of the objective count for then."""

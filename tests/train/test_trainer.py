@@ -126,6 +126,20 @@ def test_ctrl_c_ends_the_step_and_saves(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_the_log_has_what_a_checkpoint_holds(
+    tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed right after a checkpoint, no line is missing."""
+    seen = []
+
+    def save(self: Trainer) -> None:
+        seen.append((self.step, lines(self.folder / LOG)))
+
+    monkeypatch.setattr(Trainer, "save", save)
+    Trainer(recipe(corpus, "gqa"), tmp_path / "a").run()
+    assert len(seen) > 4 and all(step == written for step, written in seen)
+
+
 def go_on(corpus: str, folder: str, resume: bool) -> None:
     """What a process that is killed does."""
     torch.set_num_threads(1)
