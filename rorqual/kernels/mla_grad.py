@@ -48,11 +48,15 @@ class Matrices:
     kv_up: Tensor
 
 
-def _lay(q: Tensor, rope: Tensor, up: Tensor, cos: Tensor, sin: Tensor, s: Shape, turn: bool = True) -> Tensor:
+def _lay(
+    q: Tensor, rope: Tensor, up: Tensor, cos: Tensor, sin: Tensor, s: Shape, turn: bool = True
+) -> Tensor:
     if usable(q):
         return mla_turn.lay_fast(q, rope, up, cos, sin, s.interleaved, turn)
     again = len(q) // len(cos)
-    return mla_turn.lay_reference(q, rope, up, cos.repeat(again, 1), sin.repeat(again, 1), s.interleaved, turn)
+    return mla_turn.lay_reference(
+        q, rope, up, cos.repeat(again, 1), sin.repeat(again, 1), s.interleaved, turn
+    )
 
 
 def _by_head(x: Tensor, s: Shape) -> Tensor:
@@ -69,10 +73,9 @@ class _Attend(torch.autograd.Function):
         first = x_ND @ torch.cat((q_w, kv_w)).t()
         begin = len(q_w)
         latent, rope = first[:, begin : begin + s.rank], first[:, begin + s.rank :]
-        if q_up is None:
+        if q_up is None or q_norm is None:
             q = first[:, :begin]
         else:
-            assert q_norm is not None
             q = rmsnorm(first[:, :begin], q_norm, s.eps) @ q_up.t()
         q_NHd = q.unflatten(1, (s.heads, -1))
         up_NHe = (rmsnorm(latent, kv_norm, s.eps) @ kv_up.t()).unflatten(1, (s.heads, -1))
@@ -116,7 +119,7 @@ class _Attend(torch.autograd.Function):
         dkv_up = dup.t() @ normed
         dkv_norm = _norm_back(latent, kv_norm, s.eps, dup @ kv_up, dfirst[:, begin : begin + s.rank])
         dq_norm = dq_up = None
-        if q_up is not None:
+        if q_up is not None and q_latent is not None:
             dq_up = dq_wide.t() @ q_latent
             dq_norm = _norm_back(first[:, :begin], q_norm, s.eps, dq_wide @ q_up, dfirst[:, :begin])
         dx = dfirst @ torch.cat((q_w, kv_w))

@@ -253,9 +253,7 @@ class MLA(nn.Module):
         if p.q_rank is None:
             matrices = mla_grad.Matrices(self.q.weight, None, None, *latent)
         else:
-            matrices = mla_grad.Matrices(
-                self.q_a.weight, self.q_a_norm.weight, self.q_b.weight, *latent
-            )
+            matrices = mla_grad.Matrices(self.q_a.weight, self.q_a_norm.weight, self.q_b.weight, *latent)
         o_NE = mla_grad.mla_trained(x_BTD.flatten(0, 1), matrices, cos, sin, shape)
         return self.o(o_NE).unflatten(0, x_BTD.shape[:2])
 

@@ -13,6 +13,7 @@ from rorqual.family.parts import MoE
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.route import Rule, route
 from rorqual.kernels.route_grad import route_trained
+from rorqual.kernels.sequence_loss import affinities
 from rorqual.nn.errors import InputError
 from rorqual.nn.linear import keeping_types
 from rorqual.nn.norm import upcast
@@ -24,15 +25,6 @@ class Choice(NamedTuple):
     ids: Tensor
     weights: Tensor
     logits: Tensor
-
-
-def scores(logits: Tensor, kind: str) -> Tensor:
-    """Affinities [N, E] from logits: "softmax", "sigmoid" or "sqrtsoftplus"."""
-    if kind == "softmax":
-        return logits.softmax(-1)
-    if kind == "sigmoid":
-        return logits.sigmoid()
-    return F.softplus(logits).sqrt()
 
 
 def keep_best_groups(ranked_NE: Tensor, groups: int, keep: int, group_score: str) -> Tensor:
@@ -90,7 +82,7 @@ class Router(nn.Module):
             return Choice(*route_trained(x_ND, self.weight, self.bias, rule, self.table, tokens))
         full = upcast(x_ND)
         logits = F.linear(full, self.weight.to(full.dtype))
-        score = scores(logits, r.score)
+        score = affinities(logits, r.score)
         if self.table is not None:
             if token_N is None:
                 raise InputError("a hash-routed layer needs the token ids beside the hidden states")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from rorqual.data import Batch
+from rorqual.kernels.sequence_loss import sequence_loss
 from rorqual.nn import Rows, Step, Trace, Transformer
-from rorqual.nn.balance import expert_load, sequence_loss
-from rorqual.nn.router import scores
+from rorqual.nn.balance import expert_load
 from rorqual.train.balance import V2Balance, v2_losses
 from rorqual.train.loss import IGNORED, cross_entropy
 
@@ -124,11 +124,9 @@ class Pretraining:
                 continue  # looked up by token: there is nothing to learn
             share = sequences / counts.sequences
             if factors.balance and factors.v2 is None:
-                scores_NE = scores(logits_NE, router.part.score)
-                # Eq. 18 counts the likeliest experts of the affinities alone, without bias and groups.
-                best_NK = scores_NE.topk(ids_NK.shape[1], -1).indices
-                per_row = (scores_NE.unflatten(0, (sequences, -1)), best_NK.unflatten(0, (sequences, -1)))
-                found = sequence_loss(*per_row) * (factors.balance * share)
+                logits_BTE = logits_NE.unflatten(0, (sequences, -1))
+                found = sequence_loss(logits_BTE, ids_NK.shape[1], router.part.score)
+                found = found * (factors.balance * share)
                 total = found if total is None else total + found
             if factors.v2 is not None:
                 found = (

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rorqual.data import HELD, Batch, Corpus, Mixture
+from rorqual.data import HELD, Ahead, Batch, Corpus, Mixture
 from rorqual.data.numbers import word
 from rorqual.data.shards import write_atomically
 from rorqual.family import ConfigError
@@ -90,7 +90,8 @@ class Trainer:
         self._corpora = [Corpus(source.folder) for source in recipe.sources]
         self._check()
         self.mixtures = [
-            self._mixture(self._corpora, n, word(recipe.seed, _MIXTURE, n)) for n in range(len(recipe.stages))
+            Ahead(self._mixture(self._corpora, n, word(recipe.seed, _MIXTURE, n)))
+            for n in range(len(recipe.stages))
         ]
         self.model = Transformer(
             recipe.config, dtype=getattr(torch, recipe.dtype), device=device, seed=recipe.seed
