@@ -79,8 +79,11 @@ class Router(nn.Module):
             token_N=token_N if self.table is not None else None,
         )  # fmt: skip
 
-    def forward(self, x_ND: Tensor, token_N: Tensor | None = None) -> Choice:
-        """x `[N, D]`, and for a hashed router the token ids `[N]`."""
+    def forward(
+        self, x_ND: Tensor, token_N: Tensor | None = None, settled_NK: Tensor | None = None
+    ) -> Choice:
+        """x `[N, D]`, and for a hashed router the token ids `[N]`. `settled_NK`: experts that were chosen before, of
+        which only the weights are still to be found."""
         r = self.part
         full = upcast(x_ND)
         logits = F.linear(full, self.weight.to(full.dtype))
@@ -89,6 +92,8 @@ class Router(nn.Module):
             if token_N is None:
                 raise InputError("a hash-routed layer needs the token ids beside the hidden states")
             ids = self.table[token_N]
+        elif settled_NK is not None:
+            ids = settled_NK
         else:
             ranked = score if self.bias is None else score + self.bias
             if r.groups > 1:
