@@ -121,7 +121,11 @@ def latent_loss(
     def seen(block: slice) -> Tensor:
         if chosen_BTk is not None:
             return chosen_BTk[:, block] >= 0
-        return step.visible_BTK(keys)[:, block]
+        key = torch.arange(keys, device=latent_BKC.device)
+        visible = key <= step.rows.positions_BT[:, block, None]
+        if step.first_BT is not None:
+            visible = visible & (key >= step.first_BT[:, block, None])
+        return visible
 
     def target(block: slice) -> Tensor:
         """Mean over heads of their softmax."""

@@ -116,7 +116,7 @@ class Pretraining:
             parts.loss = parts.loss + mean * (factors.mtp / depths)
             parts.told |= {f"mtp {depth}": mean.detach(), f"mtp {depth} accuracy": share}
         assert parts is not None and step.trace is not None
-        self._balance(model, step, factors, counts, parts)
+        self._balance(model, step, Factors() if self.dsa == "warm-up" else factors, counts, parts)
         self._index(step, counts, parts)
         if step.capacity is not None and step.capacity.dropped:
             dropped = torch.stack(list(step.capacity.dropped.values())).sum()
