@@ -142,6 +142,9 @@ class Step:
     capacity: Capacity | None = None
     """How many tokens a device takes (V2's token dropping); None: all."""
 
+    recompute = False
+    """Whether a pass with gradients keeps less, and makes again what is cheap to make."""
+
     def __init__(self, rows: Rows, trace: Trace | None = None, documents_BT: Tensor | None = None) -> None:
         self.rows, self.trace, self.documents_BT = rows, trace, documents_BT
         self.layer = 0

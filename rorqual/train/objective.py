@@ -70,8 +70,8 @@ class Pretraining:
     """The objective over packed rows. With `apart` documents of a row don't see each other, and no token is asked for
     what another document says. `dsa`: see `recipe.DSA`."""
 
-    def __init__(self, apart: bool = False, dsa: str = "") -> None:
-        self.apart, self.dsa = apart, dsa
+    def __init__(self, apart: bool = False, dsa: str = "", recompute: bool = False) -> None:
+        self.apart, self.dsa, self.recompute = apart, dsa, recompute
 
     def targets(self, batch: Batch, distance: int) -> Tensor:
         """What stands `distance` after each of a row's tokens, `IGNORED` where it doesn't count: `[B, T]`."""
@@ -148,6 +148,7 @@ class Pretraining:
         count, width = len(batch.ids_BT), batch.ids_BT.shape[1] - batch.look
         rows = Rows([0] * count, [width] * count, width, batch.ids_BT.device)
         step = Step(rows, Trace(keep_hidden=False), batch.documents_BT[:, :width] if self.apart else None)
+        step.recompute = self.recompute
         if self.dsa:
             learns = self.dsa != "dense" and torch.is_grad_enabled()
             step.indexers = IndexerTraining(self.dsa != "sparse", learns)
@@ -192,7 +193,8 @@ class Pretraining:
         assert step.trace is not None
         sequences = len(step.rows)
         total: Tensor | None = None
-        for number, (ids_NK, _, logits_NE) in step.trace.experts.items():
+        for number, (chosen_NK, _, logits_NE) in step.trace.experts.items():
+            ids_NK = chosen_NK.long()
             router = routers(model)[number]
             parts.load[number] = expert_load(ids_NK, logits_NE.shape[1])
             if router.table is not None:

@@ -60,8 +60,8 @@ class Dropping:
 class Recipe:
     """Everything a run is made of. `tokens`: where it ends. `micro`: rows that go through the model at once.
     `v2`: V2's balance losses instead of V3's. `rate`, `mtp` (λ) and `speed` (γ of the routers' biases) are
-    functions of tokens seen. `begin`: a checkpoint whose weights it begins with. `dsa`: how models with indexers are
-    trained (`DSA`)."""
+    functions of tokens seen. `recompute`: less is kept for the backward pass, and made again there. `begin`: a
+    checkpoint whose weights it begins with. `dsa`: how models with indexers are trained (`DSA`)."""
 
     name: str
     config: ModelConfig
@@ -82,6 +82,7 @@ class Recipe:
     dsa: str = ""
     drop: Dropping | None = None
     anticipate: Anticipation | None = None
+    recompute: bool = False
     micro: int = 8
     dtype: str = "float32"
     seed: int = 0

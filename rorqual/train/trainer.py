@@ -31,7 +31,7 @@ from rorqual.train.anticipate import Routes
 from rorqual.train.begin import begin_with
 from rorqual.train.checkpoint import Kept, Writer, newest, set_aside, steps_in
 from rorqual.train.objective import Factors, Pretraining, Routing
-from rorqual.train.optim import Optimizer, clip
+from rorqual.train.optim import Optimizer, clipping, gradient_norms
 from rorqual.train.recipe import Recipe, has_index
 from rorqual.train.schedule import Steps
 
@@ -89,7 +89,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.folder, self.warn = recipe, Path(folder), warn
         self.steps = Steps(recipe.stages)
-        self.objective = Pretraining(recipe.apart, recipe.dsa)
+        self.objective = Pretraining(recipe.apart, recipe.dsa, recipe.recompute)
         self._corpora = [Corpus(source.folder) for source in recipe.sources]
         self._check()
         self.mixtures = [
@@ -289,31 +289,37 @@ class Trainer:
         stage, first, samples, seen = self.steps[self.step]
         batch = self.mixtures[stage].batch(first, samples)
         tokens = samples * recipe.stages[stage].length
-        told, load = self.gradients(batch, seen)
+        told, load, gradients = self.gradients(batch, seen)
+        total = gradient_norms(list(gradients.values())).norm()
+        # All that is to be told is read off the device here, before the optimizer's work is handed to it.
         values = {name: float(value) for name, value in told.items()}
-        norm = float(clip(self.model.parameters(), recipe.clip))
+        norm = float(total)
+        uneven = {number: max_violation(counts.cpu()) for number, counts in load.items()}
         report = Report(self.step, values)
         report.skipped = self._doubt(values["loss"], norm)
         rate = recipe.rate(seen)
         if not report.skipped:
             self.updates += 1
-            self.optimizer.step(self.updates, rate)
+            self.optimizer.step(self.updates, rate, clipping(total, recipe.clip), gradients)
             self._balance(load, recipe.speed(seen) if recipe.dsa != "warm-up" else 0.0)
             self._average()
         elif self.routes is not None:
             self.routes.spiked(self.step)
         took = time.perf_counter() - began
         values |= {"norm": norm, "rate": rate, "tokens": float(seen + tokens), "seconds": took}
-        for number, counts in load.items():
-            values[f"violation {number}"] = max_violation(counts)
+        values |= {f"violation {number}": found for number, found in uneven.items()}
         return report
 
-    def gradients(self, batch: Batch, seen: float) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-        """A step's gradients, left in the parameters: what the losses were, and each layer's expert load."""
+    def gradients(
+        self, batch: Batch, seen: float
+    ) -> tuple[dict[str, Tensor], dict[int, Tensor], dict[str, Tensor]]:
+        """A step's losses, each layer's expert load, and the gradients by parameter. Those of several micro-batches are
+        added up in at least fp32."""
         factors, batches = self.factors(seen), self._cut(batch)
         counts = self.objective.counts(batches, len(self.model.mtp))
         told: dict[str, Tensor] = {}
         load: dict[int, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         routes = self.routes.take(self.step) if self.routes is not None else None
         row = 0
         for part in batches:
@@ -324,7 +330,22 @@ class Trainer:
                 told[name] = told[name] + value if name in told else value
             for number, counted in found.load.items():
                 load[number] = load[number] + counted if number in load else counted
-        return told, load
+            if len(batches) > 1:
+                self._gather(sums)
+        if len(batches) > 1:
+            return told, load, sums
+        return told, load, {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+
+    def _gather(self, sums: dict[str, Tensor]) -> None:
+        """Move gradients out of the parameters onto their sums."""
+        for name, p in self.model.named_parameters():
+            if p.grad is None:
+                continue
+            if name in sums:
+                sums[name] += p.grad
+            else:
+                sums[name] = p.grad.to(torch.promote_types(p.grad.dtype, torch.float32))
+            p.grad = None
 
     def _cut(self, batch: Batch) -> list[Batch]:
         """A batch's micro-batches."""

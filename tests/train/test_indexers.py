@@ -179,6 +179,7 @@ def test_v3_goes_on_as_v32(tmp_path: Path, corpus: str) -> None:
     trainer = Trainer(plan, tmp_path / "a", warn=said.append)
     assert "index" in said[-1] and "begin fresh" in said[-1]
     fresh = {name: p.clone() for name, p in trainer.model.state_dict().items() if ".index." in name}
+    assert trainer.optimizer.parameters.keys() == fresh.keys()  # nothing is kept for what is frozen
     told = [report.values for report in trainer]
     for name, p in trainer.model.state_dict().items():
         if name in fresh:

@@ -149,7 +149,7 @@ def test_hashed_layers_learn_weights_and_tell_their_load() -> None:
     assert torch.equal(router.table, before) and router.bias is None
     # Its balance is not asked for: the other layers' losses are all there is.
     rest = objective(model, given, objective.counts([given], 1), Factors(0.3)).loss
-    assert float(parts.told["balance"]) == pytest.approx(float(parts.loss - rest), rel=1e-9)
+    assert float(parts.told["balance"]) == pytest.approx((parts.loss - rest).item(), rel=1e-9)
 
 
 # ------------------------------------------------------------------------------ anticipatory routing
@@ -166,7 +166,7 @@ def test_experts_are_chosen_by_the_model_of_some_steps_before(tmp_path: Path, co
     def gradients(given: Any, seen: float) -> Any:
         nonlocal moved
         models.append(copy.deepcopy(trainer.model))
-        told, load = real(given, seen)
+        told, load, found = real(given, seen)
         ids = given.ids_BT[:, :16]
         old, now = Trace(), Trace()
         models[max(0, trainer.step - 2)](ids, trace=old)
@@ -176,7 +176,7 @@ def test_experts_are_chosen_by_the_model_of_some_steps_before(tmp_path: Path, co
                 assert torch.equal(counts, old.experts[number][0].flatten().bincount(minlength=6))
                 moved += int((old.experts[number][0] != now.experts[number][0]).sum())
         assert 3 in load
-        return told, load
+        return told, load, found
 
     trainer.gradients = gradients  # type: ignore[method-assign]
     list(trainer)
