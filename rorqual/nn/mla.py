@@ -25,6 +25,7 @@ from rorqual.kernels.mode import is_invariant
 from rorqual.nn.cache import Slots
 from rorqual.nn.errors import InputError
 from rorqual.nn.gqa import attend
+from rorqual.nn.index_loss import latent_loss
 from rorqual.nn.indexer import Indexer, gather_blocks, query_blocks
 from rorqual.nn.linear import Linear, together
 from rorqual.nn.norm import RMSNorm, upcast
@@ -222,7 +223,10 @@ class MLA(nn.Module):
         latent_BKC = torch.cat((self.kv_a_norm(c_kv), k_rope[:, :, 0]), -1)
         if cache is not None:
             latent_BKC = cache.latent.append(latent_BKC, step.rows)
-        if self.index is not None:
+        if self.index is not None and step.indexers is not None:
+            assert c_q is not None and cache is None
+            o = self._learning(x_BTD, c_q, q_nope, q_rope, latent_BKC, step)
+        elif self.index is not None:
             assert c_q is not None
             keys = cache.index if cache is not None else None
             chosen_BTk = self.index(x_BTD, c_q, step, keys)
@@ -325,6 +329,27 @@ class MLA(nn.Module):
             weight = score.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).to(seen.dtype)
             out.append(weight @ seen[..., : p.kv_rank])
         return _into_values(torch.cat(out, 1), w_uv)
+
+    def _learning(
+        self, x_BTD: Tensor, c_q_BTC: Tensor, q_nope: Tensor, q_rope: Tensor, latent_BKC: Tensor, step: Step
+    ) -> Tensor:
+        """Attention while its indexer learns, dense or sparse as `step.indexers` says (V3.2 report 2.1). The indexer
+        reads detached inputs and takes its gradient from its KL divergence alone."""
+        index, mode = self.index, step.indexers
+        assert index is not None and mode is not None
+        chosen_BTk = projected = None
+        if mode.learns or not mode.dense:
+            projected = index.project(x_BTD.detach(), c_q_BTC.detach(), step)
+        if projected is not None and not mode.dense:
+            chosen_BTk = index.choose(*projected, step)
+        if projected is not None and mode.learns:
+            with torch.no_grad():
+                q_BTHC, _ = self._absorb_queries(q_nope, q_rope)
+            main = q_BTHC, latent_BKC.detach(), self.part.scale
+            mode.losses[step.layer] = latent_loss(projected, main, step, chosen_BTk)
+        if chosen_BTk is None:
+            return self._expanded(q_nope, q_rope, latent_BKC, step)
+        return self._sparse(q_nope, q_rope, latent_BKC, chosen_BTk)
 
     def _absorb_queries(self, q_nope: Tensor, q_rope: Tensor) -> tuple[Tensor, Tensor]:
         """Queries in latent space beside their rotary part [B, T, H, kv_rank + rope], and W_UV."""
