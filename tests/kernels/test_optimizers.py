@@ -34,6 +34,7 @@ def test_kernels_take_the_same_steps(
             fast.step(number, 0.01, factor)
     for mine, theirs in zip(two.parameters(), one.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6 if kind == torch.float32 else 2**-8, atol=1e-6)
+    # Moments may differ in the last place before they are rounded to bf16, and the next step's weights with them.
+    rounds = isinstance(settings, AdamW) and settings.moments == torch.bfloat16
     for name, mine in fast.tensors().items():
-        rounded = mine.dtype == torch.bfloat16  # the two may differ in the last place before they are rounded
-        torch.testing.assert_close(mine, plain.tensors()[name], rtol=2**-7 if rounded else 1e-5, atol=1e-6)
+        torch.testing.assert_close(mine, plain.tensors()[name], rtol=2**-7 if rounds else 1e-5, atol=1e-6)
