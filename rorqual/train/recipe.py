@@ -13,6 +13,7 @@ from rorqual.train.optim import AdamW, Settings
 from rorqual.train.schedule import Schedule, Stage
 
 DTYPES = ("float32", "bfloat16", "float64")
+DSA = ("", "warm-up", "sparse")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Guard:
 class Recipe:
     """Everything a run is made of. `tokens`: where it ends. `micro`: rows that go through the model at once.
     `v2`: V2's balance losses instead of V3's. `rate`, `mtp` (λ) and `speed` (γ of the routers' biases) are
-    functions of tokens seen."""
+    functions of tokens seen. `dsa`: V3.2's stage of training, "warm-up" or "sparse", "" for neither."""
 
     name: str
     config: ModelConfig
@@ -60,6 +61,7 @@ class Recipe:
     evaluate_every: int = 0
     save_every: int = 0
     keep: int = 2
+    dsa: str = ""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "micro", "keep"):
@@ -67,6 +69,8 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; it can be {', '.join(DTYPES)}")
+        if self.dsa not in DSA:
+            raise ValueError(f"dsa is {self.dsa!r}; it can be {', '.join(repr(stage) for stage in DSA)}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip is {self.clip}; it must be above 0, or none")
         if self.ema is not None and not 0 < self.ema < 1:
