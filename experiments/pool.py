@@ -7,9 +7,17 @@ import multiprocessing
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +118,12 @@ def _said(future: Future[Outcome]) -> str:
 
 @contextmanager
 def _pool(jobs: int, device: str) -> Iterator[Callable[..., Future[Any]]]:
-    """What takes work: processes of their own, or this one for one job at a time."""
-    if jobs == 1:
-        yield _now
-        return
+    """What takes work: processes of their own, or a thread of this one for one job at a time."""
     threads = 1 if device != "cpu" else max(1, (os.cpu_count() or 1) // jobs)
-    pool = ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), initializer=run.begin, initargs=(threads,)
+    pool: Executor = (
+        ThreadPoolExecutor(1)
+        if jobs == 1
+        else ProcessPoolExecutor(jobs, _context(), initializer=run.begin, initargs=(threads,))
     )
     try:
         yield pool.submit
@@ -124,13 +131,13 @@ def _pool(jobs: int, device: str) -> Iterator[Callable[..., Future[Any]]]:
         pool.shutdown(cancel_futures=True)
 
 
-def _now(work: Callable[..., Any], *given: Any) -> Future[Any]:
-    future: Future[Any] = Future()
-    try:
-        future.set_result(work(*given))
-    except Exception as error:
-        future.set_exception(error)
-    return future
+def _context() -> BaseContext:
+    """How workers begin: from a process that has imported everything once, where the system has that."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([run.__name__])
+    return context
 
 
 def commit_here() -> str:

@@ -25,6 +25,8 @@ LAST = 0.2
 """The share of a run at its end over which training loss and balance are taken."""
 POINTS = 100
 """Of a curve."""
+HELD = 64, 0.1
+"""Held-out samples: at least so many, and up to this share of those that were learnt from."""
 STARVED = 0.1
 """An expert with less than this share of the mean load."""
 
@@ -75,8 +77,9 @@ def outcome(recipe: Recipe, device: str) -> Outcome:
 def measures(run: Run, reports: list[Report]) -> dict[str, float | None]:
     """By name; losses in nats a token."""
     last = reports[-max(1, round(LAST * len(reports))) :]
+    learnt = sum(run.steps[n][2] for n in range(len(reports)))
     found = {
-        "held-out loss": run.evaluate(rows=2**62).get("held", math.nan),
+        "held-out loss": run.evaluate(rows=max(HELD[0], round(HELD[1] * learnt))).get("held", math.nan),
         "training loss": statistics.fmean(report.values["next"] for report in last),
     }
     layers = [n for n in run.load if n < len(run.model.layers)]  # those of MTP modules aren't the model's
