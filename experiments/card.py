@@ -22,11 +22,12 @@ def write(experiment: Experiment, setup: Setup, results: Results, folder: Path) 
         "experiment": experiment.name, "claims": experiment.claims, "verdict": verdict.word,
         "because": verdict.because, **facts, "arms": results.runs,
     }  # fmt: skip
-    note = f"mean over runs; {facts['hardware']}, {facts['date']}"
+    claims = ", ".join(map(str, experiment.claims))
+    note = f"claim {claims} {verdict.word}; means over runs; {facts['hardware']}, {facts['date']}"
     text = card(experiment, setup, results, verdict, facts)
     for end, content in (
         (".json", json.dumps(record, indent=1)),
-        (".svg", draw(experiment.claim, note, results)),
+        (".svg", draw(experiment.claim, note, results, experiment.measures)),
         (".md", text),
     ):
         write_atomically(folder / f"{experiment.name}{end}", content.encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections.abc import Sequence
 
 from experiments.frame import Results
 from rorqual.family.canvas import INK, SOFT, Canvas
@@ -26,12 +27,11 @@ def mean(curves: list[Curve]) -> Curve:
     ]
 
 
-def draw(title: str, note: str, results: Results) -> str:
-    """A chart for each thing that was followed, with the mean curve of each arm: a whole SVG file. ValueError where no
-    run got far enough to have a curve."""
-    kinds = dict.fromkeys(
-        kind for runs in results.runs.values() for run in runs.values() for kind in run["curves"]
-    )
+def draw(title: str, note: str, results: Results, measures: Sequence[str]) -> str:
+    """A chart for each of the measures that was followed, with the mean curve of each arm: a whole SVG file. ValueError
+    where no run got far enough to have a curve."""
+    followed = {kind for runs in results.runs.values() for run in runs.values() for kind in run["curves"]}
+    kinds = [measure for measure in measures if measure in followed]
     charts: dict[str, dict[str, Curve]] = {}
     for kind in kinds:
         found = {
@@ -46,7 +46,7 @@ def draw(title: str, note: str, results: Results) -> str:
         raise ValueError(f"nothing to draw for {title!r}: no run has a curve")
     names = list(results.runs)
     colour = dict(zip(names, itertools.cycle(COLOURS), strict=False))
-    width = LEFT + len(charts) * (WIDTH + GAP) - GAP + 30
+    width = LEFT + len(charts) * (WIDTH + GAP) - GAP + 50
     canvas = Canvas(width, TOP + HEIGHT + 60 + 20 * len(names), title, note)
     canvas.text(30, 34, title, 17, INK, 700)
     canvas.text(30, 55, note, 12, SOFT)

@@ -36,15 +36,15 @@ def go(data: Path, out: Path, *names: str, **more: Any) -> None:
 def test_runs_are_shared_resumed_and_told_of(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In processes of their own: "bias" and "without" are the same runs, and nothing is run twice."""
+    """In processes of their own: "bias 0.001" and "without" are the same runs, and nothing is run twice."""
     go(data, tmp_path, "mtp", "collapse", jobs=2)
     files = sorted((tmp_path / "runs").glob("*.json"))
-    assert len(files) == 6  # two experiments of two arms with one in common, two seeds
+    assert len(files) == 8  # two and three arms, one of them in common, and two seeds
     text = (tmp_path / "cards" / "collapse.md").read_text()
     for said in (
         "Claim 14",
         "Verdict: ",
-        "| bias | ",
+        "| bias 0.001 | ",
         "| none | ",
         "Rule, written before",
         "not show",
@@ -185,9 +185,10 @@ def test_verdicts_on_balance_and_rates() -> None:
     # The second loss balances best, so it is the one to beat.
     losses = {"loss 0.001": arm(LOW, 1.5), "loss 0.01": arm(MID, 0.5)}
     for bias, held in ((arm(LOW, 0.55), True), (arm(LOW, 1.0), False), (arm(HIGH, 0.3), False)):
-        assert balance.judge(results(bias=bias, **losses)).held is held
+        worse = arm(HIGH, 1.2)  # of the two speeds, the one that balances better counts
+        assert balance.judge(results(**{"bias 0.001": worse, "bias 0.01": bias}, **losses)).held is held
     for none, held in ((arm(MID, 3.0, 0.2), True), (arm(MID, 1.0, 0.2), False), (arm(MID, 3.0, 0.05), False)):
-        assert balance.judge_collapse(results(bias=arm(LOW, 0.1), none=none)).held is held
+        assert balance.judge_collapse(results(none=none)).held is held
 
     def searches(adam: dict[float, float], muons: dict[float, float]) -> dict[str, Any]:
         named = {"AdamW": adam, "Muon": muons}
