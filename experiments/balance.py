@@ -65,7 +65,7 @@ def judge_collapse(results: Results) -> Verdict:
 
 
 LIMITS = (
-    "Small models (4 layers of 32 experts, 4 a token) and few tokens. The auxiliary loss is V3's sequence-wise "
+    "Small models (3 layers of 32 experts, 4 a token) and few tokens. The auxiliary loss is V3's sequence-wise "
     "one with a larger factor, at two factors; the one that balances over a whole batch is not tried. "
     "All arms have one learning rate."
 )

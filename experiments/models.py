@@ -37,7 +37,7 @@ class Size:
         return 2 * self.head_dim
 
 
-FULL = Size(384, 6, 64, 5, 32, 4, 128, 1024, length=512, batch=32, steps=1000)
+FULL = Size(384, 6, 64, 4, 32, 4, 128, 1024, length=512, batch=32, steps=1000)
 QUICK = Size(48, 3, 16, 3, 8, 2, 24, 96, length=32, batch=4, steps=20)
 
 

@@ -111,7 +111,7 @@ def _said(future: Future[Outcome]) -> str:
     outcome = future.result()
     if outcome["failed"]:
         return f"broke down at step {outcome['steps']}: {outcome['failed']}"
-    loss, speed = outcome["measures"]["held-out loss"], 1000 * outcome["seconds"] / outcome["steps"]
+    loss, speed = outcome["measures"]["held-out loss"], 1000 * outcome["step seconds"]
     told = "none" if loss is None else f"{loss:.4f}"
     return f"held-out loss {told} after {outcome['seconds']:.0f} s ({speed:.0f} ms a step)"
 

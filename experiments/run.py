@@ -70,6 +70,7 @@ def outcome(recipe: Recipe, device: str) -> Outcome:
         except TrainError as error:
             found["failed"] = str(error)
     found |= {"steps": len(reports), "curves": curves(run, reports), "seconds": time.perf_counter() - began}
+    found["step seconds"] = statistics.median(r.values["seconds"] for r in reports) if reports else None
     found |= {"hardware": hardware(device), "torch": torch.__version__}
     return found
 
