@@ -89,8 +89,8 @@ def mini_cpu(folder: Path, tokens: int = 1_000_000) -> Recipe:
 
 
 def mini_v1(folder: Path, tokens: int = 1_000_000) -> Recipe:
-    """V1: multi-head attention, SwiGLU, and the rate in three steps. Without norms on latents 0.02 is a slow beginning at
-    so small a width."""
+    """V1: multi-head attention, SwiGLU, and the rate in three steps. Without norms on latents 0.02 begins slowly at
+    such a width."""
     layer = Layer(GQA(6, 6, 32, Rope(32)), SwiGLU(512))
     config = ModelConfig("llama", VOCAB, 192, (layer,) * 6, 1024, dtype="float32", init_std=0.06, eos=(1,))
     rate = multi_step(3e-3, 0.03 * tokens, tokens, [(0.8, 0.316), (0.9, 0.1)])
