@@ -155,13 +155,21 @@ class Optimizer:
 
 
 @torch.no_grad()
-def clip(parameters: Iterable[nn.Parameter], most: float | None) -> Tensor:
-    """Scale all gradients so that their joint norm is at most `most`; the norm before, fp32 (fp64 of fp64)."""
+def gradient_norms(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of each gradient there is, in order, fp32 (fp64 of fp64): `[P]`."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack([g.norm(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads])
-    norm = norms.norm()
+    return torch.stack([g.norm(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads])
+
+
+@torch.no_grad()
+def clip(parameters: Iterable[nn.Parameter], most: float | None, norms_P: Tensor | None = None) -> Tensor:
+    """Scale all gradients so that their joint norm is at most `most`; the norm before, fp32 (fp64 of fp64). `norms_P`:
+    their `gradient_norms`, where they are known."""
+    own = [p for p in parameters if p.grad is not None]
+    norm = (gradient_norms(own) if norms_P is None else norms_P).norm()
     if most is not None:
         factor = (most / norm.clamp(min=1e-30)).clamp(max=1.0)
-        for g in grads:
-            g.mul_(factor.to(g.dtype))
+        for p in own:
+            assert p.grad is not None
+            p.grad.mul_(factor.to(p.grad.dtype))
     return norm

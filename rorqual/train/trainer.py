@@ -26,10 +26,12 @@ from rorqual.family import ConfigError
 from rorqual.family.hub import to_hub
 from rorqual.nn import Transformer
 from rorqual.nn.balance import max_violation, update_bias
-from rorqual.train.checkpoint import Kept, Writer, newest, set_aside, steps_in
+from rorqual.train.checkpoint import Kept, Writer, amend, drop, newest, set_aside, steps_in
 from rorqual.train.objective import Factors, Pretraining
-from rorqual.train.optim import Optimizer, clip
+from rorqual.train.optim import Optimizer, clip, gradient_norms
+from rorqual.train.parts import norms_by_part
 from rorqual.train.recipe import Recipe
+from rorqual.train.rollback import Skip, as_facts, back_to, from_facts, left_out, sound_before
 from rorqual.train.schedule import Steps
 
 LOG = "log.jsonl"
@@ -64,12 +66,16 @@ class TrainError(ValueError):
 
 @dataclass
 class Report:
-    """What a step tells: `values` by name, among them "loss" and "tokens" (seen after it)."""
+    """What a step tells: `values` by name, among them "loss" and "tokens" (seen after it); `load`: tokens that chose
+    each expert, by layer."""
 
     step: int
     values: dict[str, float] = field(default_factory=dict)
+    load: dict[int, list[int]] = field(default_factory=dict)
     skipped: str = ""
     """Why nothing was moved, if nothing was."""
+    back: str = ""
+    """Why the run went back to this step, if it did."""
 
 
 class Trainer:
@@ -83,6 +89,7 @@ class Trainer:
         device: torch.device | str = "cpu",
         resume: bool = False,
         warn: Callable[[str], None] = print,
+        build: type[Transformer] = Transformer,
     ) -> None:
         self.recipe, self.folder, self.warn = recipe, Path(folder), warn
         self.steps = Steps(recipe.stages)
@@ -92,9 +99,7 @@ class Trainer:
         self.mixtures = [
             self._mixture(self._corpora, n, word(recipe.seed, _MIXTURE, n)) for n in range(len(recipe.stages))
         ]
-        self.model = Transformer(
-            recipe.config, dtype=getattr(torch, recipe.dtype), device=device, seed=recipe.seed
-        )
+        self.model = build(recipe.config, dtype=getattr(torch, recipe.dtype), device=device, seed=recipe.seed)
         self.optimizer = Optimizer(self.model.named_parameters(), recipe.optimizer)
         self.ema: dict[str, Tensor] | None = None
         if recipe.ema is not None:
@@ -104,7 +109,10 @@ class Trainer:
             }
         self.held = self._held() if recipe.evaluate_every else None
         self.step, self.updates, self.norms, self._wrong = 0, 0, [], 0  # type: int, int, list[float], int
-        self.writer = Writer(self.folder, recipe.keep, warn)
+        self.skips: list[Skip] = []
+        self._score: float | None = None
+        """Held-out loss of what stands now, if it was evaluated."""
+        self.writer = Writer(self.folder, recipe.keep, warn, recipe.keep_best)
         self._begin(resume)
 
     def _mixture(self, corpora: list[Corpus], stage: int, seed: int) -> Mixture:
@@ -134,6 +142,8 @@ class Trainer:
                     f"{corpus.folder} was built with {corpus.manifest.vocab} token ids, and the model has "
                     f"{config.vocab}: build it with the model's tokenizer"
                 )
+        if recipe.keep_best and not recipe.evaluate_every:
+            raise TrainError("keep_best keeps what has the lowest held-out loss: set evaluate_every, too")
         try:
             to_hub(config)
         except ConfigError as error:
@@ -179,12 +189,17 @@ class Trainer:
                 "what it had (where that lies may differ), or begin anew in another folder"
             )
         set_aside(self.folder, kept.step)
+        self._take_up(kept)
+
+    def _take_up(self, kept: Kept) -> None:
+        """Be where a checkpoint is."""
         self.model.load_state_dict(kept.tensors["model"])
         self.optimizer.restore(kept.tensors["optimizer"])
         if self.ema is not None:
             self.ema = kept.tensors["ema"]
         self.step, self.updates = kept.step, int(kept.facts["updates"])
         self.norms, self._wrong = list(kept.facts["norms"]), int(kept.facts["wrong"])
+        self.skips = from_facts(kept.facts["skips"])
         self._cut_log(self.step)
 
     def _cut_log(self, step: int) -> None:
@@ -218,6 +233,8 @@ class Trainer:
             "updates": self.updates,
             "norms": self.norms,
             "wrong": self._wrong,
+            "skips": as_facts(self.skips),
+            "held": self._score,
         }
         tensors = {"model": dict(self.model.state_dict()), "optimizer": self.optimizer.tensors()}
         if self.ema is not None:
@@ -234,27 +251,37 @@ class Trainer:
 
     def _run(self, told: Callable[[Report], None] | None, asked: list[int]) -> None:
         try:
-            with (self.folder / LOG).open("a", encoding="utf-8") as log:
-                for report in self:
-                    skipped = {"skipped": report.skipped} if report.skipped else {}
-                    log.write(json.dumps({"step": report.step, **report.values, **skipped}) + "\n")
-                    log.flush()
-                    if told is not None:
-                        told(report)
-                    if asked:
-                        self.save()
-                        raise KeyboardInterrupt
+            for report in self:
+                why = {"skipped": report.skipped, "back": report.back}
+                line = {
+                    "step": report.step,
+                    **report.values,
+                    **{key: text for key, text in why.items() if text},
+                }
+                with (self.folder / LOG).open(
+                    "a", encoding="utf-8"
+                ) as log:  # each time: going back replaces it
+                    log.write(json.dumps(line) + "\n")
+                if told is not None:
+                    told(report)
+                if asked:
+                    self.save()
+                    raise KeyboardInterrupt
         finally:
             self.writer.wait()
 
     def __iter__(self) -> Iterator[Report]:
         recipe = self.recipe
         while self.steps[self.step][3] < recipe.tokens:
-            report = self._take()
+            report, self._score = self._take(), None
+            if report.skipped and self._back(report.skipped):
+                continue
             self.step += 1
             ended = self.steps[self.step][3] >= recipe.tokens
             if recipe.evaluate_every and (self.step % recipe.evaluate_every == 0 or ended):
-                report.values |= self.evaluate()
+                found = self.evaluate()
+                report.values |= found
+                self._score = found.get("held")
             yield report  # and have it written down: what a checkpoint holds, the log has
             if ended or (recipe.save_every and self.step % recipe.save_every == 0):
                 self.save()
@@ -269,12 +296,15 @@ class Trainer:
         for p in self.model.parameters():
             p.grad = None
         stage, first, samples, seen = self.steps[self.step]
-        batch = self.mixtures[stage].batch(first, samples)
+        batch = self.mixtures[stage].batch(first + left_out(self.skips, self.step, stage), samples)
         tokens = samples * recipe.stages[stage].length
         told, load = self.gradients(batch, seen)
         values = {name: float(value) for name, value in told.items()}
-        norm = float(clip(self.model.parameters(), recipe.clip))
-        report = Report(self.step, values)
+        named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]
+        norms_P = gradient_norms(p for _, p in named)
+        norm = float(clip((p for _, p in named), recipe.clip, norms_P))
+        report = Report(self.step, values, {number: counts.tolist() for number, counts in load.items()})
+        report.back = "; ".join(skip.why for skip in self.skips if skip.step == self.step)
         report.skipped = self._doubt(values["loss"], norm)
         rate = recipe.rate(seen)
         if not report.skipped:
@@ -284,9 +314,46 @@ class Trainer:
             self._average()
         took = time.perf_counter() - began
         values |= {"norm": norm, "rate": rate, "tokens": float(seen + tokens), "seconds": took}
-        for number, counts in load.items():
-            values[f"violation {number}"] = max_violation(counts)
+        each = zip((name for name, _ in named), norms_P.tolist(), strict=True)
+        values |= {f"norm {part}": found for part, found in norms_by_part(each).items()}
+        for number, counted in report.load.items():
+            values[f"violation {number}"] = max_violation(torch.tensor(counted))
+        biases = {n: router.bias for n, router in self._routers(load).items() if router.bias is not None}
+        if biases:
+            spreads = torch.stack([bias.max() - bias.min() for bias in biases.values()]).tolist()
+            values |= {f"spread {number}": spread for number, spread in zip(biases, spreads, strict=True)}
         return report
+
+    def _back(self, why: str) -> bool:
+        """Go back to the newest sound checkpoint, if that is what is to be done after a step that moved nothing."""
+        guard = self.recipe.guard
+        sound = all(bool(p.isfinite().all()) for p in self.model.parameters())
+        if guard is None or (sound and not guard.back):
+            return False
+        self.writer.join()
+        kept = sound_before(self.folder, self.recipe.save_every)
+        if kept is None:
+            if sound:
+                return False
+            raise TrainError(
+                f"step {self.step}: the weights are no longer numbers, and there is no checkpoint to go back to: begin "
+                "anew with a lower learning rate, and set save_every"
+            )
+        if sum(skip.step == kept.step for skip in self.skips) >= guard.most:
+            raise TrainError(
+                f"step {self.step}: {why}, and the run has gone back to step {kept.step} {guard.most} times: look at "
+                "the data from there on, or begin anew with a lower learning rate"
+            )
+        skips = back_to(self.skips, self.steps, kept.step, self.step, f"step {self.step}: {why}")
+        self.warn(
+            f"step {self.step}: {why}; back to step {kept.step}, and on with what follows the data seen since"
+        )
+        kept.facts["skips"] = as_facts(skips)
+        amend(self.folder, kept)  # first: from here on a run that is resumed knows
+        drop(self.folder, kept.step)
+        self._take_up(kept)
+        self._cut_log(self.step)
+        return True
 
     def gradients(self, batch: Batch, seen: float) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
         """A step's gradients, left in the parameters: what the losses were, and each layer's expert load."""
@@ -334,11 +401,13 @@ class Trainer:
     def _balance(self, load: dict[int, Tensor], speed: float) -> None:
         if speed == 0:
             return
-        layers: Any = [*self.model.layers, *(module.block for module in self.model.mtp)]
-        for number, counts in load.items():
-            router = layers[number].ff.router
+        for number, router in self._routers(load).items():
             if router.bias is not None:
-                update_bias(router, counts, speed)
+                update_bias(router, load[number], speed)
+
+    def _routers(self, load: dict[int, Tensor]) -> dict[int, Any]:
+        layers: Any = [*self.model.layers, *(module.block for module in self.model.mtp)]
+        return {number: layers[number].ff.router for number in load}
 
     @torch.no_grad()
     def _average(self) -> None:
