@@ -67,11 +67,12 @@ class TrainError(ValueError):
 @dataclass
 class Report:
     """What a step tells: `values` by name, among them "loss" and "tokens" (seen after it); `load`: tokens that chose
-    each expert, by layer."""
+    each expert, by layer; `taken`: this step's own tokens."""
 
     step: int
     values: dict[str, float] = field(default_factory=dict)
     load: dict[int, list[int]] = field(default_factory=dict)
+    taken: int = 0
     skipped: str = ""
     """Why nothing was moved, if nothing was."""
     back: str = ""
@@ -303,7 +304,9 @@ class Trainer:
         named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]
         norms_P = gradient_norms(p for _, p in named)
         norm = float(clip((p for _, p in named), recipe.clip, norms_P))
-        report = Report(self.step, values, {number: counts.tolist() for number, counts in load.items()})
+        report = Report(
+            self.step, values, {number: counts.tolist() for number, counts in load.items()}, tokens
+        )
         report.back = "; ".join(skip.why for skip in self.skips if skip.step == self.step)
         report.skipped = self._doubt(values["loss"], norm)
         rate = recipe.rate(seen)
