@@ -80,7 +80,8 @@ class Report:
 
 
 class Trainer:
-    """A run of a recipe in a folder. `run()` goes to its end; `resume` takes the newest whole checkpoint up."""
+    """A run of a recipe in a folder. `run()` goes to its end; `resume` takes the newest whole checkpoint up. `build`:
+    the class of its model. `further(steps taken, ended)` is asked after each step for more to be told of it."""
 
     def __init__(
         self,
@@ -91,8 +92,9 @@ class Trainer:
         resume: bool = False,
         warn: Callable[[str], None] = print,
         build: type[Transformer] = Transformer,
+        further: Callable[[int, bool], dict[str, float]] | None = None,
     ) -> None:
-        self.recipe, self.folder, self.warn = recipe, Path(folder), warn
+        self.recipe, self.folder, self.warn, self.further = recipe, Path(folder), warn, further
         self.steps = Steps(recipe.stages)
         self.objective = Pretraining(recipe.apart)
         self._corpora = [Corpus(source.folder) for source in recipe.sources]
@@ -283,6 +285,8 @@ class Trainer:
                 found = self.evaluate()
                 report.values |= found
                 self._score = found.get("held")
+            if self.further is not None:
+                report.values |= self.further(self.step, ended)
             yield report  # and have it written down: what a checkpoint holds, the log has
             if ended or (recipe.save_every and self.step % recipe.save_every == 0):
                 self.save()
