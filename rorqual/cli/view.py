@@ -46,7 +46,7 @@ class View:
 
     def __rich__(self) -> Group:
         table = Table(box=None, show_header=False, padding=(0, 2))
-        marks = [f"{n} {what}" for n, what in ((self.skipped, "skipped"), (self.back, "times back")) if n]
+        marks = [f"{n}{what}" for n, what in ((self.skipped, " skipped"), (self.back, "× back")) if n]
         used = memory_in_use(self.device)
         shown = {
             "step": f"{self.step:,}" + (f" ({', '.join(marks)})" if marks else ""),
@@ -75,14 +75,14 @@ class View:
 
 
 def duration(seconds: float) -> str:
-    """4000 -> "1 h 07 min"."""
+    """7000 -> "1 h 57 min"."""
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.0f} s"
     if minutes < 100:
         return f"{minutes} min"
     hours, rest = divmod(minutes, 60)
-    return f"{hours} h {rest:02} min" if hours < 48 else f"{hours / 24:,.1f} days"
+    return f"{hours} h {rest:02} min" if hours < 48 else f"{minutes / 1440:,.1f} days"
 
 
 def memory_in_use(device: Any) -> int | None:
