@@ -11,7 +11,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -255,16 +255,7 @@ class Trainer:
     def _run(self, told: Callable[[Report], None] | None, asked: list[int]) -> None:
         try:
             for report in self:
-                why = {"skipped": report.skipped, "back": report.back}
-                line = {
-                    "step": report.step,
-                    **report.values,
-                    **{key: text for key, text in why.items() if text},
-                }
-                with (self.folder / LOG).open(
-                    "a", encoding="utf-8"
-                ) as log:  # each time: going back replaces it
-                    log.write(json.dumps(line) + "\n")
+                self._write_down(report)
                 if told is not None:
                     told(report)
                 if asked:
@@ -272,6 +263,13 @@ class Trainer:
                     raise KeyboardInterrupt
         finally:
             self.writer.wait()
+
+    def _write_down(self, report: Report) -> None:
+        """A line more in the log; the file is opened anew each time, as going back puts another in its place."""
+        why = {"skipped": report.skipped, "back": report.back}
+        line = {"step": report.step, **report.values, **{key: text for key, text in why.items() if text}}
+        with (self.folder / LOG).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
 
     def __iter__(self) -> Iterator[Report]:
         recipe = self.recipe
@@ -308,9 +306,11 @@ class Trainer:
         named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]
         norms_P = gradient_norms(p for _, p in named)
         norm = float(clip((p for _, p in named), recipe.clip, norms_P))
-        report = Report(
-            self.step, values, {number: counts.tolist() for number, counts in load.items()}, tokens
-        )
+        report = Report(self.step, values, taken=tokens)
+        # Everything is read before the update: nothing waits for a GPU after it.
+        report.load = {number: counts.tolist() for number, counts in load.items()}
+        each = zip((name for name, _ in named), norms_P.tolist(), strict=True)
+        balance = self._balance_of(report.load)
         report.back = "; ".join(skip.why for skip in self.skips if skip.step == self.step)
         report.skipped = self._doubt(values["loss"], norm)
         rate = recipe.rate(seen)
@@ -321,15 +321,21 @@ class Trainer:
             self._average()
         took = time.perf_counter() - began
         values |= {"norm": norm, "rate": rate, "tokens": float(seen + tokens), "seconds": took}
-        each = zip((name for name, _ in named), norms_P.tolist(), strict=True)
         values |= {f"norm {part}": found for part, found in norms_by_part(each).items()}
-        for number, counted in report.load.items():
-            values[f"violation {number}"] = max_violation(torch.tensor(counted))
+        values |= balance
+        return report
+
+    def _balance_of(self, load: dict[int, list[int]]) -> dict[str, float]:
+        """How far the busiest expert of each layer lies above the mean, and how far apart the biases lie by which its
+        tokens were routed."""
+        found = {
+            f"violation {number}": max_violation(torch.tensor(counts)) for number, counts in load.items()
+        }
         biases = {n: router.bias for n, router in self._routers(load).items() if router.bias is not None}
         if biases:
             spreads = torch.stack([bias.max() - bias.min() for bias in biases.values()]).tolist()
-            values |= {f"spread {number}": spread for number, spread in zip(biases, spreads, strict=True)}
-        return report
+            found |= {f"spread {number}": spread for number, spread in zip(biases, spreads, strict=True)}
+        return found
 
     def _back(self, why: str) -> bool:
         """Go back to the newest sound checkpoint, if that is what is to be done after a step that moved nothing."""
@@ -359,7 +365,6 @@ class Trainer:
         amend(self.folder, kept)  # first: from here on a run that is resumed knows
         drop(self.folder, kept.step)
         self._take_up(kept)
-        self._cut_log(self.step)
         return True
 
     def gradients(self, batch: Batch, seen: float) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
@@ -412,7 +417,7 @@ class Trainer:
             if router.bias is not None:
                 update_bias(router, load[number], speed)
 
-    def _routers(self, load: dict[int, Tensor]) -> dict[int, Any]:
+    def _routers(self, load: Iterable[int]) -> dict[int, Any]:
         layers: Any = [*self.model.layers, *(module.block for module in self.model.mtp)]
         return {number: layers[number].ff.router for number in load}
 
