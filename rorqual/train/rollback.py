@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rorqual.train.checkpoint import CheckpointLost, Kept, read, steps_in
+from rorqual.train.checkpoint import CheckpointLost, Kept, facts_of, read, steps_in
 from rorqual.train.schedule import Steps
 
 
@@ -53,6 +53,16 @@ def from_facts(facts: Iterable[dict[str, Any]]) -> list[Skip]:
         Skip(int(f["step"]), tuple((int(stage), int(n)) for stage, n in f["samples"]), str(f["why"]))
         for f in facts
     ]
+
+
+def begun(folder: Path) -> int | None:
+    """The step that a run was going back to when all ended: its checkpoint knows of it, and later ones, which were to
+    be deleted, don't. None if there is no such thing."""
+    found = {step: facts_of(folder, step) for step in steps_in(folder)}
+    known = {step: len(facts.get("skips", ())) for step, facts in found.items() if facts}
+    top = max(known.values(), default=0)
+    last = max((step for step, count in known.items() if count == top), default=0)
+    return last if any(step > last for step in known) else None
 
 
 def sound_before(folder: Path, every: int) -> Kept | None:

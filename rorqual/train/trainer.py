@@ -31,7 +31,7 @@ from rorqual.train.objective import Factors, Pretraining
 from rorqual.train.optim import Optimizer, clip, gradient_norms
 from rorqual.train.parts import norms_by_part
 from rorqual.train.recipe import Recipe
-from rorqual.train.rollback import Skip, as_facts, back_to, from_facts, left_out, sound_before
+from rorqual.train.rollback import Skip, as_facts, back_to, begun, from_facts, left_out, sound_before
 from rorqual.train.schedule import Steps
 
 LOG = "log.jsonl"
@@ -168,6 +168,9 @@ class Trainer:
                 )
             self.folder.mkdir(parents=True, exist_ok=True)
             return
+        going_back = begun(self.folder)
+        if going_back is not None:
+            drop(self.folder, going_back)
         kept, wrong = newest(self.folder)
         for problem in wrong:
             self.warn(problem)

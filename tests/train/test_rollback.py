@@ -106,6 +106,8 @@ def test_stopped_anywhere_around_going_back_it_is_the_same_run(
     plan = recipe(corpus, "gqa", guard=BACK if cause == "spikes" else replace(BACK, back=False), save_every=5)
     bad = {7: 1e4, 9: 1e4} if cause == "spikes" else {}
 
+    cuts: list[int] = []
+
     def begun(folder: Path, resume: bool) -> Trainer:
         trainer = Trainer(plan, folder, resume=resume, warn=lambda _: None)
         spiking(trainer, bad)
@@ -114,7 +116,9 @@ def test_stopped_anywhere_around_going_back_it_is_the_same_run(
 
             def step(number: int, rate: float) -> None:
                 plain(number, rate)
-                if trainer.step == 8 and not trainer.skips:
+                if (
+                    trainer.step == 8 and not trainer.skips and not cuts
+                ):  # no fault of the data: it comes once
                     trainer.model.norm.weight.data[0] = math.nan
 
             trainer.optimizer.step = step  # type: ignore[method-assign]
@@ -128,6 +132,7 @@ def test_stopped_anywhere_around_going_back_it_is_the_same_run(
 
     def power_cut(folder: Path, after: int) -> None:
         monkeypatch.setattr("rorqual.train.trainer.drop", real)
+        cuts.append(after)
         raise RuntimeError("power cut")
 
     monkeypatch.setattr("rorqual.train.trainer.drop", power_cut)
@@ -148,7 +153,7 @@ def test_stopped_anywhere_around_going_back_it_is_the_same_run(
             break
         except RuntimeError:
             part = begun(tmp_path / "cut", True)
-    assert stop > 5 and checkpoint.same(ends(part), ends(whole))
+    assert cuts == [5] and stop > 5 and checkpoint.same(ends(part), ends(whole))
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
     assert checkpoint.steps_in(tmp_path / "cut") == checkpoint.steps_in(tmp_path / "whole")
 
