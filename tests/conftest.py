@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import forks
 from tests.interpreter import hasten
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -77,6 +78,12 @@ hypothesis.settings.load_profile("rorqual")
 @pytest.fixture(scope="session", autouse=True)
 def _interpreter_in_haste() -> None:
     hasten()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _processes(request: pytest.FixtureRequest) -> None:
+    if any(item.path.parent.name in forks.USERS for item in request.session.items):
+        forks.begin()
 
 
 @pytest.fixture
