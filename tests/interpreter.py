@@ -50,14 +50,15 @@ def repair(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def hasten() -> None:
     """Most of the interpreter's time goes into what comes out the same every time: looking through `tl` for what to
-    patch at each call of a device function, the types of blocks, and the NumPy types that stand for them. From here
-    on, in this process, it is looked up."""
+    patch at each call of a device function, the types and shapes of blocks, and the NumPy types that stand for them.
+    From here on, in this process, it is looked up."""
     module = sys.modules.get("triton.runtime.interpreter")
     if module is None or hasattr(module, "hastened"):
         return
     module.hastened = True
     core = module.tl.core
     patch, dtype_of, block = module._patch_lang, module._get_np_dtype, core.block_type.__init__
+    spread = module.TritonSemantic.broadcast_impl_value
     launch: list[Any] = []  # the scope of the launch under way
     patched: set[int] = set()  # the globals it was opened for
     builtins: dict[Any, list[str]] = {}
@@ -106,5 +107,9 @@ def hasten() -> None:
             shapes[shape] = sizes, core.constexpr(math.prod(shape))
         self.shape, self.numel = shapes[shape]
 
+    def broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
+        return (lhs, rhs) if lhs.shape is rhs.shape else spread(self, lhs, rhs)
+
+    module.TritonSemantic.broadcast_impl_value = broadcast
     module._patch_lang, module._patch_builtin, module._get_np_dtype = patch_lang, patch_builtin, np_dtype
     core.block_type.__init__, core.tensor.__init__ = block_type, tensor
