@@ -19,9 +19,10 @@ IMPORTED = [
     "tests.serve.processes",
     "tests.serve.puppet",
     "tests.train.test_trainer",
+    "tests.weights.test_resources",
     "torch.distributed",
 ]
-USERS = {"data", "engine", "kernels", "recipes", "serve", "train"}
+USERS = {"data", "engine", "kernels", "recipes", "serve", "train", "weights"}
 """Folders of tests that fork."""
 
 
