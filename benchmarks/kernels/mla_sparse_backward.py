@@ -34,8 +34,8 @@ OFF: dict[str, Any] = {"hopper": False}
 PLAIN = {"weights": OFF, "queries": OFF, "entries": OFF}
 WEIGHTS: dict[str, dict[str, Any]] = {
     "gluon": {},
-    "224/208": {"registers": (224, 208)},
-    "208/216, 1 P": {"registers": (208, 216), "depth": 1},
+    "224/216": {"registers": (224, 216)},
+    "1 P": {"depth": 1},
     "264 programs": {"programs": 264},
     "triton": OFF,
 }

@@ -7,7 +7,7 @@ With P = exp(scale q K^T - lse) and delta = rowsum(o * do), per query over its o
 Three kernels, not one: of 128 heads q and do take 278 KB, the gradient of q another 295 KB and that of 64 rows 147 KB,
 where a multiprocessor has 227 KB beside 256 KB of registers. Fused, it would have to take 64 heads at a time and add
 every row's gradient to memory twice. So the first leaves P and dS in memory, some queries at a time; the second and
-third only multiply. At 128 heads and 2,048 rows a query takes 1.44 TFLOP/1000; P and dS are 1 MB there and 1 MB back,
+third only multiply. At 128 heads and 2,048 rows a query takes 1.44 GFLOP; P and dS are 1 MB there and 1 MB back,
 0.5 us of 5.8 us at 250 TFLOP/s, and what is added to the rows of memory is 4.7 MB in fp32, once for all heads.
 
 These additions are atomic, in no fixed order: two runs differ by the rounding of fp32 sums.

@@ -353,7 +353,7 @@ def descriptor(x: Tensor, rows: int, columns: int) -> Any:
 def weights(
     q_NHC: Tensor, latent_MC: Tensor, slots_NK: Tensor, ends_N: Tensor, lse_NH: Tensor, do_NHc: Tensor,
     delta_NH: Tensor, p_NHK: Tensor, ds_NHK: Tensor, *, scale: float, programs: int | None = None, stages: int = 2,
-    depth: int = 2, registers: tuple[int, int] = (216, 216),
+    depth: int = 2, registers: tuple[int, int] = (224, 208),
 ) -> None:  # fmt: skip
     """P and dS, of whole tiles as far as a row's end reaches."""
     N, H, C = q_NHC.shape
