@@ -32,39 +32,13 @@ ANCHOR = 115.0
 """TFLOP/s of TileLang's backward pass on an H200, as published."""
 OFF: dict[str, Any] = {"hopper": False}
 PLAIN = {"weights": OFF, "queries": OFF, "entries": OFF}
-WEIGHTS: dict[str, dict[str, Any]] = {
-    "gluon": {},
-    "224/216": {"registers": (224, 216)},
-    "1 P": {"depth": 1},
-    "264 programs": {"programs": 264},
-    "triton": OFF,
-}
-QUERIES: dict[str, dict[str, Any]] = {"gluon": {}, "3 stages": {"stages": 3}, "triton": OFF}
-ENTRIES: dict[str, dict[str, Any]] = {
-    **{f"gluon {add}": {"add": add} for add in ("pairs", "quads", "lines")},
-    **{f"quads, {n} programs": {"add": "quads", "programs": n} for n in (24, 44, 66, 88)},
-    "triton": OFF,
-    "triton 4 warps": {"hopper": False, "tiles": (128, 64, 4, 2)},
-    "triton 32 rows": {"hopper": False, "tiles": (128, 32, 4, 2)},
-}
+WEIGHTS: dict[str, dict[str, Any]] = {"gluon": {}, "triton": OFF}
+QUERIES: dict[str, dict[str, Any]] = {"gluon": {}, "triton": OFF}
+ENTRIES: dict[str, dict[str, Any]] = {"gluon": {}, "gluon, no turns": {"turns": False}, "triton": OFF}
 WHOLE: dict[str, dict[str, Any]] = {
     "gluon": {},
-    "gluon, quads": {"plan": {"entries": {"add": "quads"}}},
-    "gluon, 128 MB": {"room": 2**27},
-    "triton entries": {"plan": {"entries": OFF}},
+    "gluon, no turns": {"plan": {"entries": {"turns": False}}},
     "triton": {"plan": PLAIN},
-    **{
-        f"beside, {132 - n} + {n}": {
-            "beside": True,
-            "room": 2 * 264 * 2**20,
-            "plan": {
-                "weights": {"programs": 132 - n},
-                "queries": {"programs": 132 - n},
-                "entries": {"programs": n, "add": "quads"},
-            },
-        }
-        for n in (24, 36, 48, 60)
-    },
 }
 
 

@@ -200,12 +200,10 @@ def fast(
     *,
     scale: float,
     room: int = ROOM,
-    beside: bool = False,
     plan: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`mla_sparse_backward` in Triton. For measuring: `room`; whether the third kernel runs `beside` the others, at
-    the queries before theirs; and by `plan` for each kernel (weights, queries, entries) whether the form for Hopper is
-    taken (`hopper`) and what it is to be told."""
+    """`mla_sparse_backward` in Triton. For measuring: `room`, and by `plan` for each kernel (weights, queries, entries)
+    whether the form for Hopper is taken (`hopper`) and what it is to be told."""
     q_NHC, do_NHc, lse_NH = q_NHC.contiguous(), do_NHc.contiguous(), lse_NH.contiguous()
     (N, H), K, rank = q_NHC.shape[:2], slots_NK.shape[1], o_NHc.shape[2]
     dq_NHC = torch.zeros_like(q_NHC) if not K else torch.empty_like(q_NHC)
@@ -214,9 +212,8 @@ def fast(
         return dq_NHC, dlatent_MC
     device = q_NHC.device
     wide = triton.cdiv(K, TILE) * TILE
-    turns = 2 if beside else 1
-    at_once = max(1, min(N, room // (2 * turns * H * wide * q_NHC.element_size())))
-    held = torch.empty(turns, 2, at_once, H, wide, dtype=q_NHC.dtype, device=device)
+    at_once = max(1, min(N, room // (2 * H * wide * q_NHC.element_size())))
+    held = torch.empty(2, at_once, H, wide, dtype=q_NHC.dtype, device=device)
     delta_NH = torch.empty(N, H, dtype=torch.float32, device=device)
     ends_N = torch.empty(N, dtype=torch.int32, device=device)
     _begin[(N,)](
@@ -230,25 +227,13 @@ def fast(
     weights = mla_sparse_backward_gluon.weights if how["weights"].pop("hopper") else _run_weights
     queries = mla_sparse_backward_gluon.queries if how["queries"].pop("hopper") else _run_queries
     entries = mla_sparse_backward_entries.entries if how["entries"].pop("hopper") else _run_entries
-    side = torch.cuda.Stream(device) if beside else None
-    done: list[torch.cuda.Event] = []
-    for i, first in enumerate(range(0, N, at_once)):
+    for first in range(0, N, at_once):
         n = slice(first, first + at_once)
         q, do, slots, ends = q_NHC[n], do_NHc[n], slots_NK[n], ends_N[n]
-        p, ds = held[i % turns, :, : len(q)]
-        if side is not None and i >= turns:
-            done[i - turns].wait()
+        p, ds = held[:, : len(q)]
         weights(q, latent_MC, slots, ends, lse_NH[n], do, delta_NH[n], p, ds, scale=scale, **how["weights"])
         queries(ds, latent_MC, slots, ends, dq_NHC[n], rank=rank, **how["queries"])
-        if side is None:
-            entries(p, ds, q, slots, ends, do, dlatent_MC, **how["entries"])
-            continue
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            entries(p, ds, q, slots, ends, do, dlatent_MC, **how["entries"])
-            done.append(side.record_event())
-    if side is not None:
-        torch.cuda.current_stream(device).wait_stream(side)
+        entries(p, ds, q, slots, ends, do, dlatent_MC, **how["entries"])
     return dq_NHC, dlatent_MC
 
 

@@ -191,7 +191,7 @@ def _weights(
     q, do, latent, slots, ends, lse, delta, p_desc, ds_desc, scale, factor, items, head_blocks, heads, q_n, q_h, do_n,
     do_h, l_m, slots_n,
     RANK: gl.constexpr, ROPE: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
-    LEAD: gl.constexpr, FOLLOW: gl.constexpr, LOG2_E: gl.constexpr,
+    LOG2_E: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q.dtype.element_ty
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
@@ -237,7 +237,7 @@ def _weights(
             ),
         ],
         [4, 4],
-        [FOLLOW, 512 - LEAD - FOLLOW],
+        [208, 80],
     )  # fmt: skip
 
 
@@ -352,31 +352,28 @@ def descriptor(x: Tensor, rows: int, columns: int) -> Any:
 
 def weights(
     q_NHC: Tensor, latent_MC: Tensor, slots_NK: Tensor, ends_N: Tensor, lse_NH: Tensor, do_NHc: Tensor,
-    delta_NH: Tensor, p_NHK: Tensor, ds_NHK: Tensor, *, scale: float, programs: int | None = None, stages: int = 2,
-    depth: int = 2, registers: tuple[int, int] = (224, 208),
+    delta_NH: Tensor, p_NHK: Tensor, ds_NHK: Tensor, *, scale: float,
 ) -> None:  # fmt: skip
     """P and dS, of whole tiles as far as a row's end reaches."""
     N, H, C = q_NHC.shape
     rank = do_NHc.shape[2]
     items = N * (H // 64)
-    _weights[(min(programs or processors(q_NHC), items),)](
+    _weights[(min(processors(q_NHC), items),)](
         q_NHC, do_NHc, latent_MC, slots_NK, ends_N, lse_NH, delta_NH, descriptor(p_NHK, 64, BLOCK_K),
         descriptor(ds_NHK, 64, BLOCK_K), scale, scale * LOG2_E, items, H // 64, H, q_NHC.stride(0), q_NHC.stride(1),
         do_NHc.stride(0), do_NHc.stride(1), latent_MC.stride(0), slots_NK.stride(0), RANK=rank, ROPE=C - rank,
-        BLOCK_K=BLOCK_K, STAGES=stages, DEPTH=depth, LEAD=registers[0], FOLLOW=registers[1], LOG2_E=LOG2_E,
-        num_warps=4,
+        BLOCK_K=BLOCK_K, STAGES=2, DEPTH=2, LOG2_E=LOG2_E, num_warps=4,
     )  # fmt: skip
 
 
 def queries(
     ds_NHK: Tensor, latent_MC: Tensor, slots_NK: Tensor, ends_N: Tensor, dq_NHC: Tensor, *, rank: int,
-    programs: int | None = None, stages: int = 4,
 ) -> None:  # fmt: skip
     """dq = dS K."""
     N, H, C = dq_NHC.shape
     items = N * PARTS
-    _queries[(min(programs or processors(dq_NHC), items),)](
+    _queries[(min(processors(dq_NHC), items),)](
         descriptor(ds_NHK, 64, BLOCK_K), latent_MC, slots_NK, ends_N, dq_NHC, items, H, dq_NHC.stride(0),
         dq_NHC.stride(1), latent_MC.stride(0), slots_NK.stride(0), RANK=rank, ROPE=C - rank, PARTS=PARTS,
-        BLOCK_K=BLOCK_K, STAGES=stages, num_warps=4,
+        BLOCK_K=BLOCK_K, STAGES=4, num_warps=4,
     )  # fmt: skip
