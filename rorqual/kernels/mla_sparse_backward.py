@@ -351,15 +351,16 @@ class _Trained(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q_NHC: Tensor, latent_MC: Tensor, slots_NK: Tensor, rank: int, scale: float
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         o_NHc, lse_NH = mla_sparse(q_NHC, latent_MC[None], slots_NK, rank=rank, scale=scale, lse=True)
         ctx.save_for_backward(q_NHC, latent_MC, slots_NK, o_NHc, lse_NH)
         ctx.scale = scale
-        return o_NHc
+        ctx.mark_non_differentiable(lse_NH)
+        return o_NHc, lse_NH
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do_NHc: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, do_NHc: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         q_NHC, latent_MC, slots_NK, o_NHc, lse_NH = ctx.saved_tensors
         dq_NHC, dlatent_MC = mla_sparse_backward(
             q_NHC, latent_MC, slots_NK, o_NHc, lse_NH, do_NHc.contiguous(), scale=ctx.scale
@@ -369,7 +370,8 @@ class _Trained(torch.autograd.Function):
 
 def mla_sparse_trained(
     q_NHC: Tensor, latent_MC: Tensor, slots_NK: Tensor, *, rank: int, scale: float
-) -> Tensor:
-    """`mla_sparse` over latents `[M, rank + rope]` in one piece, with gradients of q and of the latents."""
-    o_NHc: Tensor = _Trained.apply(q_NHC, latent_MC, slots_NK, rank, scale)
-    return o_NHc
+) -> tuple[Tensor, Tensor]:
+    """`mla_sparse` over latents `[M, rank + rope]` in one piece, with gradients of q and of the latents; and its
+    log-sum-exp, without."""
+    o_NHc, lse_NH = _Trained.apply(q_NHC, latent_MC, slots_NK, rank, scale)
+    return o_NHc, lse_NH

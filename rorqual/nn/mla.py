@@ -309,7 +309,7 @@ class MLA(nn.Module):
         p, (batch, keys, _) = self.part, latent_BKC.shape
         firsts_B11 = torch.arange(batch, device=chosen_BTk.device)[:, None, None] * keys
         slots_BTk = torch.where(chosen_BTk >= 0, chosen_BTk + firsts_B11, -1).int()
-        u_NHc = mla_sparse_trained(
+        u_NHc, _ = mla_sparse_trained(
             q_BTHC.flatten(0, 1),
             latent_BKC.flatten(0, 1),
             slots_BTk.flatten(0, 1),
