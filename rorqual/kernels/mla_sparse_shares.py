@@ -7,6 +7,7 @@ indexer learns from in the sparse stage (V3.2 report section 2.1; facts 3.8).
 import torch
 from torch import Tensor
 
+from rorqual.kernels import mla_sparse_shares_gluon
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.mla_prefill import LOG2_E
 
@@ -64,9 +65,15 @@ def fast(
     lse_NH: Tensor,
     *,
     scale: float,
+    hopper: bool | None = None,
     tiles: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
-    """The kernel. For measuring: `tiles` (heads and entries of a tile, warps, stages)."""
+    """The kernels. For measuring: `hopper` (the form for that GPU or the plain one), and the plain one's `tiles` (heads
+    and entries of a tile, warps, stages)."""
+    if hopper is None:
+        hopper = mla_sparse_shares_gluon.supported(q_NHC, latent_MC, slots_NK)
+    if hopper and slots_NK.numel():
+        return mla_sparse_shares_gluon.shares(q_NHC, latent_MC, slots_NK, lse_NH, scale=scale)
     (N, H, C), K = q_NHC.shape, slots_NK.shape[1]
     rank = _rank(C)
     wide = q_NHC.dtype == torch.float32

@@ -130,4 +130,6 @@ def test_at_the_widths_of_v32() -> None:
     q, latent, slots, scale = y["q_NHC"], y["latent_MC"], y["slots_NK"], y["scale"]
     _, lse = mla_sparse(q, latent[None], slots, rank=512, scale=scale, lse=True)
     wanted = shares.reference(q.double(), latent.double(), slots, lse.double(), scale=scale)
-    assert (shares.fast(q, latent, slots, lse, scale=scale) - wanted).norm() <= 2e-3 * wanted.norm()
+    for hopper in (None, False):
+        found = shares.fast(q, latent, slots, lse, scale=scale, hopper=hopper)
+        assert (found - wanted).norm() <= 2e-3 * wanted.norm()

