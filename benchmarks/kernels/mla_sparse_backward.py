@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ WHOLE: dict[str, dict[str, Any]] = {
     "gluon, no turns": {"plan": {"entries": {"turns": False}}},
     "triton": {"plan": PLAIN},
 }
+
+VARIANTS = {"whole": WHOLE, "weights": WEIGHTS, "queries": QUERIES, "entries": ENTRIES}
 
 
 def inputs(queries: int, rows: int, causal: bool, gaps: bool = False) -> dict[str, Any]:
@@ -138,47 +141,56 @@ def backward(case: str, **options: Any) -> str:
     return f"{ms:6.2f} ms {tera:5.0f} TFLOP/s ({tera / ANCHOR:.1f} x TileLang's)"
 
 
-def part(name: str, lock: str) -> None:
-    """One part: compiled while others are, measured alone."""
-    variants = {"weights": WEIGHTS, "queries": QUERIES, "entries": ENTRIES, "whole": WHOLE}[name]
-    with compiled_ahead():
-        for options in variants.values():
-            with contextlib.suppress(Exception):  # the launch will say
-                if name == "whole":
-                    op.fast(**inputs(150, 3000, False), **options)
-                else:
-                    stage(name, options)[1]()
-    torch.cuda.empty_cache()
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        signal.alarm(25 if name == "whole" else 12)
-        for variant, options in variants.items():
-            show = functools.partial(guarded, f"{name:8s} {variant:20s}")
-            if name != "whole":
-                show(lambda: measure_stage(name, options))  # noqa: B023
-                continue
-            show(lambda: f"{check(**options)}  {backward('4096 of 8192', **options)}")  # noqa: B023
-        if name == "whole":
-            for case in CASES:
-                guarded(f"forward  {case:20s}", lambda: forward(case))  # noqa: B023
-                guarded(f"backward {case:20s}", lambda: backward(case))  # noqa: B023
+def prepare(name: str) -> None:
+    """Every launch of a part, once."""
+    for options in VARIANTS[name].values():
+        with contextlib.suppress(Exception):  # the launch will say
+            if name == "whole":
+                op.fast(**inputs(150, 3000, False), **options)
+            else:
+                stage(name, options)[1]()
 
 
-def main() -> None:
-    if len(sys.argv) == 3 and sys.argv[1].startswith("only:"):
-        part(sys.argv[1][5:], sys.argv[2])
+def measure(name: str) -> None:
+    for variant, options in VARIANTS[name].items():
+        show = functools.partial(guarded, f"{name:8s} {variant:20s}")
+        if name != "whole":
+            show(functools.partial(measure_stage, name, options))
+            continue
+        show(lambda: f"{check(**options)}  {backward('4096 of 8192', **options)}")  # noqa: B023
+    for case in CASES if name == "whole" else ():
+        guarded(f"forward  {case:20s}", functools.partial(forward, case))
+        guarded(f"backward {case:20s}", functools.partial(backward, case))
+
+
+def parts(
+    module: str,
+    arguments: list[str],
+    names: list[str],
+    prepare: Callable[[str], None],
+    measure: Callable[[str], None],
+    limit: int,
+) -> None:
+    """Run a benchmark's parts, those asked for or all, each in a process of its own: compiled while others are,
+    measured alone, for `limit` seconds at most."""
+    if len(arguments) == 2 and arguments[0].startswith("only:"):
+        name = arguments[0][5:]
+        with compiled_ahead():
+            prepare(name)
+        torch.cuda.empty_cache()
+        with open(arguments[1], "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            signal.alarm(limit)
+            measure(name)
         return
-    names = sys.argv[1:] or ["whole", "weights", "queries", "entries"]
     with tempfile.NamedTemporaryFile() as lock:
-        command = [sys.executable, "-m", "benchmarks.kernels.mla_sparse_backward"]
-        started = {name: subprocess.Popen([*command, f"only:{name}", lock.name]) for name in names}
+        command = [sys.executable, "-m", module]
+        started = {n: subprocess.Popen([*command, f"only:{n}", lock.name]) for n in arguments or names}
         for name, process in started.items():
             if code := process.wait():
-                print(
-                    f"{name}: exit {code}{' (ran out of time)' if code == -signal.SIGALRM else ''}",
-                    flush=True,
-                )
+                why = " (ran out of time)" if code == -signal.SIGALRM else ""
+                print(f"{name}: exit {code}{why}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    parts("benchmarks.kernels.mla_sparse_backward", sys.argv[1:], list(VARIANTS), prepare, measure, 25)
