@@ -21,6 +21,7 @@ from rorqual.kernels.linear import Pack
 from rorqual.kernels.mla_decode import mla_decode, pack_latents, packed_bytes, unpack_latents
 from rorqual.kernels.mla_prefill import gather_latents, mla_prefill
 from rorqual.kernels.mla_sparse import mla_sparse
+from rorqual.kernels.mla_sparse_backward import mla_sparse_trained
 from rorqual.kernels.mode import is_invariant
 from rorqual.nn.cache import Slots
 from rorqual.nn.errors import InputError
@@ -323,6 +324,8 @@ class MLA(nn.Module):
         """Absorbed attention of each query to its own chosen positions (-1: none), gathered in blocks."""
         p = self.part
         q_BTHC, w_uv = self._absorb_queries(q_nope, q_rope)
+        if trained_by_kernels(q_BTHC):
+            return _into_values(self._sparse_trained(q_BTHC, latent_BKC, chosen_BTk), w_uv)
         out = []
         for block, seen, mask in gather_blocks(latent_BKC, chosen_BTk):
             score = upcast(q_BTHC[:, block] @ seen.transpose(-1, -2)) * p.scale
@@ -351,10 +354,29 @@ class MLA(nn.Module):
             return self._expanded(q_nope, q_rope, latent_BKC, step)
         return self._sparse(q_nope, q_rope, latent_BKC, chosen_BTk)
 
+    def _sparse_trained(self, q_BTHC: Tensor, latent_BKC: Tensor, chosen_BTk: Tensor) -> Tensor:
+        """Attended latents `[B, T, H, kv_rank]` by kernels that have gradients."""
+        p, (batch, keys, _) = self.part, latent_BKC.shape
+        firsts_B11 = torch.arange(batch, device=chosen_BTk.device)[:, None, None] * keys
+        slots_BTk = torch.where(chosen_BTk >= 0, chosen_BTk + firsts_B11, -1).int()
+        u_NHc, _ = mla_sparse_trained(
+            q_BTHC.flatten(0, 1),
+            latent_BKC.flatten(0, 1),
+            slots_BTk.flatten(0, 1),
+            rank=p.kv_rank,
+            scale=p.scale,
+        )
+        return u_NHc.unflatten(0, q_BTHC.shape[:2])
+
     def _absorb_queries(self, q_nope: Tensor, q_rope: Tensor) -> tuple[Tensor, Tensor]:
         """Queries in latent space beside their rotary part [B, T, H, kv_rank + rope], and W_UV."""
         w_uk, w_uv = self._up(q_nope.dtype)
         return torch.cat((_by_head(q_nope, w_uk), q_rope), -1), w_uv
+
+
+def trained_by_kernels(q: Tensor) -> bool:
+    """Whether sparse attention of these queries goes through `mla_sparse_trained`."""
+    return torch.is_grad_enabled() and usable(q) and q.dtype == torch.bfloat16
 
 
 def _packing(rank: int, rope: int, dtype: torch.dtype) -> Packing:
