@@ -32,7 +32,8 @@ DENSE = ((4096, 4096, 7168), (4096, 7168, 2048), (16384, 1536, 1536))
 
 def apart(found: Tensor, want: Tensor) -> float:
     """Norm of the difference over the norm."""
-    return float((found.float() - want.float()).norm() / want.float().norm())
+    found, want = found.detach().float(), want.detach().float()
+    return float((found - want).norm() / want.norm())
 
 
 class Case:

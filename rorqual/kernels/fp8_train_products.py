@@ -109,8 +109,8 @@ def rows_fast(x: Codes, weights: Matrices, groups: Groups, y: Tensor, add: bool 
     BO = 128
     rows_kernel[(y.shape[0] // BLOCK * triton.cdiv(y.shape[1], BO),)](
         x.codes, x.scale, weights.codes, weights.scale, groups.of_tile, y, weights.codes.shape[0], y.shape[1],
-        x.codes.shape[1], x.scale.stride(1), x.codes.stride(0), *weights.codes.stride()[:2], *weights.scale.stride()[:2], y.stride(0),
-        BO=BO, ADD=add, STAGES=4, num_warps=8,
+        x.codes.shape[1], x.scale.stride(1), x.codes.stride(0), *weights.codes.stride()[:2],
+        *weights.scale.stride()[:2], y.stride(0), BO=BO, ADD=add, STAGES=4, num_warps=8,
     )  # fmt: skip
 
 
