@@ -11,6 +11,8 @@ from rorqual.nn.router import Router
 
 def expert_load(ids_NK: Tensor, experts: int) -> Tensor:
     """Tokens that chose each expert, int64 [E]."""
+    if ids_NK.is_cuda:  # where bincount waits for the device
+        return (ids_NK.flatten()[:, None] == torch.arange(experts, device=ids_NK.device)).sum(0)
     return ids_NK.flatten().bincount(minlength=experts)
 
 
@@ -33,8 +35,6 @@ def sequence_loss(scores_BTE: Tensor, ids_BTK: Tensor) -> Tensor:
     """V3's sequence-wise balance loss before its factor alpha: the mean over sequences of
     sum_i f_i P_i with f_i = E / (K T) * count_i and P_i the mean of the normalised affinities."""
     experts, (time, chosen) = scores_BTE.shape[-1], ids_BTK.shape[-2:]
-    count_BE = torch.zeros_like(scores_BTE[:, 0]).scatter_add_(
-        1, ids_BTK.flatten(1), torch.ones_like(ids_BTK.flatten(1), dtype=scores_BTE.dtype)
-    )
+    count_BE = torch.stack([expert_load(ids_TK, experts) for ids_TK in ids_BTK]).to(scores_BTE.dtype)
     p_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
     return (count_BE * (experts / (chosen * time)) * p_BE).sum(-1).mean()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.family import parts
+from rorqual.kernels import mla_grad
 from rorqual.kernels.cache_write import mla_write
 from rorqual.kernels.fuse import rmsnorm
 from rorqual.kernels.gpu import usable
@@ -202,6 +203,8 @@ class MLA(nn.Module):
         """`absorb` forces the absorbed (True) or expanded (False) form; by default the cheaper one with a
         cache, the expanded one without. Sparse attention is always absorbed."""
         p = self.part
+        if cache is None and absorb is None and torch.is_grad_enabled() and self._by_kernels(x_BTD, step):
+            return self._trained(x_BTD, step)
         c_q = None
         if p.q_rank is None:
             q, kv_BTC = together(x_BTD, self.pack, self.q, self.kv_a)
@@ -231,6 +234,30 @@ class MLA(nn.Module):
             form = self._absorbed if absorb else self._expanded
             o = form(q_nope, q_rope, latent_BKC, step)
         return self.o(o.flatten(2))
+
+    def _by_kernels(self, x_BTD: Tensor, step: Step) -> bool:
+        """Whether `_trained` does this pass."""
+        p = self.part
+        whole = self.index is None and step.causal and step.rows.uniform and self.kv_b.scale is None
+        return whole and mla_grad.supported(x_BTD, p.rope_dim) and x_BTD.dtype == self.kv_b.weight.dtype
+
+    def _trained(self, x_BTD: Tensor, step: Step) -> Tensor:
+        """The expanded form over whole rows, with gradients, on a GPU."""
+        p, norm = self.part, self.kv_a_norm
+        cos, sin = (t[0] for t in step.rotation(p.rope))
+        shape = mla_grad.Shape(
+            len(x_BTD), p.heads, p.nope_dim, p.rope_dim, p.kv_rank, p.scale, norm.eps, p.rope.interleaved,
+            keep=not step.recompute,
+        )  # fmt: skip
+        latent = self.kv_a.weight, norm.weight, self.kv_b.weight
+        if p.q_rank is None:
+            matrices = mla_grad.Matrices(self.q.weight, None, None, *latent)
+        else:
+            matrices = mla_grad.Matrices(
+                self.q_a.weight, self.q_a_norm.weight, self.q_b.weight, *latent
+            )
+        o_NE = mla_grad.mla_trained(x_BTD.flatten(0, 1), matrices, cos, sin, shape)
+        return self.o(o_NE).unflatten(0, x_BTD.shape[:2])
 
     def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
         """Whether the absorbed form takes less arithmetic for a pass, by head.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rorqual.family import parts
+from rorqual.kernels import experts_grad
 from rorqual.kernels.experts import Shared, Weights, experts
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.linear import Pack, linear_summed, linears
@@ -108,12 +109,19 @@ class MoE(nn.Module):
         if step.watch is not None:
             step.watch.chose(step.layer, choice.ids)
         if step.trace is not None:
-            real_N = step.rows.real_BT.flatten()
-            step.trace.experts[step.layer] = (
-                choice.ids[real_N],
-                choice.weights[real_N],
-                choice.logits[real_N],
+            seen: tuple[Tensor, Tensor, Tensor] = tuple(choice)
+            if not step.rows.uniform:
+                real_N = step.rows.real_BT.flatten()
+                seen = choice.ids[real_N], choice.weights[real_N], choice.logits[real_N]
+            step.trace.experts[step.layer] = seen
+        stacks = self.experts.gate.weight, self.experts.up.weight, self.experts.down.weight
+        if torch.is_grad_enabled() and experts_grad.supported(x_ND, *stacks):
+            add_ND = self.shared(x_ND) if self.shared is not None else None
+            limit, first = self.experts.limit, self.experts.first
+            y_ND = experts_grad.routed_trained(
+                x_ND, choice.ids - first, choice.weights, *stacks, limit=limit, add_ND=add_ND
             )
+            return y_ND.view_as(x_BTD)
         y_ND = self.experts(x_ND, choice.ids, choice.weights)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)

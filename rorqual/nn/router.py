@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.family.parts import MoE
-from rorqual.kernels.route import route
+from rorqual.kernels.gpu import usable
+from rorqual.kernels.route import Rule, route
+from rorqual.kernels.route_grad import route_trained
 from rorqual.nn.errors import InputError
 from rorqual.nn.linear import keeping_types
 from rorqual.nn.norm import upcast
 
 
 class Choice(NamedTuple):
-    """Experts of each token: `ids` [N, K] int64, `weights` [N, K] fp32, raw `logits` [N, E] fp32."""
+    """Experts of each token: `ids` [N, K] integers, `weights` [N, K] fp32, raw `logits` [N, E] fp32."""
 
     ids: Tensor
     weights: Tensor
@@ -82,6 +84,10 @@ class Router(nn.Module):
     def forward(self, x_ND: Tensor, token_N: Tensor | None = None) -> Choice:
         """x `[N, D]`, and for a hashed router the token ids `[N]`."""
         r = self.part
+        if torch.is_grad_enabled() and usable(x_ND) and x_ND.dtype == self.weight.dtype == torch.bfloat16:
+            rule = Rule(self.top_k, r.score, r.groups, r.keep, r.group_score, r.normalize, r.scale)
+            tokens = token_N if self.table is not None else None
+            return Choice(*route_trained(x_ND, self.weight, self.bias, rule, self.table, tokens))
         full = upcast(x_ND)
         logits = F.linear(full, self.weight.to(full.dtype))
         score = scores(logits, r.score)

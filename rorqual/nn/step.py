@@ -101,6 +101,9 @@ class Step:
     watch: Watch | None = None
     """Keeps what a paged pass chose, where somebody looks inside."""
 
+    recompute = False
+    """Whether a pass with gradients keeps less, and makes again what is cheap to make."""
+
     def __init__(self, rows: Rows, trace: Trace | None = None, documents_BT: Tensor | None = None) -> None:
         self.rows, self.trace, self.documents_BT = rows, trace, documents_BT
         self.layer = 0

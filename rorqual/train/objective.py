@@ -52,8 +52,8 @@ class Pretraining:
     """The objective over packed rows. With `apart` documents of a row don't see each other, and no token is asked for
     what another document says."""
 
-    def __init__(self, apart: bool = False) -> None:
-        self.apart = apart
+    def __init__(self, apart: bool = False, recompute: bool = False) -> None:
+        self.apart, self.recompute = apart, recompute
 
     def targets(self, batch: Batch, distance: int) -> Tensor:
         """What stands `distance` after each of a row's tokens, `IGNORED` where it doesn't count: `[B, T]`."""
@@ -83,6 +83,7 @@ class Pretraining:
             )
         rows = Rows([0] * len(ids_BT), [width] * len(ids_BT), width, ids_BT.device)
         step = Step(rows, Trace(keep_hidden=False), documents_BT[:, :width] if self.apart else None)
+        step.recompute = self.recompute
         here = Batch(ids_BT, documents_BT, batch.sources_B, batch.look)
         state = model.run_whole(ids_BT[:, :width], step)
         hidden = model.finish(state)
@@ -115,7 +116,8 @@ class Pretraining:
         sequences = len(step.rows)
         layers: Any = [*model.layers, *(module.block for module in model.mtp)]
         total: Tensor | None = None
-        for number, (ids_NK, _, logits_NE) in step.trace.experts.items():
+        for number, (chosen_NK, _, logits_NE) in step.trace.experts.items():
+            ids_NK = chosen_NK.long()
             router = layers[number].ff.router
             parts.load[number] = expert_load(ids_NK, logits_NE.shape[1])
             if router.table is not None:

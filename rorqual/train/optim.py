@@ -6,11 +6,13 @@ plain functions of (parameters, gradients, state, step): nothing is hidden in th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from rorqual.kernels import adamw
 
 HYBRID = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
 """Coefficients of V4's Newton-Schulz steps: eight that grow all singular values fast, two that settle them at 1."""
@@ -89,15 +91,33 @@ class Optimizer:
         return made | {key: torch.zeros_like(p, dtype=kind) for key in ("m", "v")}
 
     @torch.no_grad()
-    def step(self, number: int, rate: float) -> None:
-        """Move all parameters that have gradients: step `number`, from 1 on, at learning rate `rate`."""
+    def step(
+        self,
+        number: int,
+        rate: float,
+        factor: Tensor | None = None,
+        gradients: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Move parameters that have gradients, their own or those given by name, each times `factor` (of `clipping`):
+        step `number`, from 1 on, at learning rate `rate`."""
         for name, p in self.parameters.items():
-            if p.grad is None:
+            found = p.grad if gradients is None else gradients.get(name)
+            if found is None:
                 continue
             state = self.state[name]
             weight = state.get("master", p)
-            grad = p.grad.to(weight.dtype)
-            if self._muon(name):
+            by_muon = self._muon(name)
+            if not by_muon and adamw.supported(p, weight, found):
+                s = self._adam()
+                adamw.step(
+                    p.detach(), weight.detach() if weight is not p else None, found, state["m"], state["v"], factor,
+                    rate=rate, decay=s.decay if p.dim() >= 2 else 0.0, betas=s.betas, eps=s.eps, number=number,
+                )  # fmt: skip
+                continue
+            grad = found.to(weight.dtype)
+            if factor is not None:
+                grad = grad * factor.to(weight.dtype)
+            if by_muon:
                 self._by_muon(weight, grad, state, rate)
             else:
                 self._by_adam(weight, grad, state, rate, number)
@@ -155,13 +175,12 @@ class Optimizer:
 
 
 @torch.no_grad()
-def clip(parameters: Iterable[nn.Parameter], most: float | None) -> Tensor:
-    """Scale all gradients so that their joint norm is at most `most`; the norm before, fp32 (fp64 of fp64)."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack([g.norm(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads])
-    norm = norms.norm()
-    if most is not None:
-        factor = (most / norm.clamp(min=1e-30)).clamp(max=1.0)
-        for g in grads:
-            g.mul_(factor.to(g.dtype))
-    return norm
+def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of each `[P]`, fp32 (fp64 of fp64)."""
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(list(gradients), 2, wide))
+
+
+def clipping(norm: Tensor, most: float | None) -> Tensor | None:
+    """What all gradients are to be multiplied by so that their joint norm is at most `most`."""
+    return None if most is None else (most / norm.clamp(min=1e-30)).clamp(max=1.0)

@@ -37,7 +37,7 @@ class Guard:
 class Recipe:
     """Everything a run is made of. `tokens`: where it ends. `micro`: rows that go through the model at once.
     `v2`: V2's balance losses instead of V3's. `rate`, `mtp` (λ) and `speed` (γ of the routers' biases) are
-    functions of tokens seen."""
+    functions of tokens seen. `recompute`: less is kept for the backward pass, and made again there."""
 
     name: str
     config: ModelConfig
@@ -54,6 +54,7 @@ class Recipe:
     guard: Guard | None = field(default_factory=Guard)
     ema: float | None = None
     apart: bool = False
+    recompute: bool = False
     micro: int = 8
     dtype: str = "float32"
     seed: int = 0

@@ -28,7 +28,7 @@ from rorqual.nn import Transformer
 from rorqual.nn.balance import max_violation, update_bias
 from rorqual.train.checkpoint import Kept, Writer, newest, set_aside, steps_in
 from rorqual.train.objective import Factors, Pretraining
-from rorqual.train.optim import Optimizer, clip
+from rorqual.train.optim import Optimizer, clipping, gradient_norms
 from rorqual.train.recipe import Recipe
 from rorqual.train.schedule import Steps
 
@@ -86,7 +86,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.folder, self.warn = recipe, Path(folder), warn
         self.steps = Steps(recipe.stages)
-        self.objective = Pretraining(recipe.apart)
+        self.objective = Pretraining(recipe.apart, recipe.recompute)
         self._corpora = [Corpus(source.folder) for source in recipe.sources]
         self._check()
         self.mixtures = [
@@ -271,25 +271,30 @@ class Trainer:
         stage, first, samples, seen = self.steps[self.step]
         batch = self.mixtures[stage].batch(first, samples)
         tokens = samples * recipe.stages[stage].length
-        told, load = self.gradients(batch, seen)
+        told, load, gradients = self.gradients(batch, seen)
+        total = gradient_norms(list(gradients.values())).norm()
+        # All that is to be told is read off the device here, before the optimizer's work is handed to it.
         values = {name: float(value) for name, value in told.items()}
-        norm = float(clip(self.model.parameters(), recipe.clip))
+        norm = float(total)
+        uneven = {number: max_violation(counts.cpu()) for number, counts in load.items()}
         report = Report(self.step, values)
         report.skipped = self._doubt(values["loss"], norm)
         rate = recipe.rate(seen)
         if not report.skipped:
             self.updates += 1
-            self.optimizer.step(self.updates, rate)
+            self.optimizer.step(self.updates, rate, clipping(total, recipe.clip), gradients)
             self._balance(load, recipe.speed(seen))
             self._average()
         took = time.perf_counter() - began
         values |= {"norm": norm, "rate": rate, "tokens": float(seen + tokens), "seconds": took}
-        for number, counts in load.items():
-            values[f"violation {number}"] = max_violation(counts)
+        values |= {f"violation {number}": found for number, found in uneven.items()}
         return report
 
-    def gradients(self, batch: Batch, seen: float) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-        """A step's gradients, left in the parameters: what the losses were, and each layer's expert load."""
+    def gradients(
+        self, batch: Batch, seen: float
+    ) -> tuple[dict[str, Tensor], dict[int, Tensor], dict[str, Tensor]]:
+        """A step's losses, each layer's expert load, and the gradients by parameter. Those of several micro-batches are
+        added up in at least fp32."""
         factors, micro = self.factors(seen), self.recipe.micro
         cuts = [slice(at, at + micro) for at in range(0, len(batch.ids_BT), micro)]
         batches = [
@@ -299,6 +304,7 @@ class Trainer:
         counts = self.objective.counts(batches, len(self.model.mtp))
         told: dict[str, Tensor] = {}
         load: dict[int, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         for part in batches:
             found = self.objective(self.model, part, counts, factors)
             found.loss.backward()
@@ -306,7 +312,22 @@ class Trainer:
                 told[name] = told[name] + value if name in told else value
             for number, counted in found.load.items():
                 load[number] = load[number] + counted if number in load else counted
-        return told, load
+            if len(batches) > 1:
+                self._gather(sums)
+        if len(batches) > 1:
+            return told, load, sums
+        return told, load, {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+
+    def _gather(self, sums: dict[str, Tensor]) -> None:
+        """Move gradients out of the parameters onto their sums."""
+        for name, p in self.model.named_parameters():
+            if p.grad is None:
+                continue
+            if name in sums:
+                sums[name] += p.grad
+            else:
+                sums[name] = p.grad.to(torch.promote_types(p.grad.dtype, torch.float32))
+            p.grad = None
 
     def _doubt(self, loss: float, norm: float) -> str:
         """Why a step had better not be taken; "" if it may."""
