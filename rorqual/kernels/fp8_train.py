@@ -1,12 +1,10 @@
-"""Training through FP8 products: linear layers and SwiGLU experts, forward and both gradients (V3 report section
-3.3; facts 3.5).
+"""Training through FP8 products: linear layers and SwiGLU, forward and both gradients (V3 report section 3.3; facts
+3.5). `fp8_train_experts` does routed experts with the same parts.
 
 Rows are quantised in runs of 128 channels for the forward product and the gradient of the input, in runs of 128 tokens
 for the gradient of the weight; what is kept for backward is codes. Weights, in whatever precision they are trained,
 are quantised in blocks of 128x128, once for as long as they are not written to. Which layers are multiplied so is for
 the caller to say: V3 keeps embedding, head, router, norms and attention itself out of it.
-
-Rows of experts lie by expert, each one's filled up with zeros to a multiple of 128 (`Groups`).
 """
 
 from __future__ import annotations
@@ -20,8 +18,9 @@ import torch
 from torch import Tensor
 
 from rorqual.kernels import fp8_train_swiglu as gated
-from rorqual.kernels.fp8_train_products import Groups, matrix_product, rows_product, whole
+from rorqual.kernels.fp8_train_dense import dense_matrix, dense_rows
 from rorqual.kernels.fp8_train_quant import (
+    BLOCK,
     GRADIENT_FLOOR,
     Codes,
     Matrices,
@@ -31,7 +30,7 @@ from rorqual.kernels.fp8_train_quant import (
     quantize_matrices,
     room,
 )
-from rorqual.kernels.quant import QuantError
+from rorqual.kernels.quant import FP8_FLOOR, QuantError
 
 
 @dataclass(frozen=True)
@@ -82,103 +81,95 @@ def outdate() -> None:
         _held[key] = refs, [-1 for _ in versions], made
 
 
-# ---------------------------------------------------------------------------------------------- linear
+# --------------------------------------------------------------------------------------------- products
 
 
-def _gradient(dy: Codes, x: Codes, groups: Groups, weight: Tensor, into: Tensor | None) -> Tensor | None:
+def both_or_one(x: Tensor, pow2: bool, floor: float, both: bool) -> tuple[Codes, Codes | None]:
+    """x's codes and, if `both`, its transpose's."""
+    if both:
+        return quantize_both(x, pow2, floor)
+    return quantize_along(x, pow2, floor), None
+
+
+def forward(
+    x_ND: Tensor, weights: Sequence[Tensor], powers: Powers = Powers(), keep: bool = True
+) -> tuple[Tensor, Codes | None]:
+    """x `[N, D]` through weights `[O, D]` side by side: `[N, sum of O]` in x's dtype; and, if `keep`, the codes that
+    `backward` takes the weights' gradients from. Raises QuantError if a weight before the last is not whole blocks of
+    128 outputs, which leaves a gap between results."""
+    _fit(x_ND, weights)
+    x, kept = both_or_one(x_ND, powers.rows, FP8_FLOOR, keep)
+    out = sum(len(w) for w in weights)
+    y = dense_rows(x, held_matrices(weights, powers.weights)[0], out, x_ND.dtype)
+    return y[: len(x_ND)], kept
+
+
+def backward(
+    slope: Tensor,
+    kept: Codes | None,
+    weights: Sequence[Tensor],
+    powers: Powers = Powers(),
+    wants_x: bool = True,
+    into: Sequence[Tensor | None] | None = None,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """From the gradient `[N, sum of O]` of `forward`'s result and what it kept: that of x, and those of the weights in
+    their dtype (none if nothing was kept, or where one was added to its fp32 tensor of `into`)."""
+    dy, turned = both_or_one(slope.contiguous(), powers.slopes, GRADIENT_FLOOR, kept is not None)
+    width, dx = weights[0].shape[1], None
+    if wants_x:
+        dx = dense_rows(dy, held_matrices(weights, powers.weights)[1], width, slope.dtype)[: len(slope)]
+    dws: list[Tensor | None] = [None] * len(weights)
+    if turned is not None and kept is not None:
+        first = 0
+        for number, w in enumerate(weights):
+            own = turned.rows(first, first + room(len(w)))
+            dws[number] = dense_gradient(own, kept, w, None if into is None else into[number])
+            first += len(w)
+    return dx, dws
+
+
+def dense_gradient(dy: Codes, x: Codes, weight: Tensor, into: Tensor | None = None) -> Tensor | None:
     """The gradient of a weight, or None where it was added to `into`."""
-    out, width = weight.shape[-2:]
-    add = None if into is None else into.view(-1, out, width)
-    dw = matrix_product(dy, x, groups, out, width, weight.dtype, add)
-    return dw.view(weight.shape) if into is None else None
+    dw = dense_matrix(dy, x, weight.shape[0], weight.shape[1], weight.dtype, into)
+    return dw if into is None else None
+
+
+def _fit(x_ND: Tensor, weights: Sequence[Tensor]) -> None:
+    for w in weights:
+        if w.dim() != 2 or w.shape[1] != x_ND.shape[1]:
+            raise QuantError(f"rows of {x_ND.shape[1]} channels meet a weight {tuple(w.shape)}")
+    if any(len(w) % BLOCK for w in weights[:-1]):
+        sizes = ", ".join(str(len(w)) for w in weights)
+        raise QuantError(f"weights side by side need outputs in 128s, got {sizes}: take one at a time")
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_ND: Tensor,
-        groups: Groups,
-        grouped: bool,
-        powers: Powers,
-        into: Sequence[Tensor | None],
-        *weights: Tensor,
-    ) -> tuple[Tensor, ...]:
-        end = groups.end if grouped else None
-        ctx.kept = None
-        if any(ctx.needs_input_grad[5:]):
-            x, ctx.kept = quantize_both(x_ND, powers.rows, end=end)
-        else:
-            x = quantize_along(x_ND, powers.rows, end=end)
-        ctx.groups, ctx.end, ctx.powers, ctx.into = groups, end, powers, into
+        ctx: Any, x_ND: Tensor, powers: Powers, into: Sequence[Tensor | None] | None, *weights: Tensor
+    ) -> Tensor:
+        y, ctx.kept = forward(x_ND, weights, powers, any(ctx.needs_input_grad[3:]))
+        ctx.powers, ctx.into = powers, into
         ctx.save_for_backward(*weights)  # whoever writes to them before backward is told
-        ctx.like = x_ND.dtype, x_ND.shape
-        return tuple(
-            rows_product(x, held_matrices((w,), powers.weights)[0], groups, w.shape[-2], x_ND.dtype)[
-                : len(x_ND)
-            ]
-            for w in weights
-        )
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Any, ...]:
-        (dtype, (rows, width)), dx, dws = ctx.like, None, []
-        for number, (w, slope) in enumerate(zip(ctx.saved_tensors, slopes, strict=True)):
-            learns, dw = ctx.needs_input_grad[5 + number], None
-            if slope is not None:
-                dy, turned = _both_or_one(slope, ctx.powers.slopes, ctx.end, learns)
-                if ctx.needs_input_grad[0]:
-                    matrices = held_matrices((w,), ctx.powers.weights)[1]
-                    dx = rows_product(dy, matrices, ctx.groups, width, dtype, dx)
-                if turned is not None:
-                    dw = _gradient(turned, ctx.kept, ctx.groups, w, ctx.into[number])
-            dws.append(dw)
-        return (None if dx is None else dx[:rows], None, None, None, None, *dws)
-
-
-def _both_or_one(slope: Tensor, pow2: bool, end: Tensor | None, both: bool) -> tuple[Codes, Codes | None]:
-    slope = slope.contiguous()
-    if both:
-        return quantize_both(slope, pow2, GRADIENT_FLOOR, end)
-    return quantize_along(slope, pow2, GRADIENT_FLOOR, end), None
-
-
-def linears(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    groups: Groups | None = None,
-    powers: Powers = Powers(),
-    into: Sequence[Tensor | None] | None = None,
-) -> tuple[Tensor, ...]:
-    """x `[..., D]` through each of the weights `[O, D]`, quantised once: `[..., O]` each, in x's dtype. With `groups`
-    x is `[N, D]`, N a multiple of 128, the weights `[E, O, D]`, and rows that are nobody's give zeros.
-
-    Differentiable in x and the weights. `into`: where the gradient of a weight is added in place (fp32, its shape,
-    contiguous) instead of becoming its `.grad`. Raises QuantError where shapes do not fit.
-    """
-    grouped = groups is not None
-    for w in weights:
-        if w.shape[-1] != x.shape[-1] or w.dim() != 2 + grouped:
-            raise QuantError(f"rows of {x.shape[-1]} channels meet a weight {tuple(w.shape)}")
-    x_ND = x.reshape(-1, x.shape[-1])
-    if groups is None:
-        groups = whole(len(x_ND), x.device)
-    elif len(groups.of_tile) * 128 != len(x_ND):
-        raise QuantError(f"{len(x_ND)} rows, but groups of {len(groups.of_tile) * 128}")
-    into = into or [None] * len(weights)
-    ys = _Linears.apply(x_ND, groups, grouped, powers, into, *weights)
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+    def backward(ctx: Any, *slopes: Any) -> Any:
+        wants_x, _, _, *learn = ctx.needs_input_grad
+        dx, dws = backward(slopes[0], ctx.kept, ctx.saved_tensors, ctx.powers, wants_x, ctx.into)
+        return dx, None, None, *(dw if wanted else None for dw, wanted in zip(dws, learn, strict=True))
 
 
 def linear(
-    x: Tensor,
-    weight: Tensor,
-    groups: Groups | None = None,
-    powers: Powers = Powers(),
-    into: Tensor | None = None,
+    x: Tensor, *weights: Tensor, powers: Powers = Powers(), into: Sequence[Tensor | None] | None = None
 ) -> Tensor:
-    """`linears` of one weight."""
-    return linears(x, (weight,), groups, powers, (into,))[0]
+    """x `[..., D]` through weights `[O, D]`: their results side by side, `[..., sum of O]`, in x's dtype.
+
+    Differentiable in x and the weights. `into`: where the gradient of each weight is added in place (fp32, its shape,
+    contiguous) instead of becoming its `.grad`. Raises QuantError where shapes do not fit.
+    """
+    y: Tensor = _Linears.apply(x.reshape(-1, x.shape[-1]), powers, into, *weights)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 # ---------------------------------------------------------------------------------------------- SwiGLU
@@ -187,98 +178,54 @@ def linear(
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_ND: Tensor,
-        weights_N: Tensor | None,
-        gate: Tensor,
-        up: Tensor,
-        down: Tensor,
-        groups: Groups,
-        grouped: bool,
-        limit: float | None,
-        powers: Powers,
-        into: Sequence[Tensor | None],
+        ctx: Any, x_ND: Tensor, gate: Tensor, up: Tensor, down: Tensor, limit: float | None, powers: Powers
     ) -> Tensor:
-        end = groups.end if grouped else None
-        ctx.kept = None
-        if any(ctx.needs_input_grad[2:4]):
-            x, ctx.kept = quantize_both(x_ND, powers.rows, end=end)
-        else:
-            x = quantize_along(x_ND, powers.rows, end=end)
+        x, ctx.kept = both_or_one(x_ND, powers.rows, FP8_FLOOR, any(ctx.needs_input_grad[1:3]))
         first = held_matrices((gate, up), powers.weights)[0]
-        both_NW = rows_product(x, first, groups, first.codes.shape[1], x_ND.dtype)
-        weights = _filled(weights_N, len(both_NW))
-        h = gated.forward(both_NW, weights, limit, powers.rows, end)
-        y = rows_product(h, held_matrices((down,), powers.weights)[0], groups, down.shape[-2], x_ND.dtype)
-        ctx.groups, ctx.end, ctx.limit, ctx.powers, ctx.into = groups, end, limit, powers, into
-        ctx.like = x_ND.dtype, x_ND.shape
-        ctx.save_for_backward(both_NW, weights, gate, up, down)
-        return y[: len(x_ND)]
+        both = dense_rows(x, first, first.codes.shape[1], x_ND.dtype)
+        h = gated.forward(both, None, limit, powers.rows)
+        ctx.limit, ctx.powers = limit, powers
+        ctx.save_for_backward(both, gate, up, down)
+        return dense_rows(h, held_matrices((down,), powers.weights)[0], len(down), x_ND.dtype)[: len(x_ND)]
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
-        both_NW, weights, gate, up, down = ctx.saved_tensors
-        (dtype, (rows, width)), powers, groups = ctx.like, ctx.powers, ctx.groups
-        wants_x, _, *learns = ctx.needs_input_grad[:5]
-        dy, turned = _both_or_one(slope, powers.slopes, ctx.end, learns[2])
-        dh = rows_product(dy, held_matrices((down,), powers.weights)[1], groups, both_NW.shape[1] // 2, dtype)
-        h, d_both, d_turned, dp = gated.backward(
-            both_NW, weights, dh, ctx.limit, powers.rows, powers.slopes, ctx.end
-        )
-        dx, half = None, dh.shape[1]
+    def backward(ctx: Any, *slopes: Any) -> Any:
+        both, gate, up, down = ctx.saved_tensors
+        wants_x, learns_gate, learns_up, learns_down = ctx.needs_input_grad[:4]
+        powers, (slope,), dx = ctx.powers, slopes, None
+        dgate = dup = ddown = None
+        dy, turned = both_or_one(slope.contiguous(), powers.slopes, GRADIENT_FLOOR, learns_down)
+        matrices = held_matrices((down,), powers.weights)[1]
+        dh = dense_rows(dy, matrices, both.shape[1] // 2, slope.dtype)
+        h, dboth, dboth_turned, _ = gated.backward(both, None, dh, ctx.limit, powers.rows, powers.slopes)
+        half = dh.shape[1]
         if wants_x:
-            dx = rows_product(d_both, held_matrices((gate, up), powers.weights)[1], groups, width, dtype)[
-                :rows
-            ]
-        sides: tuple[Any, ...] = (
-            (d_turned.rows(0, half), ctx.kept),
-            (d_turned.rows(half, 2 * half), ctx.kept),
-            (turned, h),
-        )
-        dws = [
-            _gradient(side[0], side[1], groups, w, into) if learn else None
-            for side, w, into, learn in zip(sides, (gate, up, down), ctx.into, learns, strict=True)
-        ]
-        return dx, None if dp is None else dp[:rows], *dws, None, None, None, None, None
+            matrices = held_matrices((gate, up), powers.weights)[1]
+            dx = dense_rows(dboth, matrices, gate.shape[1], slope.dtype)[: len(slope)]
+        if learns_gate:
+            dgate = dense_gradient(dboth_turned.rows(0, half), ctx.kept, gate)
+        if learns_up:
+            dup = dense_gradient(dboth_turned.rows(half, 2 * half), ctx.kept, up)
+        if turned is not None:
+            ddown = dense_gradient(turned, h, down)
+        return dx, dgate, dup, ddown, None, None
 
 
-def _filled(weights_N: Tensor | None, rows: int) -> Tensor | None:
-    if weights_N is None or len(weights_N) == rows:
-        return weights_N
-    return torch.nn.functional.pad(weights_N, (0, rows - len(weights_N)))
-
-
-def swiglu(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    groups: Groups | None = None,
-    weights_N: Tensor | None = None,
-    limit: float | None = None,
+def swiglu_trained(
+    x_ND: Tensor,
+    gate_WD: Tensor,
+    up_WD: Tensor,
+    down_DW: Tensor,
+    limit: float | None,
     powers: Powers = Powers(),
-    into: Sequence[Tensor | None] = (None, None, None),
 ) -> Tensor:
-    """down(weight * silu(gate x) * up x) of x `[..., D]` with matrices `[W, D]`, `[W, D]`, `[D, W]`: `[..., D]`.
-
-    With `groups` x is `[N, D]`, N a multiple of 128, and the matrices are `[E, ...]`. `weights_N`, fp32, one a row:
-    the router's (facts 3.9). `limit` (V4) clamps gate from above, up on both sides. For backward gate's and up's
-    results are kept, x in codes; the rest is worked out again. `into` as for `linears`, of gate, up and down.
-    Differentiable in x, the weights and the matrices. Raises QuantError where shapes do not fit.
-    """
-    grouped = groups is not None
-    wants = (x.shape[-1], gate.shape[-2])
-    fits = (
-        gate.shape == up.shape and tuple(gate.shape[-2:]) == wants[::-1] and tuple(down.shape[-2:]) == wants
-    )
-    if not fits or not gate.dim() == down.dim() == 2 + grouped:
-        shapes = ", ".join(str(tuple(w.shape)) for w in (gate, up, down))
-        raise QuantError(f"rows of {x.shape[-1]} channels meet gate, up and down {shapes}")
-    x_ND = x.reshape(-1, x.shape[-1])
-    if groups is None:
-        groups = whole(len(x_ND), x.device)
-    elif len(groups.of_tile) * 128 != len(x_ND):
-        raise QuantError(f"{len(x_ND)} rows, but groups of {len(groups.of_tile) * 128}")
-    return _SwiGLU.apply(x_ND, weights_N, gate, up, down, groups, grouped, limit, powers, into).view(
-        *x.shape[:-1], -1
-    )
+    """`experts_grad.swiglu_trained` in FP8: x `[N, D]`; gate, up `[W, D]`; down `[D, W]`. For backward x is kept in
+    codes, gate's and up's results as they are; the rest is worked out again. Raises QuantError where shapes do not
+    fit."""
+    wants = x_ND.shape[1], gate_WD.shape[0]
+    shapes = gate_WD.shape, up_WD.shape, down_DW.shape
+    if any(tuple(s) != want for s, want in zip(shapes, (wants[::-1], wants[::-1], wants), strict=True)):
+        named = ", ".join(str(tuple(s)) for s in shapes)
+        raise QuantError(f"rows of {x_ND.shape[1]} channels meet gate, up and down {named}")
+    y: Tensor = _SwiGLU.apply(x_ND, gate_WD, up_WD, down_DW, limit, powers)
+    return y

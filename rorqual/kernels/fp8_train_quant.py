@@ -120,7 +120,9 @@ def bits(code):
 
 
 @triton.jit
-def store_turned(v0, v1, v2, v3, n, d, words, t_scale, t_row, t_group, FLOOR: tl.constexpr, POWERS: tl.constexpr):
+def store_turned(
+    v0, v1, v2, v3, n, d, words, t_scale, t_row, t_group, FLOOR: tl.constexpr, POWERS: tl.constexpr
+):
     """Codes and scales of the transpose of 128 tokens and 128 channels d, in runs of tokens. v0 has every fourth token
     n, v1 those after them, and so on: a thread has the codes of four tokens in a row and moves them as one word, where
     single bytes would take most of the time. `words` are the codes in fours, t_row their number in a row."""

@@ -39,7 +39,9 @@ def gated(gate, up, limit, LIMIT: tl.constexpr):
     if LIMIT:
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
-    root = tl.rsqrt(1.0 + tl.exp(-gate))  # squared it is the sigmoid, in fewer instructions than a division takes
+    root = tl.rsqrt(
+        1.0 + tl.exp(-gate)
+    )  # squared it is the sigmoid, in fewer instructions than a division takes
     return gate, up, root * root
 
 
