@@ -30,10 +30,45 @@ from rorqual.kernels.gluon_rings import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from rorqual.kernels.gluon_scaled import first_scales, multiply
+from rorqual.kernels.gluon_scaled import first_scales
 
 STAGES = 4
 """Steps' tiles under way or in use."""
+
+ORDERED = True
+"""Whether the two groups take turns at the tensor cores."""
+
+BAND = 16
+"""Tiles of outputs of a weight's gradient that are worked side by side: what a wave of programs reads then is a square
+of the product rather than a strip."""
+
+
+# ---------------------------------------------------------------------------------------------- order
+
+
+@gluon.jit
+def order_room():
+    """Barriers by which two groups take turns at the tensor cores: left to themselves both multiply at the same time,
+    and then both add while the tensor cores wait."""
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(bars.index(i), count=1)
+    return bars
+
+
+@gluon.jit
+def await_turn(order, number, GROUP: gl.constexpr, ORDERED: gl.constexpr):
+    """Wait until group GROUP may issue its product number `number`: the first group's first may at once."""
+    if ORDERED:
+        mbarrier.wait(order.index(GROUP), (number & 1) ^ (1 - GROUP))
+
+
+@gluon.jit
+def pass_on(order, GROUP: gl.constexpr, ORDERED: gl.constexpr):
+    """The product is issued: the other group's next one may follow."""
+    if ORDERED:
+        mbarrier.arrive(order.index(1 - GROUP))
+
 
 # ---------------------------------------------------------------------------------------------- rows
 
@@ -80,31 +115,54 @@ def _fetch_rows(descriptors, room, turns, table, sizes, GROUPS: gl.constexpr, ST
 
 
 @gluon.jit
-def _multiply_one(
-    room, count, many, pointers, scales, jump, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr
-):
-    """`gluon_scaled.multiply` of the first half alone: fp32 `[64, 128]`."""
+def _multiply_rows(
+    room, order, number, count, many, pointers, scales, jump,
+    BOTH: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
+):  # fmt: skip
+    """The products of a group's 64 rows with both halves of `many` tiles from tile number `count` on, or with the
+    first alone: fp32 `[64, 128]` twice. `pointers` and `scales`: those of `first_scales`; x's go on `jump` further.
+    `number`: products of this group so far."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     x_tiles, w_tiles, full, free = room
-    x_scale_ptrs, one_scale_ptr, _ = pointers
-    x_scale, one, _ = scales
+    x_scale_ptrs, one_scale_ptr, two_scale_ptr = pointers
+    x_scale, one, two = scales
     first = gl.zeros([64, 128], gl.float32, LAYOUT)
+    second = gl.zeros([64, 128], gl.float32, LAYOUT)
     part = gl.zeros([64, 128], gl.float32, LAYOUT)
     at = jump
     for step in range(many):
         stage = (count + step) % STAGES
         mbarrier.wait(full.index(stage), ((count + step) // STAGES) & 1)
         x = x_tiles.index(GROUPS * stage + GROUP)
+        await_turn(order, number, GROUP, ORDERED)
         part = warpgroup_mma(x, w_tiles.index(2 * stage).permute((1, 0)), part, use_acc=False, is_async=True)
-        factor = x_scale * one
-        more = step + 1 < many
+        pass_on(order, GROUP, ORDERED)
+        number += 1
+        one_factor = x_scale * one
+        two_factor = x_scale * two
+        more = step + 1 < many  # the next step's arrive while this one's products are under way
         x_scale = gl.load(x_scale_ptrs + at, more)
         one = gl.load(one_scale_ptr + step + 1, more)
+        if BOTH:
+            two = gl.load(two_scale_ptr + step + 1, more)
         at += jump
         part = warpgroup_mma_wait(0, deps=[part])
-        mbarrier.arrive(free.index(stage))
-        first += part * factor[:, None]
-    return first
+        if not BOTH:
+            mbarrier.arrive(free.index(stage))
+        first += part * one_factor[:, None]
+        if BOTH:
+            # Nothing is waited for here: the compiler is told that all was added before `part` is written again.
+            first = warpgroup_mma_wait(0, deps=[first])
+            await_turn(order, number, GROUP, ORDERED)
+            part = warpgroup_mma(
+                x, w_tiles.index(2 * stage + 1).permute((1, 0)), part, use_acc=False, is_async=True
+            )
+            pass_on(order, GROUP, ORDERED)
+            number += 1
+            part = warpgroup_mma_wait(0, deps=[part])
+            mbarrier.arrive(free.index(stage))
+            second += part * two_factor[:, None]
+    return first, second
 
 
 @gluon.jit
@@ -133,8 +191,8 @@ def _put(to, values, STORE: gl.constexpr, there, ADD: gl.constexpr):
 
 @gluon.jit
 def _group_rows(
-    room, turns, pointers, sizes,
-    WHOLE: gl.constexpr, ADD: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    room, order, turns, pointers, sizes, WHOLE: gl.constexpr, ADD: gl.constexpr,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps: 64 rows of every item. WHOLE: every item has 256 columns."""
     _, _, y_ptr = pointers
@@ -147,6 +205,7 @@ def _group_rows(
     kind: gl.constexpr = y_ptr.dtype.element_ty
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     count = 0
+    number = 0
     turn = 1
     column, expert, begin, _ = take(turns, 0)
     begin += GROUP * 64
@@ -159,14 +218,57 @@ def _group_rows(
         if expert < experts:
             # The scales of x's runs of channels lie `places` apart.
             if WHOLE:
-                first, second = multiply(room, count, steps, at, scales, 1, places - 1, GROUP, GROUPS, STAGES)
+                first, second = _multiply_rows(
+                    room,
+                    order,
+                    number,
+                    count,
+                    steps,
+                    at,
+                    scales,
+                    places,
+                    True,
+                    GROUP,
+                    GROUPS,
+                    STAGES,
+                    ORDERED,
+                )
+                number += 2 * steps
             else:
                 if column * 256 + 128 < out_room:
-                    first, second = multiply(
-                        room, count, steps, at, scales, 1, places - 1, GROUP, GROUPS, STAGES
+                    first, second = _multiply_rows(
+                        room,
+                        order,
+                        number,
+                        count,
+                        steps,
+                        at,
+                        scales,
+                        places,
+                        True,
+                        GROUP,
+                        GROUPS,
+                        STAGES,
+                        ORDERED,
                     )
+                    number += 2 * steps
                 else:
-                    first = _multiply_one(room, count, steps, at, scales, places, GROUP, GROUPS, STAGES)
+                    first, second = _multiply_rows(
+                        room,
+                        order,
+                        number,
+                        count,
+                        steps,
+                        at,
+                        scales,
+                        places,
+                        False,
+                        GROUP,
+                        GROUPS,
+                        STAGES,
+                        ORDERED,
+                    )
+                    number += steps
             count += steps
         column, expert, begin, _ = take(turns, turn)
         turn += 1
@@ -184,11 +286,12 @@ def _group_rows(
 @gluon.jit(do_not_specialize=["items", "across", "experts", "out_room"])
 def rows_kernel(
     x_desc, w_desc, x_scale_ptr, w_scale_ptr, of_tile_ptr, y_ptr, counter, items, across, experts, out_room,
-    out_width, depth, places, WHOLE: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
+    out_width, depth, places, WHOLE: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """y `[N, out_width]`: rows times their own matrix; zeros where they are nobody's."""
     GROUPS: gl.constexpr = 2
     room = make_room(x_desc, w_desc, 2, GROUPS, STAGES)
+    order = order_room()
     turns = table_room(GROUPS)
     pointers = (x_scale_ptr, w_scale_ptr, y_ptr)
     sizes = (experts, out_room, out_width, depth // x_desc.block_type.shape[1], places)
@@ -197,8 +300,8 @@ def rows_kernel(
     shape = (experts, out_room, depth)
     gl.warp_specialize(
         [
-            (_group_rows, (room, turns, pointers, sizes, WHOLE, ADD, 0, GROUPS, STAGES)),
-            (_group_rows, (room, turns, pointers, sizes, WHOLE, ADD, 1, GROUPS, STAGES)),
+            (_group_rows, (room, order, turns, pointers, sizes, WHOLE, ADD, 0, GROUPS, STAGES, ORDERED)),
+            (_group_rows, (room, order, turns, pointers, sizes, WHOLE, ADD, 1, GROUPS, STAGES, ORDERED)),
             (_fetch_rows, (descriptors, room, turns, table, shape, GROUPS, STAGES)),
         ],
         [4, 1],
@@ -216,7 +319,7 @@ def rows_product(
     rows_kernel[(min(processors(x), items),)](
         descriptor(x, 64), descriptor(w_EOD.flatten(0, 1), 128), x_scale, w_scale, of_tile, y,
         of_tile.new_zeros(1), items, across, experts, out_room, y.shape[1], depth, x_scale.stride(1),
-        WHOLE=y.shape[1] % 256 == 0, ADD=add, STAGES=STAGES, num_warps=4,
+        WHOLE=y.shape[1] % 256 == 0, ADD=add, STAGES=STAGES, ORDERED=ORDERED, num_warps=4,
     )  # fmt: skip
 
 
@@ -225,8 +328,9 @@ def rows_product(
 
 @gluon.jit
 def _fetch_tokens(
-    descriptors, room, columns, turns, table, sizes, GROUPS: gl.constexpr, STAGES: gl.constexpr
-):
+    descriptors, room, columns, turns, table, sizes,
+    GROUPS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
+):  # fmt: skip
     """The fetching warp: 128 tokens a step of 64 outputs for each group and of 256, or the last 128, channels, with
     the channels' scales."""
     dy_desc, x_desc, s_desc = descriptors
@@ -246,10 +350,12 @@ def _fetch_tokens(
         begin = gl.load(ends_ptr + expert - 1, expert > 0, other=0)
         end = gl.load(ends_ptr + expert)
         following = gl.atomic_add(counter, 1, sem="relaxed") + gl.num_programs(0)
-        hand_out(turns, turn, place, expert, begin, end)
+        top = place // (BAND * across) * BAND
+        high = gl.minimum(BAND, down - top)
+        row = (top + place % (BAND * across) % high) * 128
+        column = place % (BAND * across) // high * 256
+        hand_out(turns, turn, row // 128 * across + column // 256, expert, begin, end)
         turn += 1
-        row = place // across * 128
-        column = place % across * 256
         both = column + 128 < width_room
         for start in range(begin, end, 128):
             stage = count % STAGES
@@ -272,12 +378,12 @@ def _fetch_tokens(
 
 @gluon.jit
 def _multiply_tokens(
-    room, columns, count, many, row_ptrs, row_scale, jump,
-    BOTH: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    room, order, number, columns, count, many, row_ptrs, row_scale, jump,
+    BOTH: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """The products of a group's 64 outputs with both halves of `many` tiles from tile number `count` on, or with the
     first alone: fp32 `[64, 128]` twice. `row_scale` is the first of the outputs' scales, the next are `jump` further;
-    `columns` has the channels'."""
+    `columns` has the channels'. `number`: products of this group so far."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     ACROSS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     dy_tiles, x_tiles, full, free = room
@@ -289,7 +395,10 @@ def _multiply_tokens(
         stage = (count + step) % STAGES
         mbarrier.wait(full.index(stage), ((count + step) // STAGES) & 1)
         dy = dy_tiles.index(GROUPS * stage + GROUP)
+        await_turn(order, number, GROUP, ORDERED)
         part = warpgroup_mma(dy, x_tiles.index(2 * stage).permute((1, 0)), part, use_acc=False, is_async=True)
+        pass_on(order, GROUP, ORDERED)
+        number += 1
         by = row_scale
         row_scale = gl.load(row_ptrs + at, step + 1 < many)
         at += jump
@@ -298,9 +407,12 @@ def _multiply_tokens(
         if BOTH:
             # Nothing is waited for here: the compiler is told that all was added before `part` is written again.
             first = warpgroup_mma_wait(0, deps=[first])
+            await_turn(order, number, GROUP, ORDERED)
             part = warpgroup_mma(
                 dy, x_tiles.index(2 * stage + 1).permute((1, 0)), part, use_acc=False, is_async=True
             )
+            pass_on(order, GROUP, ORDERED)
+            number += 1
             part = warpgroup_mma_wait(0, deps=[part])
             second += part * by[:, None] * columns.index(2 * stage + 1).load(ACROSS)[None, :]
         mbarrier.arrive(free.index(stage))
@@ -319,8 +431,8 @@ def _aim_tokens(dy_scale_ptr, sizes, place, expert, begin, end, GROUP: gl.conste
 
 @gluon.jit
 def _group_tokens(
-    room, columns, turns, pointers, sizes,
-    WHOLE: gl.constexpr, ADD: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    room, order, columns, turns, pointers, sizes, WHOLE: gl.constexpr, ADD: gl.constexpr,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps: 64 outputs of every item. WHOLE: every item lies inside the matrix."""
     dy_scale_ptr, dw_ptr = pointers
@@ -338,6 +450,7 @@ def _group_tokens(
     kind: gl.constexpr = dw_ptr.dtype.element_ty
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     count = 0
+    number = 0
     turn = 1
     place, expert, begin, end = take(turns, 0)
     row_ptrs, row_scale = _aim_tokens(dy_scale_ptr, sizes, place, expert, begin, end, GROUP)
@@ -353,17 +466,23 @@ def _group_tokens(
         many = (end - begin) // 128
         if WHOLE:
             first, second = _multiply_tokens(
-                room, columns, count, many, row_ptrs, row_scale, d_group, True, GROUP, GROUPS, STAGES
-            )
+                room, order, number, columns, count, many, row_ptrs, row_scale, d_group,
+                True, GROUP, GROUPS, STAGES, ORDERED,
+            )  # fmt: skip
+            number += 2 * many
         else:
             if left + 128 < width_room:
                 first, second = _multiply_tokens(
-                    room, columns, count, many, row_ptrs, row_scale, d_group, True, GROUP, GROUPS, STAGES
-                )
+                    room, order, number, columns, count, many, row_ptrs, row_scale, d_group,
+                    True, GROUP, GROUPS, STAGES, ORDERED,
+                )  # fmt: skip
+                number += 2 * many
             else:
                 first, second = _multiply_tokens(
-                    room, columns, count, many, row_ptrs, row_scale, d_group, False, GROUP, GROUPS, STAGES
-                )
+                    room, order, number, columns, count, many, row_ptrs, row_scale, d_group,
+                    False, GROUP, GROUPS, STAGES, ORDERED,
+                )  # fmt: skip
+                number += many
         count += many
         place, expert, begin, end = take(turns, turn)
         turn += 1
@@ -379,11 +498,13 @@ def _group_tokens(
 @gluon.jit(do_not_specialize=["items", "down", "across", "width_room"])
 def matrix_kernel(
     dy_desc, x_desc, s_desc, dy_scale_ptr, ends_ptr, dw_ptr, counter, items, down, across, out, width, width_room,
-    d_group, WHOLE: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
+    d_group, WHOLE: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
+    BAND: gl.constexpr,
 ):  # fmt: skip
     """dw `[E, out, width]`: transposed rows times transposed rows, over each matrix's tokens."""
     GROUPS: gl.constexpr = 2
     room = make_room(dy_desc, x_desc, 2, GROUPS, STAGES)
+    order = order_room()
     fetched = gl.allocate_shared_memory(s_desc.dtype, [STAGES, 1, 256], s_desc.layout)
     columns = fetched._reinterpret(gl.float32, [2 * STAGES, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     turns = table_room(GROUPS)
@@ -394,9 +515,15 @@ def matrix_kernel(
     shape = (down, across, width_room)
     gl.warp_specialize(
         [
-            (_group_tokens, (room, columns, turns, pointers, sizes, WHOLE, ADD, 0, GROUPS, STAGES)),
-            (_group_tokens, (room, columns, turns, pointers, sizes, WHOLE, ADD, 1, GROUPS, STAGES)),
-            (_fetch_tokens, (descriptors, room, fetched, turns, table, shape, GROUPS, STAGES)),
+            (
+                _group_tokens,
+                (room, order, columns, turns, pointers, sizes, WHOLE, ADD, 0, GROUPS, STAGES, ORDERED),
+            ),
+            (
+                _group_tokens,
+                (room, order, columns, turns, pointers, sizes, WHOLE, ADD, 1, GROUPS, STAGES, ORDERED),
+            ),
+            (_fetch_tokens, (descriptors, room, fetched, turns, table, shape, GROUPS, STAGES, BAND)),
         ],
         [4, 1],
         [240, 24],
@@ -419,7 +546,7 @@ def matrix_product(
     matrix_kernel[(min(processors(x), items),)](
         descriptor(dy, 64), descriptor(x, 128), _scale_rows(x_scale), dy_scale, ends, dw, ends.new_zeros(1), items,
         down, across, out, width, x.shape[0], dy_scale.stride(1),
-        WHOLE=out % 128 == 0 and width % 256 == 0, ADD=add, STAGES=STAGES, num_warps=4,
+        WHOLE=out % 128 == 0 and width % 256 == 0, ADD=add, STAGES=STAGES, ORDERED=ORDERED, BAND=BAND, num_warps=4,
     )  # fmt: skip
 
 
