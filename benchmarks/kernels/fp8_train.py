@@ -3,7 +3,8 @@
 First all forms against references that multiply the codes out; then, for each shape, the forward product, the gradient
 of the input, that of the weight in bf16 and added in fp32, and what quantises: in a row (CUDA graphs; the GPU then
 draws all the power it may and clocks lower) and one by one (the L2 flushed before each). The share is of DeepGEMM's
-forward product of the same shape in the same run. Last, dense layers beside cuBLASLt.
+forward product of the same shape in the same run. Forms of a kernel are timed beside the one that was chosen. Then
+dense layers beside cuBLASLt, and routed experts, forward and backward, beside bf16's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from triton.testing import do_bench
 
 from benchmarks.kernels.grouped import SHAPES, graph_of, in_turns
 from benchmarks.kernels.timing import guarded
+from rorqual.kernels import experts_grad
 from rorqual.kernels import fp8_train as layers
+from rorqual.kernels import fp8_train_experts as routed
+from rorqual.kernels import fp8_train_gluon as hopper
 from rorqual.kernels import fp8_train_products as products
 from rorqual.kernels import fp8_train_quant as quant
 from rorqual.kernels import fp8_train_swiglu as gated
@@ -28,6 +32,54 @@ from rorqual.kernels.fp8_train_quant import GRADIENT_FLOOR, Codes, Matrices
 
 DENSE = ((4096, 4096, 7168), (4096, 7168, 2048), (16384, 1536, 1536))
 """Rows, out, in."""
+
+PRODUCTS = ((True, 16), (True, 8), (True, 1), (False, 16), (False, 1))
+"""Forms of a weight's gradient: whether groups take turns, tiles of outputs in a band."""
+
+ROWS = ((8, 128, 0), (8, 128, 4), (8, 128, 999), (4, None, 0), (4, None, 4))
+"""Forms of the quantiser: warps, registers, tiles of channels in a band."""
+
+BACKWARD = (
+    (True, 8, 128, 0), (True, 8, 128, 4), (True, 16, 64, 0), (False, 16, None, 0), (False, 8, None, 0)
+)  # fmt: skip
+"""Forms of SwiGLU's backward: whether in parts, warps, registers, tiles in a band."""
+
+
+def as_form(
+    call: Callable[[int], Any], module: Any, names: tuple[str, ...], form: Any
+) -> Callable[[int], Any]:
+    """The call with the kernel of `module` in a form."""
+
+    def one(number: int) -> Any:
+        held = [getattr(module, name) for name in names]
+        for name, value in zip(names, form, strict=True):
+            setattr(module, name, value)
+        found = call(number)
+        for name, value in zip(names, held, strict=True):
+            setattr(module, name, value)
+        return found
+
+    return one
+
+
+def forms(
+    call: Callable[[int], Any], module: Any, names: tuple[str, ...], which: Any
+) -> list[tuple[str, Any]]:
+    return [(" ".join(map(str, form)), as_form(call, module, names, form)) for form in which]
+
+
+def product_forms(case: Case) -> list[tuple[str, Any]]:
+    return forms(case.weight_slope, hopper, ("ORDERED", "BAND"), PRODUCTS)
+
+
+def row_forms(case: Case) -> list[tuple[str, Any]]:
+    call = lambda _: quant.quantize_both(case.x)  # noqa: E731
+    return forms(call, quant, ("WARPS", "REGISTERS", "BAND"), ROWS)
+
+
+def backward_forms(wide: Tensor, p: Tensor, slope: Tensor) -> list[tuple[str, Any]]:
+    call = lambda _: gated.backward(wide, p, slope)  # noqa: E731
+    return forms(call, gated, ("SPLIT", "WARPS", "REGISTERS", "BAND"), BACKWARD)
 
 
 def apart(found: Tensor, want: Tensor) -> float:
@@ -92,34 +144,22 @@ def check(counts: list[int], out: int, depth: int, spare: int) -> None:
 
 
 def check_gradients() -> None:
-    """The layers' results and gradients against bf16's."""
-    case = Case([300, 0, 700, 120], 768, 512, 128)
-    x, w = case.x.requires_grad_(), case.w.requires_grad_()
-    x.data[int(case.groups.end) :] = 0
-    up, down = torch.randn_like(w) * 0.04, torch.randn_like(w.transpose(1, 2)).contiguous() * 0.04
-    up.requires_grad_()
-    down.requires_grad_()
-    p = torch.rand(len(x), device="cuda", requires_grad=True)
-
-    def plain(rows: Tensor, matrix: Tensor) -> Tensor:
-        parts = [rows[a:b] @ matrix[e].to(rows.dtype).T for e, (a, b) in enumerate(case.groups.spans())]
-        return torch.cat([*parts, rows.new_zeros(len(rows) - int(case.groups.end), matrix.shape[1])])
-
-    def exact() -> Tensor:
-        wide = x.float()
-        h = torch.nn.functional.silu(plain(wide, w)) * plain(wide, up) * p[:, None]
-        return plain(h, down)
-
+    """Dense layers' results and gradients against fp32's."""
+    x, w = (torch.randn(size, 512, device="cuda", dtype=torch.bfloat16) for size in (1000, 768))
+    up = (torch.randn_like(w) * 0.04).requires_grad_()
+    down = (torch.randn(512, 768, device="cuda", dtype=torch.bfloat16) * 0.04).requires_grad_()
+    x, w = x.requires_grad_(), (w * 0.04).requires_grad_()
     slope = torch.randn_like(x) * 1e-6
-    slope[int(case.groups.end) :] = 0
+    wide = x.float()
+    h = torch.nn.functional.silu(wide @ w.float().T) * (wide @ up.float().T)
     found = []
     for y, want, g, of in (
-        (layers.linear(x, w, case.groups), plain(x.float(), w), case.slope, (x, w)),
-        (layers.swiglu(x, w, up, down, case.groups, p), exact(), slope, (x, w, up, down, p)),
+        (layers.linear(x, w), wide @ w.float().T, torch.randn(1000, 768, device="cuda").bfloat16(), (x, w)),
+        (layers.swiglu_trained(x, w, up, down, None), h @ down.float().T, slope, (x, w, up, down)),
     ):
         pairs = zip(
             (y, *torch.autograd.grad(y, of, g)),
-            (want, *torch.autograd.grad(want, of, g.float())),
+            (want, *torch.autograd.grad(want, of, g.float(), retain_graph=True)),
             strict=True,
         )
         found.append(" ".join(f"{apart(a, b):.3f}" for a, b in pairs))
@@ -176,17 +216,18 @@ def time_shape(count: int, rows: int, out: int, depth: int) -> None:
         calls.append(("DeepGEMM", theirs))
     rates(f"FP8 {count} x {rows} x {out} x {depth}", case.work, calls)
     size = case.x.numel()
-    quantise: list[tuple[str, Callable[[int], Any]]] = []
-    for warps in (4, 8, 16):
-
-        def both(_: int, warps: int = warps) -> None:
-            quant.WARPS = warps
-            quant.quantize_both(case.x)
-
-        quantise.append((f"both ways, {warps} warps", both))
-    quant.WARPS = 8
-    rates(f"quantise {tuple(case.x.shape)}", 4.0 * size, quantise, "GB/s")
-    quant.WARPS = 8
+    rates(f"dw {count} x {rows} x {out} x {depth}, turns and band", case.work, product_forms(case))
+    turns = forms(case.forward, hopper, ("ORDERED",), ((True,), (False,)))
+    rates(f"forward {count} x {rows} x {out} x {depth}, turns", case.work, turns)
+    rates(
+        f"quantise {tuple(case.x.shape)}, warps, registers, band", 4.0 * size,
+        [*row_forms(case), ("copied", lambda _: case.x.clone())], "GB/s",
+    )  # fmt: skip
+    x_ND, pairs = case.x[::4], torch.randperm(len(case.x), device="cuda")
+    rates(
+        f"spread {tuple(x_ND.shape)} to {tuple(case.x.shape)}", 4.0 * size,
+        [("both ways", lambda _: quant.spread_both(x_ND, pairs, 4))], "GB/s",
+    )  # fmt: skip
     rates(
         f"quantise weights {tuple(case.w.shape)}", 4.0 * case.w.numel(),
         [("both ways", lambda _: quant.quantize_matrices(case.w, case.matrices))], "GB/s",
@@ -201,8 +242,8 @@ def time_shape(count: int, rows: int, out: int, depth: int) -> None:
         [("forward", lambda _: gated.forward(wide, p))], "GB/s",
     )  # fmt: skip
     rates(
-        f"SwiGLU {tuple(wide.shape)} to codes", 11 * each,
-        [("backward", lambda _: gated.backward(wide, p, slope))], "GB/s",
+        f"SwiGLU {tuple(wide.shape)} backward, parts, warps, registers, band", 11 * each,
+        backward_forms(wide, p, slope), "GB/s",
     )  # fmt: skip
 
 
@@ -234,20 +275,69 @@ def time_dense(rows: int, out: int, depth: int) -> None:
         rates(f"dense {name} {rows} x {out} x {depth}", case.work, calls)
 
 
+def time_experts(tokens: int, chosen: int, count: int, width: int, depth: int) -> None:
+    """A brick of routed experts, forward and backward: in bf16 and FP8, and the largest distance of the results."""
+    x = torch.randn(tokens, depth, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.rand(tokens, count, device="cuda").topk(chosen).indices
+    p = torch.rand(tokens, chosen, device="cuda", requires_grad=True)
+    shapes = (count, width, depth), (count, width, depth), (count, depth, width)
+    ws = [torch.randn(s, device="cuda", dtype=torch.bfloat16) * s[-1] ** -0.5 for s in shapes]
+    leaves = [x, p, *(w.requires_grad_() for w in ws)]
+    slope = torch.randn_like(x) * 1e-6
+
+    def one(form: Any) -> Callable[[int], list[Tensor]]:
+        def run(_: int) -> list[Tensor]:
+            y = form.routed_trained(x, ids, p, *ws)
+            return [y.detach(), *torch.autograd.grad(y, leaves, slope)]
+
+        return run
+
+    calls = [("bf16", one(experts_grad)), ("FP8", one(routed))]
+    found = [call(0) for _, call in calls]
+    off = " ".join(f"{apart(a, b):.3f}" for a, b in zip(*found, strict=True))
+    print(f"experts: FP8 from bf16 {off}", flush=True)
+    del found
+    times = []
+    for name, call in calls:
+        ms = do_bench(lambda: call(0), warmup=20, rep=200, return_mode="median")  # noqa: B023
+        rate = 18.0 * tokens * chosen * width * depth / ms / 1e9
+        torch.cuda.reset_peak_memory_stats()
+        begin = torch.cuda.memory_allocated()
+        call(0)
+        peak = (torch.cuda.max_memory_allocated() - begin) / 2**30
+        times.append(f"{name} {ms:.2f} ms, {rate:.0f} TFLOP/s, {peak:.1f} GiB")
+    print(
+        f"experts {tokens} x {chosen} of {count} x {width} x {depth}, both ways: " + "; ".join(times),
+        flush=True,
+    )
+
+
+def compile_all() -> None:
+    """Pass through all kernels, in all forms."""
+    for case in (Case([128, 128], 256, 256), Case([128], 128, 128), Case([128, 128], 512, 640)):
+        y = case.forward()
+        products.rows_product(case.along, case.matrices[0], case.groups, case.out, add=y)
+        products.rows_fast(case.along, case.matrices[0], case.groups, y)
+        case.input_slope()
+        wide = torch.randn(128, 512, device="cuda", dtype=torch.bfloat16)
+        p = torch.rand(128, device="cuda")
+        turns = forms(case.forward, hopper, ("ORDERED",), ((True,), (False,)))
+        others = [*row_forms(case), *backward_forms(wide, p, wide[:, :256].contiguous())]
+        for _, call in [*product_forms(case), *turns, *others]:
+            call(0)
+        gated.forward(wide, p)
+        quant.spread_both(case.x, torch.arange(128, device="cuda"), 4)
+        for kind in (torch.bfloat16, torch.float32):
+            args = case.dy_turned, case.turned, case.groups, case.out, case.depth
+            products.matrix_fast(*args[:3], products.matrix_product(*args, kind))
+            products.matrix_product(*args, add=torch.zeros(case.w.shape, device="cuda", dtype=kind))
+
+
 def main() -> None:
     torch.manual_seed(int(time.time()))
     begun = time.time()
     with compiled_ahead():
-        for case in (Case([128, 128], 256, 256), Case([128], 128, 128), Case([128, 128], 512, 640)):
-            y = case.forward()
-            products.rows_product(case.along, case.matrices[0], case.groups, case.out, add=y)
-            products.rows_fast(case.along, case.matrices[0], case.groups, y)
-            case.input_slope()
-            case.weight_slope()
-            for kind in (torch.bfloat16, torch.float32):
-                args = case.dy_turned, case.turned, case.groups, case.out, case.depth
-                products.matrix_fast(*args[:3], products.matrix_product(*args, kind))
-                products.matrix_product(*args, add=torch.zeros(case.w.shape, device="cuda", dtype=kind))
+        compile_all()
     print(f"compiled in {time.time() - begun:.0f} s", flush=True)
     guarded(check, [1024, 0, 2048, 128], 512, 768, 384)
     guarded(check, [100, 300, 0, 1000], 640, 1408, 0)
@@ -258,6 +348,9 @@ def main() -> None:
         torch.cuda.empty_cache()
     for dense in DENSE:
         guarded(time_dense, *dense)
+    for brick in ((16384, 6, 64, 1408, 2048), (8192, 8, 32, 2048, 7168)):
+        guarded(time_experts, *brick)
+        torch.cuda.empty_cache()
     print(f"{time.time() - begun:.0f} s", flush=True)
 
 

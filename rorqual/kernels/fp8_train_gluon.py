@@ -182,11 +182,15 @@ def _aim_rows(pointers, sizes, column, expert, begin):
 
 @gluon.jit
 def _put(to, values, STORE: gl.constexpr, there, ADD: gl.constexpr):
-    """Store fp32 sums as what `to` points at, added to what is there if ADD."""
+    """Store fp32 sums as what `to` points at, added to what is there if ADD: fp32 by the cache, which nobody waits
+    for."""
     values = gl.convert_layout(values, STORE)
-    if ADD:
-        values += gl.load(to, there, other=0.0).to(gl.float32)
-    gl.store(to, values.to(to.dtype.element_ty), there)
+    if ADD and to.dtype.element_ty == gl.float32:
+        gl.atomic_add(to, values, there, sem="relaxed")
+    else:
+        if ADD:
+            values += gl.load(to, there, other=0.0).to(gl.float32)
+        gl.store(to, values.to(to.dtype.element_ty), there)
 
 
 @gluon.jit
