@@ -18,7 +18,7 @@ KINDS = {
 
 def repair(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loop bounds from one-element arrays (NumPy 2.4 refuses them), products of bf16 (the interpreter multiplies
-    their bits), and rounding to nearest (it cuts off)."""
+    their bits), rounding to nearest (it cuts off), and fused multiply-adds (it rounds the product, too)."""
     module = pytest.importorskip("triton.runtime.interpreter")
     patch, dot, convert = (
         module._patch_lang_tensor,
@@ -41,7 +41,12 @@ def repair(monkeypatch: pytest.MonkeyPatch) -> None:
         kind, bits, numpy = KINDS[target.name]
         return torch.tensor(data).to(kind).view(bits).numpy().view(numpy)
 
+    def fused(self: Any, *args: Any) -> Any:
+        x, y, z = (a.data.astype("float64") for a in args)  # whose products of fp32 are exact
+        return module.TensorHandle((x * y + z).astype(args[0].data.dtype), args[0].dtype.scalar)
+
     monkeypatch.setattr(module, "_patch_lang_tensor", patched)
+    monkeypatch.setattr(module.InterpreterBuilder, "create_fma", fused)
     monkeypatch.setattr(module, "_convert_float", nearest)
     monkeypatch.setattr(
         module.InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest)
