@@ -51,6 +51,8 @@ GPU = {
     "context-v32": partial(context, "v32", "deepseek-v3.2", [4 * K, 16 * K, 64 * K, 128 * K]),
     "context-v3": partial(context, "v3", "deepseek-v3", [4 * K, 16 * K, 64 * K, 128 * K]),
     "context-v4": partial(context, "v4", "deepseek-v4-flash", [4 * K, 16 * K, 64 * K, 256 * K, 1024 * K]),
+    "train": later("benchmarks.train", "main"),
+    "train-profile": later("benchmarks.train", "profile"),
     "two": two.main,
     "two-profile": partial(two.main, True),
     "two-nccl": partial(two.main, True, False),

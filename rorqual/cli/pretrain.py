@@ -71,9 +71,8 @@ def pretrain(
         if not equals:
             raise ValueError(f"--override {change}: write path=value, such as optimizer.decay=0.05")
         plan = overridden(plan, path, value)
-        if path == "tokens":  # schedules are shares of it
-            whole = found.make(folder, plan.tokens)
-            plan = replace(plan, rate=whole.rate, mtp=whole.mtp, speed=whole.speed)
+        if path == "tokens":  # schedules and stages are shares of it
+            plan = replace(found.make(folder, plan.tokens), sources=plan.sources)
     console = Console(stderr=True)
     if dry_run:
         describe(plan, console)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rorqual.family import parts
+from rorqual.kernels import index_rows
 from rorqual.kernels.cache_write import write_rows
 from rorqual.kernels.index import index_choose
 from rorqual.kernels.mla_decode import pack_latents
@@ -19,6 +20,9 @@ from rorqual.nn.norm import LayerNorm, upcast
 from rorqual.nn.paged import PagedSlots, PagedStep
 from rorqual.nn.rope import rotate
 from rorqual.nn.step import Step
+
+Projected = tuple[Tensor, Tensor, Tensor]
+"""What an indexer makes of tokens: index queries, keys and head weights (`Indexer.project`)."""
 
 BLOCK_BYTES = 64 * 2**20
 """Queries are worked in blocks so that gathered entries and scores stay near this size."""
@@ -48,8 +52,9 @@ def index_scores(q_BTHd: Tensor, k_BKd: Tensor, w_BTH: Tensor) -> Tensor:
     return (w_BTH[..., None, :] @ dots).squeeze(-2)
 
 
-def choose(scores_BTK: Tensor, limit_BT: Tensor, k: int) -> Tensor:
-    """The `k` best-scored positions below each query's `limit`, best first; -1 where fewer exist.
+def choose(scores_BTK: Tensor, limit_BT: Tensor, k: int, first_BT: Tensor | None = None) -> Tensor:
+    """The `k` best-scored positions below each query's `limit`, best first, and from its `first` on; -1 where fewer
+    exist.
 
     Equal scores go to the lowest position (a stable sort), so a choice never depends on how many keys
     lie behind the limit.
@@ -57,20 +62,34 @@ def choose(scores_BTK: Tensor, limit_BT: Tensor, k: int) -> Tensor:
     keys = scores_BTK.shape[-1]
     position = torch.arange(keys, device=scores_BTK.device)
     hidden = position >= limit_BT[..., None]
+    if first_BT is not None:
+        hidden = hidden | (position < first_BT[..., None])
     ranked = scores_BTK.masked_fill(hidden, float("-inf"))
     best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., : min(k, keys)]
-    return best.masked_fill(best >= limit_BT[..., None], -1)
+    none = best >= limit_BT[..., None] if first_BT is None else hidden.gather(-1, best)
+    return best.masked_fill(none, -1)
 
 
 @torch.no_grad()
-def choose_in_blocks(q_BTHd: Tensor, k_BKd: Tensor, w_BTH: Tensor, limit_BT: Tensor, k: int) -> Tensor:
-    """`choose(index_scores(...))` for a few queries at a time, so the [T, H, K] dots never stand at once."""
+def choose_in_blocks(
+    q_BTHd: Tensor, k_BKd: Tensor, w_BTH: Tensor, limit_BT: Tensor, k: int, first_BT: Tensor | None = None
+) -> Tensor:
+    """`choose(index_scores(...))` for a few queries at a time, so the [T, H, K] dots never stand at once; on a GPU by
+    kernels, whose choice is in order of positions."""
     batch, time, heads = w_BTH.shape
-    blocks = [
-        choose(index_scores(q_BTHd[:, b], k_BKd, w_BTH[:, b]), limit_BT[:, b], k)
-        for b in query_blocks(time, batch * heads * k_BKd.shape[1] * 4)
-    ]
+    if index_rows.supported(q_BTHd, k_BKd):
+        return index_rows.index_choose_rows(q_BTHd, k_BKd, w_BTH, limit_BT, k=k, firsts_BT=first_BT).long()
+    blocks = []
+    for b in query_blocks(time, batch * heads * k_BKd.shape[1] * 4):
+        first_Bt = None if first_BT is None else first_BT[:, b]
+        blocks.append(choose(index_scores(q_BTHd[:, b], k_BKd, w_BTH[:, b]), limit_BT[:, b], k, first_Bt))
     return torch.cat(blocks, 1)
+
+
+def flat_places(chosen_BTk: Tensor, keys: int) -> Tensor:
+    """Chosen positions (-1: none) as rows of all sequences' `keys` under one another, int32 `[N, k]`."""
+    firsts_B11 = torch.arange(len(chosen_BTk), device=chosen_BTk.device)[:, None, None] * keys
+    return torch.where(chosen_BTk >= 0, chosen_BTk + firsts_B11, -1).int().flatten(0, 1)
 
 
 def places(chosen_Nk: Tensor, table_SB: Tensor, seq_N: Tensor, per_page: int) -> Tensor:
@@ -98,11 +117,14 @@ class Indexer(nn.Module):
 
     def forward(self, x_BTD: Tensor, c_q_BTC: Tensor, step: Step, keys: Slots | PagedSlots | None) -> Tensor:
         """Positions each token attends, `[B, T, min(top_k, K)]` int64, -1 where fewer exist."""
-        p = self.part
         q_BTHd, k_BTd, w_BTH = self.project(x_BTD, c_q_BTC, step)
         k_BKd = keys.append(k_BTd, step.rows) if keys is not None else k_BTd
+        return self.choose(q_BTHd, k_BKd, w_BTH, step)
+
+    def choose(self, q_BTHd: Tensor, k_BKd: Tensor, w_BTH: Tensor, step: Step) -> Tensor:
+        """`forward` of what `project` gave."""
         limit_BT = (step.rows.positions_BT + 1).clamp(max=k_BKd.shape[1])
-        chosen = choose_in_blocks(q_BTHd, k_BKd, w_BTH, limit_BT, p.top_k)
+        chosen = choose_in_blocks(q_BTHd, k_BKd, w_BTH, limit_BT, self.part.top_k, step.first_BT)
         if step.trace is not None:
             step.trace.selected[step.layer] = chosen
         return chosen
@@ -125,7 +147,7 @@ class Indexer(nn.Module):
             found.append(places(chosen, g.table_SB, g.seq_N, pages_PTd.shape[1]))
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def project(self, x_BTD: Tensor, c_q_BTC: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BTD: Tensor, c_q_BTC: Tensor, step: Step) -> Projected:
         """Index queries [B, T, Hi, di], keys [B, T, di] and fp32 head weights [B, T, Hi] with all scales."""
         p = self.part
         cos, sin = step.rotation(self.rope)

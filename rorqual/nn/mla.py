@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.family import parts
+from rorqual.kernels import mla_grad
 from rorqual.kernels.cache_write import mla_write
 from rorqual.kernels.fuse import rmsnorm
 from rorqual.kernels.gpu import usable
@@ -21,11 +22,13 @@ from rorqual.kernels.mla_decode import mla_decode, pack_latents, packed_bytes, u
 from rorqual.kernels.mla_prefill import gather_latents, mla_prefill
 from rorqual.kernels.mla_sparse import mla_sparse
 from rorqual.kernels.mla_sparse_backward import mla_sparse_trained
+from rorqual.kernels.mla_sparse_shares import mla_sparse_shares
 from rorqual.kernels.mode import is_invariant
 from rorqual.nn.cache import Slots
 from rorqual.nn.errors import InputError
 from rorqual.nn.gqa import attend
-from rorqual.nn.indexer import Indexer, gather_blocks, query_blocks
+from rorqual.nn.index_loss import chosen_loss, latent_loss
+from rorqual.nn.indexer import Indexer, Projected, flat_places, gather_blocks, query_blocks
 from rorqual.nn.linear import Linear, together
 from rorqual.nn.norm import RMSNorm, upcast
 from rorqual.nn.paged import Group, Lane, Lanes, Packing, PagedSlots, PagedStep, Store
@@ -203,6 +206,8 @@ class MLA(nn.Module):
         """`absorb` forces the absorbed (True) or expanded (False) form; by default the cheaper one with a
         cache, the expanded one without. Sparse attention is always absorbed."""
         p = self.part
+        if cache is None and absorb is None and torch.is_grad_enabled() and self._by_kernels(x_BTD, step):
+            return self._trained(x_BTD, step)
         c_q = None
         if p.q_rank is None:
             q, kv_BTC = together(x_BTD, self.pack, self.q, self.kv_a)
@@ -220,7 +225,10 @@ class MLA(nn.Module):
         latent_BKC = torch.cat((self.kv_a_norm(c_kv), k_rope[:, :, 0]), -1)
         if cache is not None:
             latent_BKC = cache.latent.append(latent_BKC, step.rows)
-        if self.index is not None:
+        if self.index is not None and step.indexers is not None:
+            assert c_q is not None and cache is None
+            o = self._learning(x_BTD, c_q, q_nope, q_rope, latent_BKC, step)
+        elif self.index is not None:
             assert c_q is not None
             keys = cache.index if cache is not None else None
             chosen_BTk = self.index(x_BTD, c_q, step, keys)
@@ -232,6 +240,28 @@ class MLA(nn.Module):
             form = self._absorbed if absorb else self._expanded
             o = form(q_nope, q_rope, latent_BKC, step)
         return self.o(o.flatten(2))
+
+    def _by_kernels(self, x_BTD: Tensor, step: Step) -> bool:
+        """Whether `_trained` does this pass."""
+        p = self.part
+        whole = self.index is None and step.causal and step.rows.uniform and self.kv_b.scale is None
+        return whole and mla_grad.supported(x_BTD, p.rope_dim) and x_BTD.dtype == self.kv_b.weight.dtype
+
+    def _trained(self, x_BTD: Tensor, step: Step) -> Tensor:
+        """The expanded form over whole rows, with gradients, on a GPU."""
+        p, norm = self.part, self.kv_a_norm
+        cos, sin = (t[0] for t in step.rotation(p.rope))
+        shape = mla_grad.Shape(
+            len(x_BTD), p.heads, p.nope_dim, p.rope_dim, p.kv_rank, p.scale, norm.eps, p.rope.interleaved,
+            keep=not step.recompute,
+        )  # fmt: skip
+        latent = self.kv_a.weight, norm.weight, self.kv_b.weight
+        if p.q_rank is None:
+            matrices = mla_grad.Matrices(self.q.weight, None, None, *latent)
+        else:
+            matrices = mla_grad.Matrices(self.q_a.weight, self.q_a_norm.weight, self.q_b.weight, *latent)
+        o_NE = mla_grad.mla_trained(x_BTD.flatten(0, 1), matrices, cos, sin, shape)
+        return self.o(o_NE).unflatten(0, x_BTD.shape[:2])
 
     def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
         """Whether the absorbed form takes less arithmetic for a pass, by head.
@@ -291,32 +321,59 @@ class MLA(nn.Module):
         )
         return o[:, 0, :, : self.part.kv_rank].unflatten(1, (time, heads))
 
-    def _sparse(self, q_nope: Tensor, q_rope: Tensor, latent_BKC: Tensor, chosen_BTk: Tensor) -> Tensor:
-        """Absorbed attention of each query to its own chosen positions (-1: none), gathered in blocks."""
+    def _sparse(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent_BKC: Tensor,
+        chosen_BTk: Tensor,
+        learning: tuple[Step, Projected] | None = None,
+    ) -> Tensor:
+        """Absorbed attention of each query to its own chosen positions (-1: none), by kernels or gathered in blocks.
+        With `learning` the indexer's loss goes to the step: what it said, beside where attention went."""
         p = self.part
         q_BTHC, w_uv = self._absorb_queries(q_nope, q_rope)
+        q_NHC, latent_MC = q_BTHC.flatten(0, 1), latent_BKC.flatten(0, 1)
+        slots_Nk = flat_places(chosen_BTk, latent_BKC.shape[1])
         if trained_by_kernels(q_BTHC):
-            return _into_values(self._trained(q_BTHC, latent_BKC, chosen_BTk), w_uv)
-        out = []
-        for block, seen, mask in gather_blocks(latent_BKC, chosen_BTk):
-            score = upcast(q_BTHC[:, block] @ seen.transpose(-1, -2)) * p.scale
-            weight = score.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).to(seen.dtype)
-            out.append(weight @ seen[..., : p.kv_rank])
-        return _into_values(torch.cat(out, 1), w_uv)
+            u_NHc, lse_NH = mla_sparse_trained(q_NHC, latent_MC, slots_Nk, rank=p.kv_rank, scale=p.scale)
+            u_BTHc = u_NHc.unflatten(0, q_BTHC.shape[:2])
+        else:
+            out = []
+            for block, seen, mask in gather_blocks(latent_BKC, chosen_BTk):
+                score = upcast(q_BTHC[:, block] @ seen.transpose(-1, -2)) * p.scale
+                weight = score.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).to(seen.dtype)
+                out.append(weight @ seen[..., : p.kv_rank])
+            u_BTHc, lse_NH = torch.cat(out, 1), None
+        if learning is not None:
+            step, projected = learning
+            assert step.indexers is not None
+            with torch.no_grad():
+                if lse_NH is None:
+                    pages = latent_MC[None]
+                    _, lse_NH = mla_sparse(q_NHC, pages, slots_Nk, rank=p.kv_rank, scale=p.scale, lse=True)
+                share_Nk = mla_sparse_shares(q_NHC, latent_MC, slots_Nk, lse_NH, scale=p.scale)
+            step.indexers.losses[step.layer] = chosen_loss(projected, share_Nk, slots_Nk)
+        return _into_values(u_BTHc, w_uv)
 
-    def _trained(self, q_BTHC: Tensor, latent_BKC: Tensor, chosen_BTk: Tensor) -> Tensor:
-        """Attended latents `[B, T, H, kv_rank]` by kernels that have gradients."""
-        p, (batch, keys, _) = self.part, latent_BKC.shape
-        firsts_B11 = torch.arange(batch, device=chosen_BTk.device)[:, None, None] * keys
-        slots_BTk = torch.where(chosen_BTk >= 0, chosen_BTk + firsts_B11, -1).int()
-        u_NHc, _ = mla_sparse_trained(
-            q_BTHC.flatten(0, 1),
-            latent_BKC.flatten(0, 1),
-            slots_BTk.flatten(0, 1),
-            rank=p.kv_rank,
-            scale=p.scale,
-        )
-        return u_NHc.unflatten(0, q_BTHC.shape[:2])
+    def _learning(
+        self, x_BTD: Tensor, c_q_BTC: Tensor, q_nope: Tensor, q_rope: Tensor, latent_BKC: Tensor, step: Step
+    ) -> Tensor:
+        """Attention while its indexer learns, dense or sparse as `step.indexers` says (V3.2 report 2.1). The indexer
+        reads detached inputs and takes its gradient from its KL divergence alone."""
+        index, mode = self.index, step.indexers
+        assert index is not None and mode is not None
+        if not mode.dense:
+            projected = index.project(x_BTD.detach(), c_q_BTC.detach(), step)
+            learning = (step, projected) if mode.learns else None
+            return self._sparse(q_nope, q_rope, latent_BKC, index.choose(*projected, step), learning)
+        if mode.learns:
+            with torch.no_grad():
+                q_BTHC, _ = self._absorb_queries(q_nope, q_rope)
+            projected = index.project(x_BTD.detach(), c_q_BTC.detach(), step)
+            main = q_BTHC, latent_BKC.detach(), self.part.scale
+            mode.losses[step.layer] = latent_loss(projected, main, step)
+        return self._expanded(q_nope, q_rope, latent_BKC, step)
 
     def _absorb_queries(self, q_nope: Tensor, q_rope: Tensor) -> tuple[Tensor, Tensor]:
         """Queries in latent space beside their rotary part [B, T, H, kv_rank + rope], and W_UV."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rorqual.kernels import fuse
+from rorqual.kernels import experts_grad, fuse
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.linear import Pack
 from rorqual.nn.linear import Linear, together
@@ -38,5 +38,8 @@ class SwiGLU(nn.Module):
         return self.gate, self.up
 
     def forward(self, x: Tensor) -> Tensor:
+        matrices = self.gate.weight, self.up.weight, self.down.weight
+        if torch.is_grad_enabled() and experts_grad.supported(x, *matrices):
+            return experts_grad.swiglu_trained(x.flatten(0, -2), *matrices, self.limit).view(x.shape)
         gate, up = together(x, self.pack, self.gate, self.up)
         return self.down(swiglu(gate, up, self.limit))

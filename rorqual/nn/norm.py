@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rorqual.kernels import norm_grad
 from rorqual.kernels.fuse import WIDEST, add_rmsnorm, rmsnorm
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.mode import by_fixed_kernels
@@ -25,12 +26,20 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and usable(x):
-            return rmsnorm(x.flatten(0, -2), self.weight, self.eps).view(x.shape)
+        if usable(x):
+            if not torch.is_grad_enabled():
+                return rmsnorm(x.flatten(0, -2), self.weight, self.eps).view(x.shape)
+            if norm_grad.supported(x):
+                return norm_grad.rmsnorm_trained(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
     def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of x + residual, and that sum."""
+        if torch.is_grad_enabled():
+            if usable(x) and norm_grad.supported(x):
+                return norm_grad.add_rmsnorm_trained(x, residual, self.weight, self.eps)
+            total = x + residual
+            return self(total), total
         y, total = add_rmsnorm(x.flatten(0, -2), residual.flatten(0, -2), self.weight, self.eps)
         return y.view(x.shape), total.view(x.shape)
 

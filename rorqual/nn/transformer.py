@@ -185,30 +185,30 @@ class Transformer(nn.Module):
         return x
 
     def run_whole(self, ids_BT: Tensor, step: Step) -> Tensor:
-        """The same without a cache, for a step whose rows begin at 0; its `documents_BT` are kept apart by attention,
-        where the model's kinds of attention can do that (`InputError`)."""
-        if step.documents_BT is not None:
-            for layer in (*self.config.layers, *self.config.mtp):
-                a = layer.attention
-                if not isinstance(a, parts.GQA) and not (isinstance(a, parts.MLA) and a.index is None):
-                    raise InputError(
-                        f"{type(a).__name__} with sparse or compressed keys can't keep documents apart yet"
-                    )
+        """The same without a cache, for a step whose rows begin at 0; its `documents_BT` are kept apart by
+        attention."""
         return self._through(ids_BT, step, None)
 
     def run_paged(self, ids_1N: Tensor, step: PagedStep, stores: Sequence[Store]) -> Tensor:
         """The same over pages: the new tokens of many sequences in one row `[1, N]`, one store a layer."""
         if self.config.residual is not None or not usable(self.embed.weight):
             return self._through(ids_1N, step, stores)
-        x, pending = self.embed(ids_1N), None
-        layers: Any = self.layers
-        for index, (layer, store) in enumerate(zip(layers, stores, strict=False)):
+        return self._deferred(self.embed(ids_1N), ids_1N, step, stores)
+
+    def _deferred(self, x: Tensor, ids_BT: Tensor, step: Step, caches: Sequence[Any] | None) -> Tensor:
+        """All layers, each residual sum made together with the norm after it."""
+        layers, pending = list[Any](self.layers), None
+        for index, layer in enumerate(layers):
             step.layer = index
-            x, pending = layer.deferred(x, pending, ids_1N, step, store)
+            cache = caches[index] if caches is not None else None
+            x, pending = layer.deferred(x, pending, ids_BT, step, cache)
         return x if pending is None else x + pending
 
     def _through(self, ids_BT: Tensor, step: Step, caches: Sequence[Any] | None) -> Tensor:
         x = self.embed(ids_BT)
+        looked_at = step.trace is not None and step.trace.keep_hidden
+        if torch.is_grad_enabled() and self.config.residual is None and usable(x) and not looked_at:
+            return self._deferred(x, ids_BT, step, caches)
         if self.config.residual is not None:
             x = x[:, :, None].expand(-1, -1, self.config.residual.streams, -1)
         for index, layer in enumerate(self.layers):

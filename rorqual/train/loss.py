@@ -13,11 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 2**25
+from rorqual.kernels import cross_entropy as rows_of
+from rorqual.kernels.cross_entropy import IGNORED
+from rorqual.kernels.gpu import usable
+
+CHUNK, CHUNK_GPU = 2**25, 2**30
 """Logits that are held at once, about."""
 
-IGNORED = -1
-"""A target that does not count."""
+__all__ = ["IGNORED", "cross_entropy", "reference"]
 
 
 def reference(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, full: bool = False) -> Tensor:
@@ -42,24 +45,20 @@ class _Chunked(torch.autograd.Function):
         grad_ND = torch.empty_like(hidden_ND) if learns else None
         grad_VD = torch.zeros_like(weight_VD, dtype=wide) if moves else None
         matrix_VD = weight_VD.to(wide) if full else weight_VD
+        fast = usable(hidden_ND, weight_VD) and wide == torch.float32
+        make = rows_of.fast if fast else rows_of.reference
         for hidden, target, at in zip(
             hidden_ND.split(rows), target_N.split(rows), range(0, len(target_N), rows), strict=True
         ):
             hidden = hidden.to(matrix_VD.dtype)
-            logits = F.linear(hidden, matrix_VD).to(wide)
-            counts = target != IGNORED
-            picked = target.clamp(min=0)[:, None]
-            total = logits.logsumexp(-1)
-            loss += ((total - logits.gather(1, picked)[:, 0]) * counts).sum()
-            right += ((logits.argmax(-1) == target) & counts).sum()
-            if learns or moves:
-                slope = logits.sub_(total[:, None]).exp_()
-                slope.scatter_add_(1, picked, slope.new_full(picked.shape, -1.0))
-                slope = (slope * counts[:, None]).to(matrix_VD.dtype)
-                if grad_ND is not None:
-                    grad_ND[at : at + rows] = slope @ matrix_VD
-                if grad_VD is not None:
-                    grad_VD += slope.T @ hidden
+            slope = F.linear(hidden, matrix_VD)  # logits now, their gradient in a moment
+            one_by_one, hits = make(slope, target, learns or moves)
+            loss += one_by_one.sum()
+            right += hits.sum()
+            if grad_ND is not None:
+                grad_ND[at : at + rows] = slope @ matrix_VD
+            if grad_VD is not None:
+                _add_product(grad_VD, slope, hidden)
         ctx.grads = grad_ND, None if grad_VD is None else grad_VD.to(weight_VD.dtype)
         ctx.mark_non_differentiable(right)
         return loss, right
@@ -75,10 +74,24 @@ class _Chunked(torch.autograd.Function):
         return grad_ND, grad_VD, None, None, None
 
 
+def _add_product(grad_VD: Tensor, slope_NV: Tensor, hidden_ND: Tensor) -> None:
+    """grad += slope^T hidden, added up in grad's type throughout."""
+    if grad_VD.dtype == slope_NV.dtype:
+        grad_VD.addmm_(slope_NV.t(), hidden_ND)
+    elif grad_VD.is_cuda:
+        torch.addmm(grad_VD, slope_NV.t(), hidden_ND, out_dtype=grad_VD.dtype, out=grad_VD)
+    else:
+        grad_VD += slope_NV.t() @ hidden_ND
+
+
 def cross_entropy(
     hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, *, full: bool = False, rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """`reference`, `rows` rows at a time, and how many targets were the likeliest token. One backward pass."""
-    rows = rows or max(1, CHUNK // weight_VD.shape[0])
+    if rows is None:
+        most = max(1, (CHUNK_GPU if hidden_ND.is_cuda else CHUNK) // weight_VD.shape[0])
+        rows = max(
+            1, -(-len(hidden_ND) // max(1, -(-len(hidden_ND) // most)))
+        )  # so that all chunks are alike
     loss, right = _Chunked.apply(hidden_ND, weight_VD, target_N, full, rows)
     return loss, right

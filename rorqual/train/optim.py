@@ -6,11 +6,13 @@ plain functions of (parameters, gradients, state, step): nothing is hidden in th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from rorqual.kernels import adamw, muon
 
 HYBRID = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
 """Coefficients of V4's Newton-Schulz steps: eight that grow all singular values fast, two that settle them at 1."""
@@ -53,12 +55,20 @@ def by_muon(name: str, parameter: Tensor) -> bool:
 
 def orthogonalised(m_RC: Tensor, product: torch.dtype = torch.bfloat16) -> Tensor:
     """The nearest semi-orthogonal matrix, about, of a matrix or of each of a stack `[..., R, C]`, in `product`."""
-    tall = m_RC.shape[-2] > m_RC.shape[-1]
-    x = (m_RC.mT if tall else m_RC).to(torch.promote_types(m_RC.dtype, torch.float32))
+    x = m_RC.to(torch.promote_types(m_RC.dtype, torch.float32))
     x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)).to(product)
+    return newton_schulz(x)
+
+
+def newton_schulz(x_RC: Tensor) -> Tensor:
+    """V4's steps on matrices `[..., R, C]` of Frobenius norm 1."""
+    tall = x_RC.shape[-2] > x_RC.shape[-1]
+    x = x_RC.mT if tall else x_RC
+    x = x.flatten(0, -3) if x.dim() > 2 else x[None]
     for a, b, c in HYBRID:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.unflatten(0, x_RC.shape[:-2]) if x_RC.dim() > 2 else x[0]
     return x.mT if tall else x
 
 
@@ -89,15 +99,36 @@ class Optimizer:
         return made | {key: torch.zeros_like(p, dtype=kind) for key in ("m", "v")}
 
     @torch.no_grad()
-    def step(self, number: int, rate: float) -> None:
-        """Move all parameters that have gradients: step `number`, from 1 on, at learning rate `rate`."""
+    def step(
+        self,
+        number: int,
+        rate: float,
+        factor: Tensor | None = None,
+        gradients: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Move parameters that have gradients, their own or those given by name, each times `factor` (of `clipping`):
+        step `number`, from 1 on, at learning rate `rate`."""
         for name, p in self.parameters.items():
-            if p.grad is None:
+            found = p.grad if gradients is None else gradients.get(name)
+            if found is None:
                 continue
             state = self.state[name]
             weight = state.get("master", p)
-            grad = p.grad.to(weight.dtype)
-            if self._muon(name):
+            by_muon, master = self._muon(name), weight.detach() if weight is not p else None
+            if by_muon and adamw.supported(p, weight, found):
+                self._by_muon_fast(p.detach(), master, found, state["m"], factor, rate)
+                continue
+            if adamw.supported(p, weight, found):
+                s = self._adam()
+                adamw.step(
+                    p.detach(), master, found, state["m"], state["v"], factor,
+                    rate=rate, decay=s.decay if p.dim() >= 2 else 0.0, betas=s.betas, eps=s.eps, number=number,
+                )  # fmt: skip
+                continue
+            grad = found.to(weight.dtype)
+            if factor is not None:
+                grad = grad * factor.to(weight.dtype)
+            if by_muon:
                 self._by_muon(weight, grad, state, rate)
             else:
                 self._by_adam(weight, grad, state, rate, number)
@@ -130,6 +161,16 @@ class Optimizer:
         weight.mul_(1 - rate * s.decay)
         weight.add_(o, alpha=-rate * RMS * max(rows, columns) ** 0.5)
 
+    def _by_muon_fast(
+        self, p: Tensor, master: Tensor | None, grad: Tensor, m: Tensor, factor: Tensor | None, rate: float
+    ) -> None:
+        assert isinstance(self.settings, Muon)
+        s, (rows, columns) = self.settings, p.shape[-2:]
+        update, norm = muon.momentum(grad, m, factor, s.momentum, s.nesterov, s.product)
+        o = newton_schulz(update.div_(norm.clamp(min=1e-30)))
+        stride = rate * RMS * max(rows, columns) ** 0.5
+        muon.move(p, master, o.contiguous(), shrink=1 - rate * s.decay, stride=stride)
+
     # ------------------------------------------------------------------------------------- state
 
     def tensors(self) -> dict[str, Tensor]:
@@ -155,13 +196,12 @@ class Optimizer:
 
 
 @torch.no_grad()
-def clip(parameters: Iterable[nn.Parameter], most: float | None) -> Tensor:
-    """Scale all gradients so that their joint norm is at most `most`; the norm before, fp32 (fp64 of fp64)."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack([g.norm(dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads])
-    norm = norms.norm()
-    if most is not None:
-        factor = (most / norm.clamp(min=1e-30)).clamp(max=1.0)
-        for g in grads:
-            g.mul_(factor.to(g.dtype))
-    return norm
+def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of each `[P]`, fp32 (fp64 of fp64)."""
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(list(gradients), 2, wide))
+
+
+def clipping(norm: Tensor, most: float | None) -> Tensor | None:
+    """What all gradients are to be multiplied by so that their joint norm is at most `most`."""
+    return None if most is None else (most / norm.clamp(min=1e-30)).clamp(max=1.0)

@@ -7,10 +7,16 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
-from rorqual.family import ModelConfig
+from rorqual.family import MLA, CompressedAttention, ModelConfig, MoE
+from rorqual.family.parts import Attention
+from rorqual.train.anticipate import Anticipation
 from rorqual.train.balance import V2Balance
 from rorqual.train.optim import AdamW, Settings
 from rorqual.train.schedule import Schedule, Stage
+
+DSA = ("", "dense", "warm-up", "sparse")
+"""How models with indexers are trained: "" sparse, and the indexers learn nothing; "dense" without them; "warm-up"
+dense, and they alone learn; "sparse", and all learn (V3.2 report 2.1; facts 3.8)."""
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -34,10 +40,28 @@ class Guard:
 
 
 @dataclass(frozen=True)
+class Dropping:
+    """V2's token dropping (V2 report 2.2.4): each device (a group of a router's experts) takes `capacity` times its
+    even share of a micro-batch's tokens, those of highest affinity; from a share `exempt` of sequences none is dropped.
+    """
+
+    capacity: float = 1.0
+    exempt: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (self.capacity > 0 and 0 <= self.exempt <= 1):
+            raise ValueError(
+                f"dropping at capacity {self.capacity} with {self.exempt} exempt: the first must be above 0, the "
+                "second a share"
+            )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything a run is made of. `tokens`: where it ends. `micro`: rows that go through the model at once.
     `v2`: V2's balance losses instead of V3's. `rate`, `mtp` (λ) and `speed` (γ of the routers' biases) are
-    functions of tokens seen."""
+    functions of tokens seen. `recompute`: less is kept for the backward pass, and made again there. `begin`: a
+    checkpoint whose weights it begins with. `dsa`: how models with indexers are trained (`DSA`)."""
 
     name: str
     config: ModelConfig
@@ -54,6 +78,11 @@ class Recipe:
     guard: Guard | None = field(default_factory=Guard)
     ema: float | None = None
     apart: bool = False
+    begin: str = ""
+    dsa: str = ""
+    drop: Dropping | None = None
+    anticipate: Anticipation | None = None
+    recompute: bool = False
     micro: int = 8
     dtype: str = "float32"
     seed: int = 0
@@ -74,13 +103,32 @@ class Recipe:
         if not self.balance >= 0 or self.evaluate_every < 0 or self.save_every < 0:
             raise ValueError("balance, evaluate_every and save_every must not be below 0")
 
+        layers = (*self.config.layers, *self.config.mtp)
+        if self.dsa not in DSA:
+            raise ValueError(f"dsa is {self.dsa!r}; it can be {', '.join(repr(kind) for kind in DSA)}")
+        if self.dsa and not any(has_index(layer.attention) for layer in layers):
+            raise ValueError(f"dsa is {self.dsa!r}, but the model has no indexers")
+        if self.drop is not None and not any(
+            isinstance(layer.ff, MoE) and layer.ff.router.groups > 1 for layer in layers
+        ):
+            raise ValueError(
+                "tokens are dropped by device, and no router of this model has groups of experts"
+            )
+
     def fingerprint(self) -> str:
         """What two runs compare, to know whether one goes on with the other. How often it is looked at and saved is
         left out, as is what of a folder's name."""
-        left_out = ("name", "evaluate_every", "save_every", "keep", "sources")
+        left_out = ("name", "evaluate_every", "save_every", "keep", "sources", "begin")
         facts = [(f.name, repr(getattr(self, f.name))) for f in fields(self) if f.name not in left_out]
         weights = [source.weight for source in self.sources]
         return hashlib.sha256(repr((facts, weights)).encode()).hexdigest()
+
+
+def has_index(part: Attention) -> bool:
+    """Whether an indexer chooses what attention of this kind sees."""
+    if isinstance(part, CompressedAttention):
+        return part.compress is not None and part.compress.index is not None
+    return isinstance(part, MLA) and part.index is not None
 
 
 def override(recipe: Any, path: str, value: str) -> Any:

@@ -19,21 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rorqual.data import HELD, Batch, Corpus, Mixture
-from rorqual.data.numbers import word
+from rorqual.data import HELD, Ahead, Batch, Corpus, Mixture
+from rorqual.data.numbers import uniform, word
 from rorqual.data.shards import write_atomically
 from rorqual.family import ConfigError
 from rorqual.family.hub import to_hub
 from rorqual.nn import Transformer
 from rorqual.nn.balance import max_violation, update_bias
+from rorqual.nn.dropping import Capacity
+from rorqual.train.anticipate import Routes
+from rorqual.train.begin import begin_with
 from rorqual.train.checkpoint import Kept, Writer, newest, set_aside, steps_in
-from rorqual.train.objective import Factors, Pretraining
-from rorqual.train.optim import Optimizer, clip
-from rorqual.train.recipe import Recipe
+from rorqual.train.objective import Factors, Pretraining, Routing
+from rorqual.train.optim import Optimizer, clipping, gradient_norms
+from rorqual.train.recipe import Recipe, has_index
 from rorqual.train.schedule import Steps
 
 LOG = "log.jsonl"
-_MIXTURE, _HELD = 10, 11
+_MIXTURE, _HELD, _EXEMPT = 10, 11, 12
 """What numbers are drawn for (see `data.numbers.word`)."""
 
 
@@ -86,15 +89,24 @@ class Trainer:
     ) -> None:
         self.recipe, self.folder, self.warn = recipe, Path(folder), warn
         self.steps = Steps(recipe.stages)
-        self.objective = Pretraining(recipe.apart)
+        self.objective = Pretraining(recipe.apart, recipe.dsa, recipe.recompute)
         self._corpora = [Corpus(source.folder) for source in recipe.sources]
         self._check()
         self.mixtures = [
-            self._mixture(self._corpora, n, word(recipe.seed, _MIXTURE, n)) for n in range(len(recipe.stages))
+            Ahead(self._mixture(self._corpora, n, word(recipe.seed, _MIXTURE, n)))
+            for n in range(len(recipe.stages))
         ]
         self.model = Transformer(
             recipe.config, dtype=getattr(torch, recipe.dtype), device=device, seed=recipe.seed
         )
+        if recipe.begin and not (resume and steps_in(self.folder)):
+            fresh = begin_with(self.model, recipe.begin)
+            if fresh:
+                warn(f"{recipe.begin} has no {fresh[0]} and {len(fresh) - 1} more: these begin fresh")
+        if recipe.dsa == "warm-up":
+            for name, p in self.model.named_parameters():
+                p.requires_grad_(".index." in name)
+        self.routes = Routes(recipe.anticipate, self._routes) if recipe.anticipate is not None else None
         self.optimizer = Optimizer(self.model.named_parameters(), recipe.optimizer)
         self.ema: dict[str, Tensor] | None = None
         if recipe.ema is not None:
@@ -138,6 +150,8 @@ class Trainer:
             to_hub(config)
         except ConfigError as error:
             self.warn(f"what is trained can be resumed but not written in a released format: {error}")
+        if not recipe.dsa and any(has_index(layer.attention) for layer in (*config.layers, *config.mtp)):
+            self.warn("the model's indexers stay as they are: dsa=sparse lets them learn, too")
         for stage in recipe.stages:
             if stage.length > config.max_positions:
                 raise TrainError(
@@ -183,6 +197,9 @@ class Trainer:
         self.optimizer.restore(kept.tensors["optimizer"])
         if self.ema is not None:
             self.ema = kept.tensors["ema"]
+        if self.routes is not None:
+            until = int(kept.facts["anticipated"])
+            self.routes.restore(kept.tensors["routes"], until, self.model.device)
         self.step, self.updates = kept.step, int(kept.facts["updates"])
         self.norms, self._wrong = list(kept.facts["norms"]), int(kept.facts["wrong"])
         self._cut_log(self.step)
@@ -222,6 +239,8 @@ class Trainer:
         tensors = {"model": dict(self.model.state_dict()), "optimizer": self.optimizer.tensors()}
         if self.ema is not None:
             tensors["ema"] = self.ema
+        if self.routes is not None:
+            tensors["routes"], facts["anticipated"] = self.routes.tensors(), self.routes.until
         self.writer.put(Kept(self.step, facts, tensors))
 
     # --------------------------------------------------------------------------------------- the loop
@@ -271,42 +290,97 @@ class Trainer:
         stage, first, samples, seen = self.steps[self.step]
         batch = self.mixtures[stage].batch(first, samples)
         tokens = samples * recipe.stages[stage].length
-        told, load = self.gradients(batch, seen)
+        told, load, gradients = self.gradients(batch, seen)
+        total = gradient_norms(list(gradients.values())).norm()
+        # All that is to be told is read off the device here, before the optimizer's work is handed to it.
         values = {name: float(value) for name, value in told.items()}
-        norm = float(clip(self.model.parameters(), recipe.clip))
+        norm = float(total)
+        uneven = {number: max_violation(counts.cpu()) for number, counts in load.items()}
         report = Report(self.step, values)
         report.skipped = self._doubt(values["loss"], norm)
         rate = recipe.rate(seen)
         if not report.skipped:
             self.updates += 1
-            self.optimizer.step(self.updates, rate)
-            self._balance(load, recipe.speed(seen))
+            self.optimizer.step(self.updates, rate, clipping(total, recipe.clip), gradients)
+            self._balance(load, recipe.speed(seen) if recipe.dsa != "warm-up" else 0.0)
             self._average()
+        elif self.routes is not None:
+            self.routes.spiked(self.step)
         took = time.perf_counter() - began
         values |= {"norm": norm, "rate": rate, "tokens": float(seen + tokens), "seconds": took}
-        for number, counts in load.items():
-            values[f"violation {number}"] = max_violation(counts)
+        values |= {f"violation {number}": found for number, found in uneven.items()}
         return report
 
-    def gradients(self, batch: Batch, seen: float) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-        """A step's gradients, left in the parameters: what the losses were, and each layer's expert load."""
-        factors, micro = self.factors(seen), self.recipe.micro
-        cuts = [slice(at, at + micro) for at in range(0, len(batch.ids_BT), micro)]
-        batches = [
-            Batch(batch.ids_BT[cut], batch.documents_BT[cut], batch.sources_B[cut], batch.look)
-            for cut in cuts
-        ]
+    def gradients(
+        self, batch: Batch, seen: float
+    ) -> tuple[dict[str, Tensor], dict[int, Tensor], dict[str, Tensor]]:
+        """A step's losses, each layer's expert load, and the gradients by parameter. Those of several micro-batches are
+        added up in at least fp32."""
+        factors, batches = self.factors(seen), self._cut(batch)
         counts = self.objective.counts(batches, len(self.model.mtp))
         told: dict[str, Tensor] = {}
         load: dict[int, Tensor] = {}
+        sums: dict[str, Tensor] = {}
+        routes = self.routes.take(self.step) if self.routes is not None else None
+        row = 0
         for part in batches:
-            found = self.objective(self.model, part, counts, factors)
+            found = self.objective(self.model, part, counts, factors, self._routing(part, row, routes))
+            row += len(part.ids_BT)
             found.loss.backward()
             for name, value in found.told.items():
                 told[name] = told[name] + value if name in told else value
             for number, counted in found.load.items():
                 load[number] = load[number] + counted if number in load else counted
-        return told, load
+            if len(batches) > 1:
+                self._gather(sums)
+        if len(batches) > 1:
+            return told, load, sums
+        return told, load, {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+
+    def _gather(self, sums: dict[str, Tensor]) -> None:
+        """Move gradients out of the parameters onto their sums."""
+        for name, p in self.model.named_parameters():
+            if p.grad is None:
+                continue
+            if name in sums:
+                sums[name] += p.grad
+            else:
+                sums[name] = p.grad.to(torch.promote_types(p.grad.dtype, torch.float32))
+            p.grad = None
+
+    def _cut(self, batch: Batch) -> list[Batch]:
+        """A batch's micro-batches."""
+        micro = self.recipe.micro
+        cuts = [slice(at, at + micro) for at in range(0, len(batch.ids_BT), micro)]
+        return [
+            Batch(batch.ids_BT[cut], batch.documents_BT[cut], batch.sources_B[cut], batch.look)
+            for cut in cuts
+        ]
+
+    def _routes(self, step: int) -> dict[int, Tensor] | None:
+        """The experts that a step's tokens would get now, by layer; None past the run's end."""
+        stage, first, samples, seen = self.steps[step]
+        if seen >= self.recipe.tokens:
+            return None
+        batches, mtp = (
+            self._cut(self.mixtures[stage].mixture.batch(first, samples)),
+            self.recipe.mtp(seen) > 0,
+        )
+        found = [self.objective.routes(self.model, part, mtp) for part in batches]
+        return {number: torch.cat([routes[number] for routes in found]) for number in found[0]}
+
+    def _routing(self, part: Batch, row: int, routes: dict[int, Tensor] | None) -> Routing:
+        """What is settled for a micro-batch that begins at a row of the step: its part of the step's experts, and which
+        of its rows are not to be dropped from."""
+        rows, drop, capacity = len(part.ids_BT), self.recipe.drop, None
+        width = part.ids_BT.shape[1] - part.look
+        if routes is not None:
+            routes = {n: ids_NK[row * width : (row + rows) * width] for n, ids_NK in routes.items()}
+        if drop is not None:
+            drawn = [uniform(self.recipe.seed, _EXEMPT, self.step, row + at) for at in range(rows)]
+            exempt_B = torch.tensor([number < drop.exempt for number in drawn], device=self.model.device)
+            capacity = Capacity(drop.capacity, exempt_B)
+        return Routing(routes, capacity)
 
     def _doubt(self, loss: float, norm: float) -> str:
         """Why a step had better not be taken; "" if it may."""

@@ -71,7 +71,7 @@ def test_it_trains_resumes_and_leaves_a_model_that_others_read(
 def test_what_is_wrong_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, why in (
         (["mini-cpu"], "write recipe:NAME"),
-        (["recipe:nope"], "there is no recipe 'nope'; there are mini-cpu"),
+        (["recipe:nope"], "there is no recipe 'nope'; there are v1-7b.*mini-cpu"),
         (["recipe:mini-cpu", "--override", "rate"], "write path=value"),
         (["recipe:mini-cpu", "--override", "nope=1"], "has no 'nope'"),
         (["recipe:mini-cpu", "--data", "c:x"], "'x' is no weight"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rorqual.train.optim import AdamW, Muon, Optimizer, by_muon, clip, orthogonalised
+from rorqual.train.optim import AdamW, Muon, Optimizer, by_muon, clipping, gradient_norms, orthogonalised
 
 
 class Little(nn.Module):
@@ -128,6 +128,15 @@ def test_clipping() -> None:
     model = Little(torch.float64)
     give_gradients(model)
     norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))
-    assert abs(clip(model.parameters(), None) - norm) < 1e-12
-    assert abs(clip(model.parameters(), 1.0) - norm) < 1e-12
-    assert abs(clip(model.parameters(), 5.0) - 1) < 1e-12  # and is left there
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    norms = gradient_norms(list(gradients.values()))
+    assert torch.allclose(norms, torch.stack([g.norm() for g in gradients.values()]), rtol=1e-14)
+    assert abs(norms.norm() - norm) < 1e-12 and norms.dtype == torch.float64
+    assert clipping(norm, None) is None and clipping(norm, 1e9) == 1
+    factor = clipping(norm, 0.5)
+    assert factor is not None and abs(factor * norm - 0.5) < 1e-12
+    twin = copy.deepcopy(model)
+    one, two = (Optimizer(m.named_parameters(), AdamW()) for m in (model, twin))
+    one.step(1, 0.01, factor)
+    two.step(1, 0.01, None, {name: g * factor for name, g in gradients.items()})
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))

@@ -20,8 +20,9 @@ import torch
 
 from rorqual.data import Options, build
 from rorqual.train import checkpoint
+from rorqual.train.anticipate import Anticipation
 from rorqual.train.optim import Muon
-from rorqual.train.recipe import Guard, Recipe, Source, override
+from rorqual.train.recipe import Dropping, Guard, Recipe, Source, override
 from rorqual.train.schedule import Schedule, Stage
 from rorqual.train.trainer import LOG, Trainer, TrainError
 from tests.data.corpora import TOKENIZER, json_lines, texts
@@ -65,7 +66,12 @@ def ends(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("gqa", {}), ("v3", {}), ("v3", {"optimizer": Muon(), "dtype": "bfloat16"}), ("v4", {})],
+    [
+        ("gqa", {}),
+        ("v3", {"drop": Dropping(0.8)}),
+        ("v3", {"optimizer": Muon(), "dtype": "bfloat16"}),
+        ("v4", {"apart": True, "dsa": "sparse", "anticipate": Anticipation(2)}),
+    ],
 )
 def test_stopped_and_resumed_it_is_the_same_run(
     tmp_path: Path, corpus: str, kind: str, changes: dict[str, Any]
@@ -90,6 +96,11 @@ def test_stopped_and_resumed_it_is_the_same_run(
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
     assert checkpoint.same(ends(part), ends(whole))
     assert checkpoint.steps_in(tmp_path / "cut") == checkpoint.steps_in(tmp_path / "whole")
+    last = [
+        checkpoint.read(tmp_path / name, checkpoint.steps_in(tmp_path / name)[0]) for name in ("cut", "whole")
+    ]
+    assert ("routes" in last[1].tensors) == ("anticipate" in changes)
+    assert all(checkpoint.same(last[0].tensors[group], last[1].tensors[group]) for group in last[1].tensors)
 
 
 @pytest.mark.parametrize("where", ["told", "optimizer", "evaluate", "gradients"])
@@ -324,13 +335,9 @@ def test_steps_that_are_not_numbers_or_spikes_move_nothing(tmp_path: Path, corpu
     real, bad = trainer.gradients, {6: math.nan, 9: 1e4}
 
     def gradients(batch: Any, seen: float) -> Any:
-        told, load = real(batch, seen)
-        factor = bad.get(trainer.step)
-        if factor is not None:
-            for p in trainer.model.parameters():
-                if p.grad is not None:
-                    p.grad.mul_(factor)
-        return told, load
+        told, load, found = real(batch, seen)
+        factor = bad.get(trainer.step, 1.0)
+        return told, load, {name: grad * factor for name, grad in found.items()}
 
     trainer.gradients = gradients  # type: ignore[method-assign]
     before: dict[int, dict[str, torch.Tensor]] = {}
