@@ -42,11 +42,11 @@ class Run(Trainer):
         pass
 
     def gradients(self, batch: Batch, seen: float) -> Any:
-        told, load = super().gradients(batch, seen)
+        told, load, found = super().gradients(batch, seen)
         if seen >= (1 - LAST) * self.recipe.tokens:
             for number, counts in load.items():
                 self.load[number] = self.load.get(number, 0) + counts
-        return told, load
+        return told, load, found
 
 
 def key(recipe: Recipe, device: str) -> str:

@@ -18,12 +18,13 @@ from rorqual.kernels import attention, mla_turn, norm_grad
 from rorqual.kernels.attention import Kept
 from rorqual.kernels.fuse import rmsnorm
 from rorqual.kernels.gpu import usable
+from rorqual.kernels.products import products
 
 
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a brick: `batch` rows of tokens, heads, a head's channels that don't turn and that do, `rank` of the
-    latent. `keep`: keys and values, and queries made from a latent, are kept."""
+    latent. `keep`: keys and values, and queries made from a latent, are kept. `fp8`: products are in FP8."""
 
     batch: int
     heads: int
@@ -34,6 +35,7 @@ class Shape:
     eps: float
     interleaved: bool
     keep: bool
+    fp8: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,44 +72,45 @@ class _Attend(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, q_w: Tensor, q_norm: Tensor | None, q_up: Tensor | None, kv_w: Tensor,
         kv_norm: Tensor, kv_up: Tensor, cos: Tensor, sin: Tensor, s: Shape,
     ) -> Tensor:  # fmt: skip
-        first = x_ND @ torch.cat((q_w, kv_w)).t()
-        begin = len(q_w)
+        by, begin = products(s.fp8, q_w), len(q_w)
+        first, from_x = by.forward(x_ND, (q_w, kv_w))
         latent, rope = first[:, begin : begin + s.rank], first[:, begin + s.rank :]
-        if q_up is None or q_norm is None:
-            q = first[:, :begin]
-        else:
-            q = rmsnorm(first[:, :begin], q_norm, s.eps) @ q_up.t()
+        q, from_q = first[:, :begin], None
+        if q_up is not None and q_norm is not None:
+            q, from_q = by.forward(rmsnorm(q, q_norm, s.eps), (q_up,))
         q_NHd = q.unflatten(1, (s.heads, -1))
-        up_NHe = (rmsnorm(latent, kv_norm, s.eps) @ kv_up.t()).unflatten(1, (s.heads, -1))
+        up, from_latent = by.forward(rmsnorm(latent, kv_norm, s.eps), (kv_up,))
+        up_NHe = up.unflatten(1, (s.heads, -1))
         k_NHd = _lay(q_NHd, rope, up_NHe, cos, sin, s)
         q, k, v = _by_head(q_NHd, s), _by_head(k_NHd, s), _by_head(up_NHe[..., s.nope :], s)
-        o, kept = attention.forward(q, k, v, s.scale)
+        o, softmax = attention.forward(q, k, v, s.scale)
         held = (q_NHd if q_up is not None else None, k_NHd, up_NHe) if s.keep else (None, None, None)
         ctx.save_for_backward(
-            x_ND, q_w, q_norm, q_up, kv_w, kv_norm, kv_up, cos, sin, first, o, *held, *kept.tensors
+            q_w, q_norm, q_up, kv_w, kv_norm, kv_up, cos, sin, first, o, *held, *softmax.tensors
         )
-        ctx.shape, ctx.numbers = s, kept.numbers
+        ctx.kept = from_x, *((from_q, from_latent) if s.keep else (None, None))
+        ctx.shape, ctx.numbers = s, softmax.numbers
         return o.transpose(1, 2).reshape(len(x_ND), -1)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
         s = ctx.shape
-        x_ND, q_w, q_norm, q_up, kv_w, kv_norm, kv_up, cos, sin, first, o, q_NHd, k_NHd, up_NHe, *softmax = (
+        q_w, q_norm, q_up, kv_w, kv_norm, kv_up, cos, sin, first, o, q_NHd, k_NHd, up_NHe, *softmax = (
             ctx.saved_tensors
         )
-        begin = len(q_w)
-        latent, rope = first[:, begin : begin + s.rank], first[:, begin + s.rank :]
-        normed = rmsnorm(latent, kv_norm, s.eps)
-        q_latent = None if q_up is None else rmsnorm(first[:, :begin], q_norm, s.eps)
+        by, begin, (from_x, from_q, from_latent) = products(s.fp8, q_w), len(q_w), ctx.kept
+        q_part, latent = first[:, :begin], first[:, begin : begin + s.rank]
         if q_up is None:
-            q_NHd = first[:, :begin].unflatten(1, (s.heads, -1))  # turned where it lies
+            q_NHd = q_part.unflatten(1, (s.heads, -1))  # turned where it lies
         if k_NHd is None:
-            up_NHe = (normed @ kv_up.t()).unflatten(1, (s.heads, -1))
+            up, from_latent = by.forward(rmsnorm(latent, kv_norm, s.eps), (kv_up,))
+            up_NHe = up.unflatten(1, (s.heads, -1))
             if q_up is not None:
-                q_NHd = (q_latent @ q_up.t()).unflatten(1, (s.heads, -1))
+                q, from_q = by.forward(rmsnorm(q_part, q_norm, s.eps), (q_up,))
+                q_NHd = q.unflatten(1, (s.heads, -1))
+            rope = first[:, begin + s.rank :]
             k_NHd = _lay(q_NHd, rope, up_NHe, cos, sin, s, turn=q_up is not None)
-        (slope,) = slopes
-        slope = _by_head(slope.contiguous().unflatten(1, (s.heads, -1)), s)
+        slope = _by_head(slopes[0].contiguous().unflatten(1, (s.heads, -1)), s)
         q, k, v = _by_head(q_NHd, s), _by_head(k_NHd, s), _by_head(up_NHe[..., s.nope :], s)
         back = attention.backward(slope, q, k, v, o, Kept(tuple(softmax), ctx.numbers), s.scale)
         dq, dk, dv = (t.transpose(1, 2).flatten(0, 1).contiguous() for t in back)
@@ -116,14 +119,13 @@ class _Attend(torch.autograd.Function):
         dq_wide = dfirst[:, :begin] if q_up is None else torch.empty_like(dq).flatten(1)
         dup = _part(dq, dk, dv, cos, sin, dq_wide, dfirst[:, begin + s.rank :], s).flatten(1)
         del dq, dk, dv
-        dkv_up = dup.t() @ normed
-        dkv_norm = _norm_back(latent, kv_norm, s.eps, dup @ kv_up, dfirst[:, begin : begin + s.rank])
+        dnormed, (dkv_up,) = by.backward(dup, from_latent, (kv_up,))
+        dkv_norm = _norm_back(latent, kv_norm, s.eps, dnormed, dfirst[:, begin : begin + s.rank])
         dq_norm = dq_up = None
-        if q_up is not None and q_latent is not None:
-            dq_up = dq_wide.t() @ q_latent
-            dq_norm = _norm_back(first[:, :begin], q_norm, s.eps, dq_wide @ q_up, dfirst[:, :begin])
-        dx = dfirst @ torch.cat((q_w, kv_w))
-        dq_w, dkv_w = (dfirst.t() @ x_ND).split((begin, len(kv_w)))
+        if q_up is not None:
+            dnormed, (dq_up,) = by.backward(dq_wide, from_q, (q_up,))
+            dq_norm = _norm_back(q_part, q_norm, s.eps, dnormed, dfirst[:, :begin])
+        dx, (dq_w, dkv_w) = by.backward(dfirst, from_x, (q_w, kv_w))
         return dx, dq_w, dq_norm, dq_up, dkv_w, dkv_norm, dkv_up, None, None, None
 
 

@@ -23,7 +23,7 @@ from rorqual.kernels.mla_prefill import gather_latents, mla_prefill
 from rorqual.kernels.mla_sparse import mla_sparse
 from rorqual.kernels.mla_sparse_backward import mla_sparse_trained
 from rorqual.kernels.mla_sparse_shares import mla_sparse_shares
-from rorqual.kernels.mode import is_invariant
+from rorqual.kernels.mode import is_invariant, learns_in_fp8
 from rorqual.nn.cache import Slots
 from rorqual.nn.errors import InputError
 from rorqual.nn.gqa import attend
@@ -253,7 +253,7 @@ class MLA(nn.Module):
         cos, sin = (t[0] for t in step.rotation(p.rope))
         shape = mla_grad.Shape(
             len(x_BTD), p.heads, p.nope_dim, p.rope_dim, p.kv_rank, p.scale, norm.eps, p.rope.interleaved,
-            keep=not step.recompute,
+            keep=not step.recompute, fp8=learns_in_fp8(),
         )  # fmt: skip
         latent = self.kv_a.weight, norm.weight, self.kv_b.weight
         if p.q_rank is None:
@@ -333,10 +333,14 @@ class MLA(nn.Module):
         With `learning` the indexer's loss goes to the step: what it said, beside where attention went."""
         p = self.part
         q_BTHC, w_uv = self._absorb_queries(q_nope, q_rope)
-        q_NHC, latent_MC = q_BTHC.flatten(0, 1), latent_BKC.flatten(0, 1)
-        slots_Nk = flat_places(chosen_BTk, latent_BKC.shape[1])
+        lse_NH = None
+
+        def flat() -> tuple[Tensor, Tensor, Tensor]:
+            places_Nk = flat_places(chosen_BTk, latent_BKC.shape[1])
+            return q_BTHC.flatten(0, 1), latent_BKC.flatten(0, 1), places_Nk
+
         if trained_by_kernels(q_BTHC):
-            u_NHc, lse_NH = mla_sparse_trained(q_NHC, latent_MC, slots_Nk, rank=p.kv_rank, scale=p.scale)
+            u_NHc, lse_NH = mla_sparse_trained(*flat(), rank=p.kv_rank, scale=p.scale)
             u_BTHc = u_NHc.unflatten(0, q_BTHC.shape[:2])
         else:
             out = []
@@ -344,11 +348,12 @@ class MLA(nn.Module):
                 score = upcast(q_BTHC[:, block] @ seen.transpose(-1, -2)) * p.scale
                 weight = score.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).to(seen.dtype)
                 out.append(weight @ seen[..., : p.kv_rank])
-            u_BTHc, lse_NH = torch.cat(out, 1), None
+            u_BTHc = torch.cat(out, 1)
         if learning is not None:
             step, projected = learning
             assert step.indexers is not None
             with torch.no_grad():
+                q_NHC, latent_MC, slots_Nk = flat()
                 if lse_NH is None:
                     pages = latent_MC[None]
                     _, lse_NH = mla_sparse(q_NHC, pages, slots_Nk, rank=p.kv_rank, scale=p.scale, lse=True)

@@ -32,11 +32,16 @@ class Source:
 @dataclass(frozen=True)
 class Guard:
     """Against loss spikes: a step whose gradient norm is more than `factor` times the median of the last `window`
-    steps, or whose loss or gradient is not a number, moves nothing; after `most` such steps in a row the run stops."""
+    steps, or whose loss or gradient is not a number, moves nothing; after `most` such steps in a row the run stops.
+
+    With `back` the run goes back to its newest checkpoint and leaves out what was seen from there to that step, that
+    step's batch with it; `most` times to the same one at most. So it does, whatever `back` says, when weights are no
+    longer numbers. To the bit on a CPU, stopped or not, as long as `save_every` stays."""
 
     factor: float = 10.0
     window: int = 50
     most: int = 5
+    back: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,10 @@ class Dropping:
 class Recipe:
     """Everything a run is made of. `tokens`: where it ends. `micro`: rows that go through the model at once.
     `v2`: V2's balance losses instead of V3's. `rate`, `mtp` (λ) and `speed` (γ of the routers' biases) are
-    functions of tokens seen. `recompute`: less is kept for the backward pass, and made again there. `begin`: a
-    checkpoint whose weights it begins with. `dsa`: how models with indexers are trained (`DSA`)."""
+    functions of tokens seen. `recompute`: less is kept for the backward pass, and made again there. `fp8`: layers
+    multiply in FP8 (V3 report 3.3). `begin`: a checkpoint whose weights it begins with. `dsa`: how models with indexers
+    are trained (`DSA`). `keep`: the last checkpoints that stay, beside the `keep_best` with the lowest held-out loss, of
+    those at whose step it was evaluated."""
 
     name: str
     config: ModelConfig
@@ -83,12 +90,14 @@ class Recipe:
     drop: Dropping | None = None
     anticipate: Anticipation | None = None
     recompute: bool = False
+    fp8: bool = False
     micro: int = 8
     dtype: str = "float32"
     seed: int = 0
     evaluate_every: int = 0
     save_every: int = 0
     keep: int = 2
+    keep_best: int = 0
 
     def __post_init__(self) -> None:
         for name in ("tokens", "micro", "keep"):
@@ -100,8 +109,8 @@ class Recipe:
             raise ValueError(f"clip is {self.clip}; it must be above 0, or none")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema is {self.ema}; it must lie between 0 and 1, or be none")
-        if not self.balance >= 0 or self.evaluate_every < 0 or self.save_every < 0:
-            raise ValueError("balance, evaluate_every and save_every must not be below 0")
+        if not self.balance >= 0 or min(self.evaluate_every, self.save_every, self.keep_best) < 0:
+            raise ValueError("balance, evaluate_every, save_every and keep_best must not be below 0")
 
         layers = (*self.config.layers, *self.config.mtp)
         if self.dsa not in DSA:
@@ -118,7 +127,7 @@ class Recipe:
     def fingerprint(self) -> str:
         """What two runs compare, to know whether one goes on with the other. How often it is looked at and saved is
         left out, as is what of a folder's name."""
-        left_out = ("name", "evaluate_every", "save_every", "keep", "sources", "begin")
+        left_out = ("name", "evaluate_every", "save_every", "keep", "keep_best", "sources", "begin")
         facts = [(f.name, repr(getattr(self, f.name))) for f in fields(self) if f.name not in left_out]
         weights = [source.weight for source in self.sources]
         return hashlib.sha256(repr((facts, weights)).encode()).hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -27,6 +26,7 @@ from rorqual.train.schedule import Schedule, Stage
 from rorqual.train.trainer import LOG, Trainer, TrainError
 from tests.data.corpora import TOKENIZER, json_lines, texts
 from tests.engine.conftest import config
+from tests.forks import CONTEXT
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +159,9 @@ def go_on(corpus: str, folder: str, resume: bool) -> None:
 
 @pytest.mark.slow
 def test_killed_at_twenty_moments_the_curve_is_the_unbroken_one(tmp_path: Path, corpus: str) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rorqual.train.trainer"])
     moments, kills, begun = random.Random(5), 0, False
     for _ in range(60):
-        child = context.Process(target=go_on, args=(corpus, str(tmp_path / "cut"), begun))
+        child = CONTEXT.Process(target=go_on, args=(corpus, str(tmp_path / "cut"), begun))
         child.start()
         end = time.monotonic() + 60
         goal = lines(tmp_path / "cut" / LOG) + moments.randint(1, 5)
