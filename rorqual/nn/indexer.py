@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rorqual.family import parts
 from rorqual.kernels import index_rows
 from rorqual.kernels.cache_write import write_rows
+from rorqual.kernels.gpu import usable
 from rorqual.kernels.index import index_choose
 from rorqual.kernels.mla_decode import pack_latents
 from rorqual.kernels.simulate import fake_fp8, hadamard
@@ -84,6 +85,11 @@ def choose_in_blocks(
         first_Bt = None if first_BT is None else first_BT[:, b]
         blocks.append(choose(index_scores(q_BTHd[:, b], k_BKd, w_BTH[:, b]), limit_BT[:, b], k, first_Bt))
     return torch.cat(blocks, 1)
+
+
+def trained_by_kernels(q: Tensor) -> bool:
+    """Whether sparse attention with these queries, and what its indexer learns, goes by kernels with gradients."""
+    return torch.is_grad_enabled() and usable(q) and q.dtype == torch.bfloat16
 
 
 def flat_places(chosen_BTk: Tensor, keys: int) -> Tensor:

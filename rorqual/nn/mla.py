@@ -27,8 +27,15 @@ from rorqual.kernels.mode import is_invariant, learns_in_fp8
 from rorqual.nn.cache import Slots
 from rorqual.nn.errors import InputError
 from rorqual.nn.gqa import attend
-from rorqual.nn.index_loss import chosen_loss, latent_loss
-from rorqual.nn.indexer import Indexer, Projected, flat_places, gather_blocks, query_blocks
+from rorqual.nn.index_loss import Main, chosen_loss, latent_loss
+from rorqual.nn.indexer import (
+    Indexer,
+    Projected,
+    flat_places,
+    gather_blocks,
+    query_blocks,
+    trained_by_kernels,
+)
 from rorqual.nn.linear import Linear, together
 from rorqual.nn.norm import RMSNorm, upcast
 from rorqual.nn.paged import Group, Lane, Lanes, Packing, PagedSlots, PagedStep, Store
@@ -376,7 +383,7 @@ class MLA(nn.Module):
             with torch.no_grad():
                 q_BTHC, _ = self._absorb_queries(q_nope, q_rope)
             projected = index.project(x_BTD.detach(), c_q_BTC.detach(), step)
-            main = q_BTHC, latent_BKC.detach(), self.part.scale
+            main = Main(q_BTHC, latent_BKC.detach(), self.part.kv_rank, self.part.scale)
             mode.losses[step.layer] = latent_loss(projected, main, step)
         return self._expanded(q_nope, q_rope, latent_BKC, step)
 
@@ -384,11 +391,6 @@ class MLA(nn.Module):
         """Queries in latent space beside their rotary part [B, T, H, kv_rank + rope], and W_UV."""
         w_uk, w_uv = self._up(q_nope.dtype)
         return torch.cat((_by_head(q_nope, w_uk), q_rope), -1), w_uv
-
-
-def trained_by_kernels(q: Tensor) -> bool:
-    """Whether sparse attention of these queries goes through `mla_sparse_trained`."""
-    return torch.is_grad_enabled() and usable(q) and q.dtype == torch.bfloat16
 
 
 def _packing(rank: int, rope: int, dtype: torch.dtype) -> Packing:
