@@ -106,8 +106,10 @@ def _over_seen(projected: Projected, main: Main, seen: Part) -> Found:
     loss, dk_Md = upcast(k_Md).new_zeros(()), torch.zeros_like(upcast(k_Md))
     dq_BTHd, dw_BTH = torch.empty_like(q_BTHd), torch.empty_like(w_BTH)
     key = torch.arange(keys, device=k_Md.device)
-    for block in query_blocks(q_BTHd.shape[1], 8 * batch * keys):
-        slots_nK = flat_places(torch.where(seen(block), key, -1), keys)
+    time = q_BTHd.shape[1]
+    for block in query_blocks(time, 8 * batch * keys):
+        last = keys - time + block.stop  # nothing behind is seen
+        slots_nK = flat_places(torch.where(seen(block), key, -1)[..., :last], keys)
         q_nHC = main.q[:, block].flatten(0, 1)
         _, lse_nH = mla_sparse(q_nHC, latent_MC[None], slots_nK, rank=main.rank, scale=main.scale, lse=True)
         share_nK = mla_sparse_shares(q_nHC, latent_MC, slots_nK, lse_nH, scale=main.scale)
