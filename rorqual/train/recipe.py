@@ -67,8 +67,8 @@ class Recipe:
     `v2`: V2's balance losses instead of V3's. `rate`, `mtp` (λ) and `speed` (γ of the routers' biases) are
     functions of tokens seen. `recompute`: less is kept for the backward pass, and made again there. `fp8`: layers
     multiply in FP8 (V3 report 3.3). `begin`: a checkpoint whose weights it begins with. `dsa`: how models with indexers
-    are trained (`DSA`). `keep`: the last checkpoints that stay, beside the `keep_best` with the lowest held-out loss, of
-    those at whose step it was evaluated."""
+    are trained (`DSA`). `keep`: the last checkpoints that stay, beside the `keep_best` with the lowest held-out loss,
+    of those at whose step it was evaluated."""
 
     name: str
     config: ModelConfig
