@@ -37,9 +37,11 @@ def index_choose_rows(
     """
     (batch, time), K = w_BTH.shape[:2], k_BKd.shape[1]
     k, device = min(k, K), q_BTHd.device
+    if not k or not time:
+        return torch.empty(batch, time, k, dtype=torch.int32, device=device)
     k_BKd = k_BKd.detach().contiguous()
     row_B1 = torch.arange(batch, device=device, dtype=torch.int32)[:, None]
-    seq_BT, limits_BT = row_B1.expand(batch, time), limits_BT.int()
+    seq_BT, limits_BT = row_B1.expand(batch, time), limits_BT.int().expand(batch, time)
     if firsts_BT is not None:
         firsts_BT = torch.minimum(firsts_BT.int(), limits_BT)
         seq_BT, limits_BT = row_B1 * K + firsts_BT, limits_BT - firsts_BT
