@@ -1,5 +1,5 @@
 """What an indexer's training takes beside sparse attention, at V3.2's sizes: the choice, the shares of attention that
-it learns from, its loss with all gradients.
+it learns from, its loss with all gradients; and the whole dense warm-up.
 
 `python -m benchmarks.kernels.index_loss [PART ...]`. Parts are processes of their own with a time limit, since a kernel
 that hangs hangs its process; they compile side by side and measure one after the other.
@@ -9,6 +9,7 @@ import contextlib
 import functools
 import sys
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -19,11 +20,14 @@ from benchmarks.kernels.mla_sparse_backward import parts, rate
 from rorqual.kernels import index_loss as loss
 from rorqual.kernels import mla_sparse_shares as shares
 from rorqual.kernels.index_rows import index_choose_rows
-from rorqual.nn.indexer import choose_in_blocks
+from rorqual.nn import Rows, Step
+from rorqual.nn.index_loss import Main, latent_loss
+from rorqual.nn.indexer import choose, index_scores
 
 HEADS, WIDTH, K = 64, 128, 2048
 CHOICES = {"8192": (8192, 0), "8192, 4 documents": (8192, 2048), "8000": (8000, 0), "32768": (32768, 0)}
 """Tokens of a row, and of each of its documents."""
+WARM = (2048, 8192)
 SHARES: dict[str, dict[str, Any]] = {
     "gluon": {},
     "triton": {"hopper": False},
@@ -56,9 +60,8 @@ def choice(case: str) -> str:
     if time <= 8192:
         plain = x["q_BTHd"], x["k_BKd"], x["w_BTH"], x["limits_BT"]
         if not document:
-            wanted = choose_in_blocks(*plain, K)[0]
-            told = f"the same {same(found[:, 0], wanted, time):.5f} of the plain choice"
-            ms, _ = rate(lambda: choose_in_blocks(*plain, K), 0)
+            told = f"the same {same(found[:, 0], plainly(*plain), time):.5f} of the plain choice"
+            ms, _ = rate(lambda: plainly(*plain), 0)
             told += f" in {ms:.1f} ms"
         else:  # a document alone
             last = slice(time - document, time)
@@ -69,6 +72,13 @@ def choice(case: str) -> str:
     pairs = sum(min(t % document if document else t, time) + 1 for t in range(time))
     ms, tera = rate(lambda: index_choose_rows(**x, k=K), 2 * pairs * HEADS * WIDTH / 1e12)
     return f"{ms:7.2f} ms {tera:5.0f} TFLOP/s  {told}"
+
+
+def plainly(q: Tensor, k: Tensor, w: Tensor, limit: Tensor) -> Tensor:
+    """In plain PyTorch, 64 queries at a time."""
+    cut = ((a.split(64, 1)) for a in (q, w, limit))
+    found = [choose(index_scores(a, k, b), c, K)[0] for a, b, c in zip(*cut, strict=True)]
+    return torch.cat(found)
 
 
 def same(a_Nk: Tensor, b_Nk: Tensor, keys: int) -> float:
@@ -125,11 +135,42 @@ def learn(**options: Any) -> str:
     return f"{'ok ' if good else 'WRONG'} {told} {us:6.2f} us a query {tera:5.0f} TFLOP/s"
 
 
+def warm(time: int) -> tuple[Any, Any]:
+    """The dense stage's loss with gradients, by kernels and in plain PyTorch."""
+    g = torch.Generator("cuda").manual_seed(time)
+    x = tokens(time, 0)
+    projected = tuple(x[n].requires_grad_() for n in ("q_BTHd", "k_BKd", "w_BTH"))
+    q = torch.randn(1, time, 128, 576, device="cuda", generator=g).bfloat16()
+    latent = torch.randn(1, time, 576, device="cuda", generator=g).bfloat16()
+    main, step = Main(q, latent, 512, 576**-0.5), Step(Rows([0], [time], time, q.device))
+
+    def run(kernels: bool) -> list[Tensor]:
+        with mock.patch("rorqual.nn.index_loss.trained_by_kernels", lambda _: kernels):
+            kl = latent_loss(projected, main, step)
+        return [kl.detach(), *torch.autograd.grad(kl, projected)]
+
+    return functools.partial(run, True), functools.partial(run, False)
+
+
+def warmed(time: int) -> str:
+    fast, plain = warm(time)
+    told = ""
+    if time <= 2048:
+        off = [float((a - b).float().norm() / b.float().norm()) for a, b in zip(fast(), plain(), strict=True)]
+        ms, _ = rate(plain, 0)
+        told = f"{'ok ' if max(off) < 1e-2 else 'WRONG'} {max(off):.1e}, in plain PyTorch {ms:.0f} ms"
+    ms, tera = rate(fast, 2 * time**2 / 2 * (128 * (1088 + 576) + 4 * HEADS * WIDTH) / 1e12)
+    return f"{ms:7.2f} ms {tera:5.0f} TFLOP/s  {told}"
+
+
 def prepare(name: str) -> None:
     """Every launch of a part, once."""
     if name == "choice":
         for case in CHOICES.values():
             index_choose_rows(**tokens(*case), k=K)
+    for time in WARM if name == "warm-up" else ():
+        with contextlib.suppress(Exception):
+            warm(time)[0]()
     for options in {"shares": SHARES, "loss": LOSSES}.get(name, {}).values():
         with contextlib.suppress(Exception):  # the launch will say
             if name == "shares":
@@ -145,6 +186,8 @@ def measure(name: str) -> None:
         guarded(f"shares   {variant:20s}", functools.partial(share, **options))
     for variant, options in LOSSES.items() if name == "loss" else ():
         guarded(f"loss     {variant:20s}", functools.partial(learn, **options))
+    for time in WARM if name == "warm-up" else ():
+        guarded(f"warm-up  {time:<20d}", functools.partial(warmed, time))
     if name == "loss":
         x = learning(264)
         ms, _ = rate(lambda: loss.reference(**x), 0)
@@ -152,4 +195,11 @@ def measure(name: str) -> None:
 
 
 if __name__ == "__main__":
-    parts("benchmarks.kernels.index_loss", sys.argv[1:], ["choice", "shares", "loss"], prepare, measure, 30)
+    parts(
+        "benchmarks.kernels.index_loss",
+        sys.argv[1:],
+        ["choice", "shares", "loss", "warm-up"],
+        prepare,
+        measure,
+        30,
+    )

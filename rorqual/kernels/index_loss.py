@@ -13,6 +13,7 @@ pass, so that a backward pass only multiplies. Gradients of keys are added to me
 order: two runs differ by the rounding of fp32 sums.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -176,30 +177,9 @@ def supported(q_NHd: Tensor, k_Md: Tensor, w_NH: Tensor, slots_NK: Tensor, targe
     )
 
 
-class _Learned(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q_NHd: Tensor, k_Md: Tensor, w_NH: Tensor, slots_NK: Tensor, target_NK: Tensor
-    ) -> Tensor:
-        given = (q_NHd, k_Md, w_NH, slots_NK, target_NK)
-        loss, dq_NHd, dk_Md, dw_NH = (fast if usable(*given) and supported(*given) else reference)(*given)
-        ctx.save_for_backward(dq_NHd, dk_Md.to(k_Md.dtype), dw_NH)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(grad * slope.to(grad.dtype) for grad in ctx.saved_tensors), None, None)
-
-
-def index_loss(q_NHd: Tensor, k_Md: Tensor, w_NH: Tensor, slots_NK: Tensor, target_NK: Tensor) -> Tensor:
-    """The sum over queries of how far (KL, in nats) softmax(I) lies from `target_NK`, over chosen entries.
-
-    Index queries `[N, H, d]`, keys `[M, d]`, head weights `[N, H]` that carry all scales: these get gradients.
-    `slots_NK` int32: rows of the keys, or -1, anywhere in the row, for none; a query with none adds nothing.
-    `target_NK`: non-negative, of sum 1 over a query's entries, 0 where there is none. -> fp32 (fp64 if q is).
-    Raises ValueError if shapes don't belong together.
-    """
+def index_gradients(q_NHd: Tensor, k_Md: Tensor, w_NH: Tensor, slots_NK: Tensor, target_NK: Tensor) -> Found:
+    """`index_loss` and its gradients, those of keys in fp32 (fp64 if q is). Raises ValueError if shapes don't belong
+    together."""
     N, H, d = q_NHd.shape
     if (
         k_Md.shape[1:] != (d,)
@@ -211,5 +191,34 @@ def index_loss(q_NHd: Tensor, k_Md: Tensor, w_NH: Tensor, slots_NK: Tensor, targ
             f"index queries {tuple(q_NHd.shape)}, keys {tuple(k_Md.shape)}, weights {tuple(w_NH.shape)}, slots "
             f"{tuple(slots_NK.shape)} and target {tuple(target_NK.shape)} don't fit"
         )
-    loss: Tensor = _Learned.apply(q_NHd, k_Md, w_NH, slots_NK, target_NK)
+    given = (q_NHd, k_Md, w_NH, slots_NK, target_NK)
+    return (fast if usable(*given) and supported(*given) else reference)(*given)
+
+
+class _Learned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, w: Tensor, work: Callable[[], Found]) -> Tensor:
+        loss, dq, dk, dw = work()
+        ctx.save_for_backward(dq, dk.to(k.dtype), dw)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(grad * slope.to(grad.dtype) for grad in ctx.saved_tensors), None)
+
+
+def learned(q: Tensor, k: Tensor, w: Tensor, work: Callable[[], Found]) -> Tensor:
+    """The loss that `work` finds together with its gradients of q, k and w, as a function of these."""
+    loss: Tensor = _Learned.apply(q, k, w, work)
     return loss
+
+
+def index_loss(q_NHd: Tensor, k_Md: Tensor, w_NH: Tensor, slots_NK: Tensor, target_NK: Tensor) -> Tensor:
+    """The sum over queries of how far (KL, in nats) softmax(I) lies from `target_NK`, over chosen entries.
+
+    Index queries `[N, H, d]`, keys `[M, d]`, head weights `[N, H]` that carry all scales: these get gradients.
+    `slots_NK` int32: rows of the keys, or -1, anywhere in the row, for none; a query with none adds nothing.
+    `target_NK`: non-negative, of sum 1 over a query's entries, 0 where there is none. -> fp32 (fp64 if q is).
+    """
+    return learned(q_NHd, k_Md, w_NH, lambda: index_gradients(q_NHd, k_Md, w_NH, slots_NK, target_NK))

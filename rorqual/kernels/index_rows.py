@@ -1,7 +1,7 @@
 """The indexer's choice in training: whole rows of tokens, whose index keys lie beside each other and not in pages.
 
-`index_choose` takes them as they lie. A row is a page; where documents are kept apart, or a row's length suits no tile,
-every key is a page of its own and a document a sequence, whose table is a piece of one list of all numbers: nothing is
+`index_choose` takes them as they lie, cut into pages. Where documents are kept apart, or a row is not of whole pages,
+every key is a page of its own; a document is a sequence, whose table is a piece of one list of all numbers: nothing is
 copied, and the host asks for no number of documents.
 """
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.index import MOST_KEYS, fast, plan, reference
 
-WHOLE = 128
-"""Keys of the largest tile: it must not reach behind a page."""
+PAGE = 128
+"""Keys of a page: those of the largest tile, which must not reach behind one."""
 
 
 def supported(q_BTHd: Tensor, k_BKd: Tensor) -> bool:
@@ -37,20 +37,20 @@ def index_choose_rows(
     """
     (batch, time), K = w_BTH.shape[:2], k_BKd.shape[1]
     k, device = min(k, K), q_BTHd.device
+    if not k or not time:
+        return torch.empty(batch, time, k, dtype=torch.int32, device=device)
     k_BKd = k_BKd.detach().contiguous()
     row_B1 = torch.arange(batch, device=device, dtype=torch.int32)[:, None]
-    seq_BT, limits_BT = row_B1.expand(batch, time), limits_BT.int()
+    seq_BT, limits_BT = row_B1.expand(batch, time), limits_BT.int().expand(batch, time)
     if firsts_BT is not None:
         firsts_BT = torch.minimum(firsts_BT.int(), limits_BT)
         seq_BT, limits_BT = row_B1 * K + firsts_BT, limits_BT - firsts_BT
         numbers = torch.arange(batch * K + K, device=device, dtype=torch.int32)
         table = numbers.clamp(max=batch * K - 1).as_strided((batch * K + 1, K), (1, 1))
         pages = k_BKd.flatten(0, 1)[:, None]
-    elif K % WHOLE:
-        table = torch.arange(batch * K, device=device, dtype=torch.int32).view(batch, K)
-        pages = k_BKd.flatten(0, 1)[:, None]
     else:
-        table, pages = row_B1, k_BKd
+        pages = k_BKd.view(-1, 1 if K % PAGE else PAGE, k_BKd.shape[2])
+        table = torch.arange(len(pages), device=device, dtype=torch.int32).view(batch, -1)
     given = (
         q_BTHd.detach().flatten(0, 1), w_BTH.detach().flatten(0, 1), pages, table, seq_BT.flatten().contiguous(),
         limits_BT.flatten().contiguous(),

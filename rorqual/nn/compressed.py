@@ -314,7 +314,7 @@ class CompressedAttention(Pinned):
         if projected is not None and mode.learns and told:
 
             def seen(block: slice) -> Tensor:
-                return self._seen(step, entries.shape[1], block) if chosen is None else chosen[:, block] >= 0
+                return self._seen(step, entries.shape[1], block)
 
             mode.losses[step.layer] = entry_loss(projected, torch.cat(told, 1), seen, chosen)
         return o_BTHd

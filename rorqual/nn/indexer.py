@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rorqual.family import parts
+from rorqual.kernels import index_rows
 from rorqual.kernels.cache_write import write_rows
+from rorqual.kernels.gpu import usable
 from rorqual.kernels.index import index_choose
 from rorqual.kernels.mla_decode import pack_latents
 from rorqual.kernels.simulate import fake_fp8, hadamard
@@ -19,6 +21,9 @@ from rorqual.nn.norm import LayerNorm, upcast
 from rorqual.nn.paged import PagedSlots, PagedStep
 from rorqual.nn.rope import rotate
 from rorqual.nn.step import Step
+
+Projected = tuple[Tensor, Tensor, Tensor]
+"""What an indexer makes of tokens: index queries, keys and head weights (`Indexer.project`)."""
 
 BLOCK_BYTES = 64 * 2**20
 """Queries are worked in blocks so that gathered entries and scores stay near this size."""
@@ -70,13 +75,27 @@ def choose(scores_BTK: Tensor, limit_BT: Tensor, k: int, first_BT: Tensor | None
 def choose_in_blocks(
     q_BTHd: Tensor, k_BKd: Tensor, w_BTH: Tensor, limit_BT: Tensor, k: int, first_BT: Tensor | None = None
 ) -> Tensor:
-    """`choose(index_scores(...))` for a few queries at a time, so the [T, H, K] dots never stand at once."""
+    """`choose(index_scores(...))` for a few queries at a time, so the [T, H, K] dots never stand at once; on a GPU by
+    kernels, whose choice is in order of positions."""
     batch, time, heads = w_BTH.shape
+    if index_rows.supported(q_BTHd, k_BKd):
+        return index_rows.index_choose_rows(q_BTHd, k_BKd, w_BTH, limit_BT, k=k, firsts_BT=first_BT).long()
     blocks = []
     for b in query_blocks(time, batch * heads * k_BKd.shape[1] * 4):
         first_Bt = None if first_BT is None else first_BT[:, b]
         blocks.append(choose(index_scores(q_BTHd[:, b], k_BKd, w_BTH[:, b]), limit_BT[:, b], k, first_Bt))
     return torch.cat(blocks, 1)
+
+
+def trained_by_kernels(q: Tensor) -> bool:
+    """Whether sparse attention with these queries, and what its indexer learns, goes by kernels with gradients."""
+    return torch.is_grad_enabled() and usable(q) and q.dtype == torch.bfloat16
+
+
+def flat_places(chosen_BTk: Tensor, keys: int) -> Tensor:
+    """Chosen positions (-1: none) as rows of all sequences' `keys` under one another, int32 `[N, k]`."""
+    firsts_B11 = torch.arange(len(chosen_BTk), device=chosen_BTk.device)[:, None, None] * keys
+    return torch.where(chosen_BTk >= 0, chosen_BTk + firsts_B11, -1).int().flatten(0, 1)
 
 
 def places(chosen_Nk: Tensor, table_SB: Tensor, seq_N: Tensor, per_page: int) -> Tensor:
@@ -134,7 +153,7 @@ class Indexer(nn.Module):
             found.append(places(chosen, g.table_SB, g.seq_N, pages_PTd.shape[1]))
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def project(self, x_BTD: Tensor, c_q_BTC: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BTD: Tensor, c_q_BTC: Tensor, step: Step) -> Projected:
         """Index queries [B, T, Hi, di], keys [B, T, di] and fp32 head weights [B, T, Hi] with all scales."""
         p = self.part
         cos, sin = step.rotation(self.rope)

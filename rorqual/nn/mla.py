@@ -22,12 +22,20 @@ from rorqual.kernels.mla_decode import mla_decode, pack_latents, packed_bytes, u
 from rorqual.kernels.mla_prefill import gather_latents, mla_prefill
 from rorqual.kernels.mla_sparse import mla_sparse
 from rorqual.kernels.mla_sparse_backward import mla_sparse_trained
+from rorqual.kernels.mla_sparse_shares import mla_sparse_shares
 from rorqual.kernels.mode import is_invariant, learns_in_fp8
 from rorqual.nn.cache import Slots
 from rorqual.nn.errors import InputError
 from rorqual.nn.gqa import attend
-from rorqual.nn.index_loss import latent_loss
-from rorqual.nn.indexer import Indexer, gather_blocks, query_blocks
+from rorqual.nn.index_loss import Main, chosen_loss, latent_loss
+from rorqual.nn.indexer import (
+    Indexer,
+    Projected,
+    flat_places,
+    gather_blocks,
+    query_blocks,
+    trained_by_kernels,
+)
 from rorqual.nn.linear import Linear, together
 from rorqual.nn.norm import RMSNorm, upcast
 from rorqual.nn.paged import Group, Lane, Lanes, Packing, PagedSlots, PagedStep, Store
@@ -320,18 +328,45 @@ class MLA(nn.Module):
         )
         return o[:, 0, :, : self.part.kv_rank].unflatten(1, (time, heads))
 
-    def _sparse(self, q_nope: Tensor, q_rope: Tensor, latent_BKC: Tensor, chosen_BTk: Tensor) -> Tensor:
-        """Absorbed attention of each query to its own chosen positions (-1: none), gathered in blocks."""
+    def _sparse(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent_BKC: Tensor,
+        chosen_BTk: Tensor,
+        learning: tuple[Step, Projected] | None = None,
+    ) -> Tensor:
+        """Absorbed attention of each query to its own chosen positions (-1: none), by kernels or gathered in blocks.
+        With `learning` the indexer's loss goes to the step: what it said, beside where attention went."""
         p = self.part
         q_BTHC, w_uv = self._absorb_queries(q_nope, q_rope)
+        lse_NH = None
+
+        def flat() -> tuple[Tensor, Tensor, Tensor]:
+            places_Nk = flat_places(chosen_BTk, latent_BKC.shape[1])
+            return q_BTHC.flatten(0, 1), latent_BKC.flatten(0, 1), places_Nk
+
         if trained_by_kernels(q_BTHC):
-            return _into_values(self._sparse_trained(q_BTHC, latent_BKC, chosen_BTk), w_uv)
-        out = []
-        for block, seen, mask in gather_blocks(latent_BKC, chosen_BTk):
-            score = upcast(q_BTHC[:, block] @ seen.transpose(-1, -2)) * p.scale
-            weight = score.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).to(seen.dtype)
-            out.append(weight @ seen[..., : p.kv_rank])
-        return _into_values(torch.cat(out, 1), w_uv)
+            u_NHc, lse_NH = mla_sparse_trained(*flat(), rank=p.kv_rank, scale=p.scale)
+            u_BTHc = u_NHc.unflatten(0, q_BTHC.shape[:2])
+        else:
+            out = []
+            for block, seen, mask in gather_blocks(latent_BKC, chosen_BTk):
+                score = upcast(q_BTHC[:, block] @ seen.transpose(-1, -2)) * p.scale
+                weight = score.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).to(seen.dtype)
+                out.append(weight @ seen[..., : p.kv_rank])
+            u_BTHc = torch.cat(out, 1)
+        if learning is not None:
+            step, projected = learning
+            assert step.indexers is not None
+            with torch.no_grad():
+                q_NHC, latent_MC, slots_Nk = flat()
+                if lse_NH is None:
+                    pages = latent_MC[None]
+                    _, lse_NH = mla_sparse(q_NHC, pages, slots_Nk, rank=p.kv_rank, scale=p.scale, lse=True)
+                share_Nk = mla_sparse_shares(q_NHC, latent_MC, slots_Nk, lse_NH, scale=p.scale)
+            step.indexers.losses[step.layer] = chosen_loss(projected, share_Nk, slots_Nk)
+        return _into_values(u_BTHc, w_uv)
 
     def _learning(
         self, x_BTD: Tensor, c_q_BTC: Tensor, q_nope: Tensor, q_rope: Tensor, latent_BKC: Tensor, step: Step
@@ -340,43 +375,22 @@ class MLA(nn.Module):
         reads detached inputs and takes its gradient from its KL divergence alone."""
         index, mode = self.index, step.indexers
         assert index is not None and mode is not None
-        chosen_BTk = projected = None
-        if mode.learns or not mode.dense:
+        if not mode.dense:
             projected = index.project(x_BTD.detach(), c_q_BTC.detach(), step)
-        if projected is not None and not mode.dense:
-            chosen_BTk = index.choose(*projected, step)
-        if projected is not None and mode.learns:
+            learning = (step, projected) if mode.learns else None
+            return self._sparse(q_nope, q_rope, latent_BKC, index.choose(*projected, step), learning)
+        if mode.learns:
             with torch.no_grad():
                 q_BTHC, _ = self._absorb_queries(q_nope, q_rope)
-            main = q_BTHC, latent_BKC.detach(), self.part.scale
-            mode.losses[step.layer] = latent_loss(projected, main, step, chosen_BTk)
-        if chosen_BTk is None:
-            return self._expanded(q_nope, q_rope, latent_BKC, step)
-        return self._sparse(q_nope, q_rope, latent_BKC, chosen_BTk)
-
-    def _sparse_trained(self, q_BTHC: Tensor, latent_BKC: Tensor, chosen_BTk: Tensor) -> Tensor:
-        """Attended latents `[B, T, H, kv_rank]` by kernels that have gradients."""
-        p, (batch, keys, _) = self.part, latent_BKC.shape
-        firsts_B11 = torch.arange(batch, device=chosen_BTk.device)[:, None, None] * keys
-        slots_BTk = torch.where(chosen_BTk >= 0, chosen_BTk + firsts_B11, -1).int()
-        u_NHc, _ = mla_sparse_trained(
-            q_BTHC.flatten(0, 1),
-            latent_BKC.flatten(0, 1),
-            slots_BTk.flatten(0, 1),
-            rank=p.kv_rank,
-            scale=p.scale,
-        )
-        return u_NHc.unflatten(0, q_BTHC.shape[:2])
+            projected = index.project(x_BTD.detach(), c_q_BTC.detach(), step)
+            main = Main(q_BTHC, latent_BKC.detach(), self.part.kv_rank, self.part.scale)
+            mode.losses[step.layer] = latent_loss(projected, main, step)
+        return self._expanded(q_nope, q_rope, latent_BKC, step)
 
     def _absorb_queries(self, q_nope: Tensor, q_rope: Tensor) -> tuple[Tensor, Tensor]:
         """Queries in latent space beside their rotary part [B, T, H, kv_rank + rope], and W_UV."""
         w_uk, w_uv = self._up(q_nope.dtype)
         return torch.cat((_by_head(q_nope, w_uk), q_rope), -1), w_uv
-
-
-def trained_by_kernels(q: Tensor) -> bool:
-    """Whether sparse attention of these queries goes through `mla_sparse_trained`."""
-    return torch.is_grad_enabled() and usable(q) and q.dtype == torch.bfloat16
 
 
 def _packing(rank: int, rope: int, dtype: torch.dtype) -> Packing:

@@ -53,3 +53,5 @@ def test_the_same_choice(
     monkeypatch.setattr(index_rows, "supported", lambda *_: False)
     few = index_rows.index_choose_rows(q, keys[:, :5], w, limit.clamp(max=5), k=k)
     assert few.shape == (batch, time, 5)
+    none = index_rows.index_choose_rows(q, keys[:, :0], w, limit * 0, k=k)
+    assert none.shape == (batch, time, 0)

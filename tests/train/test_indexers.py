@@ -120,8 +120,13 @@ def plain_loss(brick: Any, x_BTD: Tensor, dsa: str) -> Tensor:
 
 
 @pytest.mark.parametrize("dsa", ["warm-up", "sparse"])
-@pytest.mark.parametrize("name", ["v32", "v4"])
-def test_indexers_learn_where_attention_goes(name: str, dsa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "kernels"), [("v32", False), ("v32", True), ("v4", False)])
+def test_indexers_learn_where_attention_goes(
+    name: str, kernels: bool, dsa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`kernels`: in the form that a GPU takes."""
+    for module in ("mla", "index_loss"):
+        monkeypatch.setattr(f"rorqual.nn.{module}.trained_by_kernels", lambda _: kernels)
     model, given = double(config(name)), batch()
     monkeypatch.setattr(indexer, "BLOCK_BYTES", 2**14)  # several blocks of queries
     told, mine, inputs = learnt(model, given, dsa)
