@@ -8,10 +8,10 @@ Sequences of 4,096 random tokens, routing as it comes, AdamW with fp32 masters, 
 from __future__ import annotations
 
 import hashlib
-import sys
 import tempfile
 import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +82,17 @@ class Bench:
         self.table = Table("what", "tokens/s", "ms a step", "model TFLOP/s", "GB at most", "loss")
         self.runs = 0
 
-    def run(self, name: str, batch: int, steps: int = 5, profile: bool = False, **changes: Any) -> float:
-        """Tokens a second over some steps, after three."""
+    def run(
+        self, name: str, batch: int, steps: int = 5, profile: bool = False, warm: int = 3, **changes: Any
+    ) -> float:
+        """Tokens a second over some steps, after others."""
         self.runs += 1
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         plan = recipe(self.source, batch, **changes)
         trainer = Trainer(plan, self.folder / f"run{self.runs}", device="cuda")
         step = iter(trainer)
-        for _ in range(3):
+        for _ in range(warm):
             report = next(step)
         torch.cuda.synchronize()
         begun = time.perf_counter()
@@ -99,11 +101,7 @@ class Bench:
         torch.cuda.synchronize()
         took = (time.perf_counter() - begun) / steps
         speed = batch * LENGTH / took
-        self.table.add_row(
-            name, f"{speed:,.0f}", f"{took * 1e3:.1f}", f"{speed * self.flops / 1e12:.0f}",
-            f"{torch.cuda.max_memory_allocated() / 1e9:.1f}", f"{report.values['loss']:.4f}",
-        )  # fmt: skip
-        console.print(f"{name}: {speed:,.0f} tokens/s, {took * 1e3:.1f} ms, loss {report.values['loss']:.4f}")
+        self._tell(name, speed, took, report.values["loss"])
         if profile:
             self._profile(step)
         return speed
@@ -124,18 +122,83 @@ class Bench:
         for kernel, (took, count) in sorted(times.items(), key=lambda item: -item[1][0])[:45]:
             console.print(f"{took / 1e3:8.2f} ms {count:5d} x  {kernel[:110]}", markup=False)
 
+    def peer(self, batch: int, steps: int = 5) -> float:
+        """Tokens a second of transformers at the same: its grouped experts, PyTorch's attention, fused AdamW on bf16
+        weights alone."""
+        transformers = import_module("transformers")
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        sizes = transformers.DeepseekV3Config(
+            vocab_size=102400, hidden_size=1536, intermediate_size=8192, moe_intermediate_size=768,
+            num_hidden_layers=12, num_attention_heads=16, num_key_value_heads=16, n_shared_experts=2,
+            n_routed_experts=64, routed_scaling_factor=2.446, kv_lora_rank=512, q_lora_rank=None,
+            qk_rope_head_dim=64, v_head_dim=128, qk_nope_head_dim=128, n_group=1, topk_group=1,
+            num_experts_per_tok=6, first_k_dense_replace=1, max_position_embeddings=LENGTH, norm_topk_prob=True,
+        )  # fmt: skip
+        sizes._attn_implementation, sizes._experts_implementation = "sdpa", "grouped_mm"
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("cuda"):
+                model = transformers.DeepseekV3ForCausalLM(sizes).train()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        ids_BT = torch.randint(0, 102400, (batch, LENGTH), device="cuda")
+
+        def step() -> float:
+            loss = model(ids_BT, labels=ids_BT, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return float(loss.detach())
+
+        for _ in range(3):
+            loss = step()
+        begun = time.perf_counter()
+        for _ in range(steps):
+            loss = step()
+        took = (time.perf_counter() - begun) / steps
+        speed = batch * LENGTH / took
+        self._tell(f"transformers {transformers.__version__}, bf16, {batch} x {LENGTH}", speed, took, loss)
+        return speed
+
+    def _tell(self, name: str, speed: float, took: float, loss: float) -> None:
+        most = torch.cuda.max_memory_allocated() / 1e9
+        self.table.add_row(
+            name, f"{speed:,.0f}", f"{took * 1e3:.1f}", f"{speed * self.flops / 1e12:.0f}", f"{most:.1f}",
+            f"{loss:.4f}",
+        )  # fmt: skip
+        console.print(f"{name}: {speed:,.0f} tokens/s, {took * 1e3:.1f} ms, {most:.1f} GB, loss {loss:.4f}")
+
 
 def main() -> None:
     """The table of docs/benchmarks.md."""
     bench = Bench()
+    bench.peer(4)
     for batch in (8, 16):
         bench.run(f"bf16, {batch} x {LENGTH}", batch)
-    bench.run(f"bf16, 16 x {LENGTH}, recomputing", 16, recompute=True)
-    bench.run(f"Muon, 8 x {LENGTH}", 8, optimizer=Muon())
+    halves = AdamW(moments=torch.bfloat16)
+    bench.run(f"bf16, 16 x {LENGTH}, bf16 moments", 16, optimizer=halves)
+    bench.run(f"bf16, 24 x {LENGTH}, recomputing, bf16 moments", 24, recompute=True, optimizer=halves)
+    for batch in (8, 16):
+        bench.run(f"FP8, {batch} x {LENGTH}", batch, fp8=True)
+    bench.run(f"FP8, 16 x {LENGTH}, bf16 moments", 16, fp8=True, optimizer=halves)
+    console.print(bench.table)
+
+
+def optimizers() -> None:
+    """Muon's step beside AdamW's, at a batch of half a million tokens."""
+    bench = Bench()
+    for name, settings in (("AdamW", AdamW()), ("Muon", Muon())):
+        bench.run(f"{name}, 128 x {LENGTH} in 8", 128, steps=1, warm=1, micro=16, optimizer=settings)
     console.print(bench.table)
 
 
 def profile() -> None:
     """One step's kernels."""
-    batch = int(sys.argv[2]) if len(sys.argv) > 2 else 8
-    Bench().run(f"bf16, {batch} x {LENGTH}", batch, profile=True)
+    Bench().run(f"bf16, 8 x {LENGTH}", 8, profile=True)
+
+
+def profile_fp8() -> None:
+    """The same in FP8."""
+    Bench().run(f"FP8, 16 x {LENGTH}", 16, profile=True, fp8=True)

@@ -6,6 +6,7 @@ anew (V3 report 3.2.3). The definition is `experts.reference`, whose gradients a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -90,27 +91,48 @@ class _Routed(torch.autograd.Function):
 
 def _grouped(x_Pi: Tensor, w_Eio: Tensor, places: Places) -> Tensor:
     """Each place through its expert's matrix: `[P, o]`."""
-    y: Tensor = F.grouped_mm(x_Pi, w_Eio, offs=places.ends_E)
-    return y
+    if x_Pi.is_cuda:
+        y: Tensor = F.grouped_mm(x_Pi, w_Eio, offs=places.ends_E)
+        return y
+    y_Po = x_Pi.new_empty(len(x_Pi), w_Eio.shape[2])
+    for expert, mine in _spans(places):
+        torch.mm(x_Pi[mine], w_Eio[expert], out=y_Po[mine])
+    return y_Po
 
 
 def _outer(y_Po: Tensor, x_Pi: Tensor, places: Places) -> Tensor:
     """Each expert's sum over its places of y x^T: `[E, o, i]`."""
-    y: Tensor = F.grouped_mm(y_Po.t(), x_Pi, offs=places.ends_E)
-    return y
+    if x_Pi.is_cuda:
+        y: Tensor = F.grouped_mm(y_Po.t(), x_Pi, offs=places.ends_E)
+        return y
+    y_Eoi = x_Pi.new_empty(len(places.ends_E), y_Po.shape[1], x_Pi.shape[1])
+    for expert, mine in _spans(places):
+        torch.mm(y_Po[mine].t(), x_Pi[mine], out=y_Eoi[expert])
+    return y_Eoi
+
+
+def _spans(places: Places) -> Iterator[tuple[int, slice]]:
+    """Every expert's places."""
+    start = 0
+    for expert, end in enumerate(places.ends_E.tolist()):
+        yield expert, slice(start, end)
+        start = end
 
 
 def routed_trained(
     x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor, gate_EWD: Tensor, up_EWD: Tensor, down_EDW: Tensor,
     *, limit: float | None = None, add_ND: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`experts.reference` with gradients, on 16-bit matrices: x `[N, D]`, ids and fp32 weights `[N, K]`."""
+    """`experts.reference` with gradients: x `[N, D]`, ids and fp32 weights `[N, K]`."""
     places = sort.by_expert(ids_NK, gate_EWD.shape[0])
     y: Tensor = _Routed.apply(x_ND, weights_NK, gate_EWD, up_EWD, down_EDW, add_ND, places, limit)
     return y
 
 
 def supported(*tensors: Tensor) -> bool:
-    """Whether these matrices and rows are worked so: 16-bit numbers on a GPU of Hopper's kind or later, whole rows of
-    16 bytes."""
-    return usable(*tensors) and all(t.dtype == torch.bfloat16 and t.shape[-1] % 8 == 0 for t in tensors)
+    """Whether these matrices and rows are worked so: on a GPU of Hopper's kind or later those of bf16 in whole rows of
+    16 bytes, on a CPU all of one floating-point type."""
+    if usable(*tensors):
+        return all(t.dtype == torch.bfloat16 and t.shape[-1] % 8 == 0 for t in tensors)
+    alike = all(t.dtype == tensors[0].dtype and t.device.type == "cpu" for t in tensors)
+    return alike and tensors[0].dtype.is_floating_point

@@ -42,7 +42,7 @@ class SwiGLU(nn.Module):
         matrices = self.gate.weight, self.up.weight, self.down.weight
         if learns_in_fp8() and self.gate.scale is None:
             return fp8_train.swiglu_trained(x.flatten(0, -2), *matrices, self.limit).view(x.shape)
-        if torch.is_grad_enabled() and experts_grad.supported(x, *matrices):
+        if torch.is_grad_enabled() and x.is_cuda and experts_grad.supported(x, *matrices):
             return experts_grad.swiglu_trained(x.flatten(0, -2), *matrices, self.limit).view(x.shape)
         gate, up = together(x, self.pack, self.gate, self.up)
         return self.down(swiglu(gate, up, self.limit))
