@@ -14,6 +14,7 @@ from rorqual.kernels import fp8_train_experts as routed
 from rorqual.kernels import fp8_train_products as products
 from rorqual.kernels import fp8_train_quant as quant
 from rorqual.kernels import fp8_train_swiglu as gated
+from rorqual.kernels import mla_grad
 from rorqual.kernels.fp8_train_products import Groups, padded_ends
 from rorqual.kernels.fp8_train_quant import GRADIENT_FLOOR, Codes
 from rorqual.kernels.quant import FP8, FP8_FLOOR, QuantError, dequantize_fp8
@@ -303,6 +304,37 @@ def test_experts_places_are_whole_tiles(device: torch.device) -> None:
     for codes, want in zip(found, wants, strict=True):
         assert codes is not None
         same(codes, want)
+
+
+@pytest.mark.parametrize("q_rank, keep", [(128, True), (None, False)])
+def test_mla_is_close_to_full_precision(device: torch.device, q_rank: int | None, keep: bool) -> None:
+    """All results and gradients, made anew or kept; the projections' own exactness is tested above."""
+    batch, heads, width, rank, nope, rope, v = 2, 2, 192, 64, 64, 64, 128
+    shape = mla_grad.Shape(batch, heads, nope, rope, rank, 128**-0.5, 1e-6, True, keep)
+    first = heads * (nope + rope) if q_rank is None else q_rank
+
+    def make(*size: int) -> Tensor:
+        return (torch.randn(size) * size[-1] ** -0.5).to(device, torch.bfloat16).requires_grad_()
+
+    def norm(size: int) -> Tensor:
+        return torch.rand(size).add(0.5).to(device, torch.bfloat16).requires_grad_()
+
+    up = None if q_rank is None else make(heads * (nope + rope), first)
+    matrices = mla_grad.Matrices(
+        make(first, width), None if up is None else norm(first), up,
+        make(rank + rope, width), norm(rank), make(heads * (nope + v), rank),
+    )  # fmt: skip
+    turns = torch.arange(24)[:, None] * torch.logspace(0, -3, rope // 2)
+    cos, sin = turns.cos().to(device), turns.sin().to(device)
+    x = torch.randn(batch * 24, width).to(device, torch.bfloat16).requires_grad_()
+    leaves = [x, *(t for t in vars(matrices).values() if t is not None)]
+    slope = torch.randn(batch * 24, heads * v).to(device, torch.bfloat16)
+    wants, found = (
+        gradients(mla_grad.mla_trained(x, matrices, cos, sin, shape, p), slope, *leaves)
+        for p in (mla_grad.Plain(), op.Products())
+    )
+    for got, want in zip(found, wants, strict=True):
+        assert got.shape == want.shape and 0.01 < apart(got, want) < 0.15
 
 
 def test_codes_follow_their_weight(device: torch.device) -> None:
