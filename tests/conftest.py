@@ -19,6 +19,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests import forks
+from tests.interpreter import hasten
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
@@ -70,6 +73,17 @@ _torch_random = _TorchRandom()  # hypothesis keeps only a weak reference
 hypothesis.register_random(_torch_random)
 hypothesis.settings.register_profile("rorqual", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("rorqual")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter_in_haste() -> None:
+    hasten()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _processes(request: pytest.FixtureRequest) -> None:
+    if any(item.path.parent.name in forks.USERS for item in request.session.items):
+        forks.begin()
 
 
 @pytest.fixture

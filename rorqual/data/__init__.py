@@ -1,6 +1,6 @@
 """Corpora: from documents to tokens on disk, and from there to batches that are a function of seed and step."""
 
-from rorqual.data.batches import Batch, Mixture
+from rorqual.data.batches import Ahead, Batch, Mixture
 from rorqual.data.build import Options, build, fingerprint
 from rorqual.data.errors import DataError
 from rorqual.data.reshape import Shape
@@ -10,6 +10,7 @@ from rorqual.data.sources import Reading
 __all__ = [
     "HELD",
     "TRAIN",
+    "Ahead",
     "Batch",
     "Corpus",
     "DataError",

@@ -8,6 +8,7 @@ own. A mixture gives each block of `BLOCK` samples its sources in exact proporti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -119,3 +120,25 @@ class Mixture:
             torch.tensor([source for source, _ in places]),
             self.look,
         )
+
+
+class Ahead:
+    """A mixture whose next batch is read by a thread while this one is worked on: as many samples, those after it.
+    What was guessed wrong is read again."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        self.mixture = mixture
+        self._thread = ThreadPoolExecutor(1, "batches")
+        self._next: tuple[tuple[int, int], Future[Batch]] | None = None
+
+    def batch(self, first: int, count: int) -> Batch:
+        """`Mixture.batch`."""
+        waiting, self._next = self._next, None
+        if waiting is not None and waiting[0] == (first, count):
+            found = waiting[1].result()
+        else:
+            if waiting is not None:
+                waiting[1].exception()  # one reader at a time
+            found = self.mixture.batch(first, count)
+        self._next = (first + count, count), self._thread.submit(self.mixture.batch, first + count, count)
+        return found

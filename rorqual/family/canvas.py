@@ -66,9 +66,10 @@ class Canvas:
         ends = f'x1="{number(x1)}" y1="{number(y1)}" x2="{number(x2)}" y2="{number(y2)}"'
         self._out.append(f'<line {ends} stroke={quoteattr(stroke)} stroke-width="{number(width)}"/>')
 
-    def path(self, d: str, stroke: str) -> None:
+    def path(self, d: str, stroke: str, width: float = 1.0) -> None:
         """An unfilled path of the given commands."""
-        self._out.append(f'<path d={quoteattr(d)} fill="none" stroke={quoteattr(stroke)}/>')
+        wide = f' stroke-width="{number(width)}"' if width != 1.0 else ""
+        self._out.append(f'<path d={quoteattr(d)} fill="none" stroke={quoteattr(stroke)}{wide}/>')
 
     def polygon(self, points: Iterable[tuple[float, float]], fill: str, opacity: float) -> None:
         """A filled polygon."""

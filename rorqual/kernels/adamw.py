@@ -60,6 +60,7 @@ def step(
     one, two = betas
     apart = master is not None
     _step[(triton.cdiv(weight.numel(), BLOCK),)](
-        weight, weight if master is None else master, grad, m, v, m if factor is None else factor, weight.numel(), rate, 1 - rate * decay, one, two, 1 - one**number,
+        weight, weight if master is None else master, grad, m, v, m if factor is None else factor,
+        weight.numel(), rate, 1 - rate * decay, one, two, 1 - one**number,
         1 - two**number, eps, APART=apart, CLIPPED=factor is not None, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip

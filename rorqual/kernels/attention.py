@@ -49,9 +49,9 @@ def backward(
     """Gradients of q, k and v from that of the output."""
     if not kept.tensors:
         with torch.enable_grad():
-            leaves = tuple(t.detach().requires_grad_() for t in (q, k, v))
-            again = F.scaled_dot_product_attention(*leaves, is_causal=True, scale=scale)
-        dq, dk, dv = torch.autograd.grad(again, leaves, slope)
+            q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+            again = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        dq, dk, dv = torch.autograd.grad(again, (q, k, v), slope)
         return dq, dk, dv
     lse, cum_q, cum_k, seed, offset = kept.tensors
     max_q, max_k, without = kept.numbers

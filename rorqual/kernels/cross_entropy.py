@@ -1,5 +1,4 @@
-"""Cross-entropy of rows of logits and its gradient, the latter written over the logits: two readings and one writing.
-"""
+"""Cross-entropy of rows of logits and its gradient, the latter written over the logits: read twice, written once."""
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations

@@ -65,21 +65,21 @@ class _Routed(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, weights_NK: Tensor, gate: Tensor, up: Tensor, down: Tensor, add_ND: Tensor | None,
         places: Places, limit: float | None,
     ) -> Tensor:  # fmt: skip
-        weight_P = weights_NK.flatten()[places.pair_P]
-        both = _grouped(sort.spread(x_ND, places), torch.cat((gate, up), 1).mT, places)
-        ctx.save_for_backward(x_ND, weight_P, gate, up, down, both, *places)
+        weight_P, joint = weights_NK.flatten()[places.pair_P], torch.cat((gate, up), 1)
+        both = _grouped(sort.spread(x_ND, places), joint.mT, places)
+        ctx.save_for_backward(x_ND, weight_P, joint, down, both, *places)
         ctx.limit, ctx.added = limit, add_ND is not None
         return sort.gather(_grouped(_gated(both, limit, weight_P), down.mT, places), places, add_ND)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
-        x_ND, weight_P, gate, up, down, both, *at = ctx.saved_tensors
-        places, (slope_ND,), width = Places(*at), slopes, gate.shape[1]
+        x_ND, weight_P, joint, down, both, *at = ctx.saved_tensors
+        places, (slope_ND,), width = Places(*at), slopes, joint.shape[1] // 2
         slope_PD = sort.spread(slope_ND, places)
         dboth, inner, dweight_P = _gated_back(both, ctx.limit, _grouped(slope_PD, down, places), weight_P)
         ddown = _outer(slope_PD, inner, places)
         del slope_PD, inner
-        dx_PD = _grouped(dboth, torch.cat((gate, up), 1), places)
+        dx_PD = _grouped(dboth, joint, places)
         x_PD = sort.spread(x_ND, places)
         dgate, dup = _outer(dboth[:, :width], x_PD, places), _outer(dboth[:, width:], x_PD, places)
         assert dweight_P is not None

@@ -15,7 +15,10 @@ from torch import Tensor
 from rorqual.kernels.gpu import tl, triton, usable
 
 BLOCK = 2048
-"""Channels that a program copies or sums at a time."""
+"""Channels that a program sums at a time."""
+
+ROWS = 4
+"""Tokens that a program copies to their places."""
 
 
 class Places(NamedTuple):
@@ -41,11 +44,50 @@ def by_expert(ids_NK: Tensor, experts: int) -> Places:
     return Places(pair_P, place_P.view(ids_NK.shape), ends_E)
 
 
+# ------------------------------------------------------------------------------------------- counts
+
+
+def counts_reference(ids_BM: Tensor, experts: int) -> Tensor:
+    """How often each expert stands in each row: int64 `[B, E]`."""
+    rows = ids_BM.shape[0]
+    count_BE = torch.zeros(rows, experts + 1, dtype=torch.int64, device=ids_BM.device)
+    known = torch.where((ids_BM >= 0) & (ids_BM < experts), ids_BM, experts).long()
+    return count_BE.scatter_add_(1, known, torch.ones_like(known))[:, :experts]
+
+
+@triton.jit
+def _count(ids, counts, M, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    e = tl.arange(0, EP)
+    found = tl.load(ids + row * M + at, mask=at < M, other=-1)
+    mine = tl.sum((found[:, None] == e[None, :]).to(tl.int64), 0)
+    tl.atomic_add(counts + row * E + e, mine, mask=e < E, sem="relaxed")
+
+
+def counts_fast(ids_BM: Tensor, experts: int) -> Tensor:
+    """`counts_reference` of contiguous ids."""
+    rows, many = ids_BM.shape
+    count_BE = torch.zeros(rows, experts, dtype=torch.int64, device=ids_BM.device)
+    wide = triton.next_power_of_2(experts)
+    block = max(16, 8192 // wide)
+    if ids_BM.numel():
+        _count[(rows, triton.cdiv(many, block))](
+            ids_BM, count_BE, many, E=experts, EP=wide, BLOCK=block, num_warps=4
+        )
+    return count_BE
+
+
+def counts(ids_BM: Tensor, experts: int) -> Tensor:
+    """`counts_reference`, by a kernel on a GPU, which nothing waits for."""
+    return counts_fast(ids_BM.contiguous(), experts) if usable(ids_BM) else counts_reference(ids_BM, experts)
+
+
 # ------------------------------------------------------------------------------------------- rows
 
 
 def spread_reference(x_ND: Tensor, places: Places) -> Tensor:
-    """Each place's token: `[P, D]`."""
+    """Each place's token: `[P, D]`; places without an expert hold anything."""
     return x_ND[places.pair_P // places.place_NK.shape[1]]
 
 
@@ -59,11 +101,15 @@ def gather_reference(x_PD: Tensor, places: Places, add_ND: Tensor | None = None)
 
 
 @triton.jit
-def _spread(x, pair, out, x_row, D, K: tl.constexpr, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64)
+def _spread(x, place, out, tokens, x_row, D, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """By token, not by place: an expert's tokens lie all over x, which would be read K times."""
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(pair + place) // K
-    tl.store(out + place * D + at, tl.load(x + token * x_row + at, mask=at < D), mask=at < D)
+    inside = (at < D)[None, :]
+    rows = tl.load(x + token[:, None] * x_row + at[None, :], mask=(token < tokens)[:, None] & inside)
+    for k in tl.static_range(K):
+        to = tl.load(place + token * K + k, mask=token < tokens, other=-1)
+        tl.store(out + to[:, None] * D + at[None, :], rows, mask=(to >= 0)[:, None] & inside)
 
 
 @triton.jit
@@ -86,12 +132,13 @@ def _block(width: int) -> tuple[int, int]:
 
 def spread_fast(x_ND: Tensor, places: Places) -> Tensor:
     """`spread_reference` for rows of any stride."""
-    width, (block, warps) = x_ND.shape[1], _block(x_ND.shape[1])
-    out_PD = torch.empty(len(places.pair_P), width, dtype=x_ND.dtype, device=x_ND.device)
+    (tokens, chosen), width = places.place_NK.shape, x_ND.shape[1]
+    out_PD = torch.empty(tokens * chosen, width, dtype=x_ND.dtype, device=x_ND.device)
+    block = 512 if width % 512 == 0 else min(1024, triton.next_power_of_2(width))
     if out_PD.numel():
-        _spread[(len(out_PD), triton.cdiv(width, block))](
-            x_ND, places.pair_P, out_PD, x_ND.stride(0), width, K=places.place_NK.shape[1], BLOCK=block,
-            num_warps=warps,
+        _spread[(triton.cdiv(tokens, ROWS), triton.cdiv(width, block))](
+            x_ND, places.place_NK, out_PD, tokens, x_ND.stride(0), width, K=chosen, ROWS=ROWS, BLOCK=block,
+            num_warps=2,
         )  # fmt: skip
     return out_PD
 
@@ -111,7 +158,9 @@ def gather_fast(x_PD: Tensor, places: Places, add_ND: Tensor | None = None) -> T
 
 def spread(x_ND: Tensor, places: Places) -> Tensor:
     """`spread_reference`, by a kernel on a GPU."""
-    return spread_fast(x_ND, places) if usable(x_ND) and x_ND.stride(1) == 1 else spread_reference(x_ND, places)
+    return (
+        spread_fast(x_ND, places) if usable(x_ND) and x_ND.stride(1) == 1 else spread_reference(x_ND, places)
+    )
 
 
 def gather(x_PD: Tensor, places: Places, add_ND: Tensor | None = None) -> Tensor:

@@ -88,11 +88,15 @@ def _beside(weights: Sequence[Tensor]) -> Tensor:
     return weights[0] if len(weights) == 1 else torch.cat(list(weights))
 
 
-def _lay(q: Tensor, rope: Tensor, up: Tensor, cos: Tensor, sin: Tensor, s: Shape, turn: bool = True) -> Tensor:
+def _lay(
+    q: Tensor, rope: Tensor, up: Tensor, cos: Tensor, sin: Tensor, s: Shape, turn: bool = True
+) -> Tensor:
     if usable(q):
         return mla_turn.lay_fast(q, rope, up, cos, sin, s.interleaved, turn)
     again = len(q) // len(cos)
-    return mla_turn.lay_reference(q, rope, up, cos.repeat(again, 1), sin.repeat(again, 1), s.interleaved, turn)
+    return mla_turn.lay_reference(
+        q, rope, up, cos.repeat(again, 1), sin.repeat(again, 1), s.interleaved, turn
+    )
 
 
 def _by_head(x: Tensor, s: Shape) -> Tensor:
@@ -109,10 +113,9 @@ class _Attend(torch.autograd.Function):
         first, kept_x = products.forward(x_ND, (q_w, kv_w))
         begin = len(q_w)
         latent, rope = first[:, begin : begin + s.rank], first[:, begin + s.rank :]
-        if q_up is None:
+        if q_up is None or q_norm is None:
             q = first[:, :begin]
         else:
-            assert q_norm is not None
             q = products.forward(rmsnorm(first[:, :begin], q_norm, s.eps), (q_up,))[0]
         q_NHd = q.unflatten(1, (s.heads, -1))
         up, _ = products.forward(rmsnorm(latent, kv_norm, s.eps), (kv_up,))
@@ -150,7 +153,7 @@ class _Attend(torch.autograd.Function):
         else:
             kept_kv = products.keep(normed)
             kept_q = products.keep(q_latent) if q_latent is not None else ()
-        del normed, q_latent
+        del normed
         (slope,) = slopes
         slope = _by_head(slope.contiguous().unflatten(1, (s.heads, -1)), s)
         q, k, v = _by_head(q_NHd, s), _by_head(k_NHd, s), _by_head(up_NHe[..., s.nope :], s)
@@ -164,7 +167,7 @@ class _Attend(torch.autograd.Function):
         dnormed, (dkv_up,) = products.backward(dup, kept_kv, (kv_up,))
         dkv_norm = _norm_back(latent, kv_norm, s.eps, dnormed, dfirst[:, begin : begin + s.rank])
         dq_norm = dq_up = None
-        if q_up is not None:
+        if q_up is not None and q_latent is not None:
             dlatent, (dq_up,) = products.backward(dq_wide, kept_q, (q_up,))
             dq_norm = _norm_back(first[:, :begin], q_norm, s.eps, dlatent, dfirst[:, :begin])
         dx, (dq_w, dkv_w) = products.backward(dfirst, kept_x, (q_w, kv_w))

@@ -30,8 +30,8 @@ def lay_reference(
     q_NHd: Tensor, rope_NR: Tensor, up_NHe: Tensor, cos_NR: Tensor, sin_NR: Tensor, interleaved: bool,
     turn: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Turn the last R channels of q in place, unless they are; keys `[N, H, nope + R]` from rotary keys `[N, R]` and `up` `[N, H, nope +
-    v]`."""
+    """Turn the last R channels of q in place, unless they are; keys `[N, H, nope + R]` from rotary keys `[N, R]` and
+    `up` `[N, H, nope + v]`."""
     R = rope_NR.shape[1]
     nope = q_NHd.shape[2] - R
     if turn:
@@ -116,7 +116,9 @@ def _part(
         tl.store(to + p[None, :], tl.load(dq + row + p[None, :], mask=plain), mask=plain)
         x = tl.load(dq + row + NOPE + r[None, :], mask=there, other=0.0).to(tl.float32)
         tl.store(
-            to + NOPE + r[None, :], _turn(x, c, s, HEADS, R, INTERLEAVED).to(to_q.dtype.element_ty), mask=there
+            to + NOPE + r[None, :],
+            _turn(x, c, s, HEADS, R, INTERLEAVED).to(to_q.dtype.element_ty),
+            mask=there,
         )
         x = tl.load(dk + row + NOPE + r[None, :], mask=there, other=0.0).to(tl.float32)
         total += tl.sum(x, 0)[None, :]

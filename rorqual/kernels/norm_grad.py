@@ -16,12 +16,12 @@ from torch import Tensor
 from rorqual.kernels.fuse import WIDEST, add_rmsnorm_fast, rmsnorm_fast, row_warps
 from rorqual.kernels.gpu import tl, triton
 
-PROGRAMS = 1056
-"""Programs that share the rows of a backward pass; each keeps one sum for the weight's gradient."""
+PROGRAMS = 528
+"""Programs that share a backward pass's rows, four a multiprocessor; each keeps one sum for the weight's gradient."""
 
 
 @triton.jit
-def _backward(
+def _norm_back(
     x_ptr, weight_ptr, slope_ptr, beside_ptr, dx_ptr, sums_ptr, rows, x_row, slope_row, dx_row, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,7 @@ def rmsnorm_backward_fast(
     dx_ND = torch.empty((rows, width), dtype=x_ND.dtype, device=x_ND.device) if out is None else out
     programs = max(1, min(PROGRAMS, rows))
     sums = torch.empty(programs, width, dtype=torch.float32, device=x_ND.device)
-    _backward[(programs,)](
+    _norm_back[(programs,)](
         x_ND, weight_D, slope_ND, slope_ND if beside_ND is None else beside_ND, dx_ND, sums, rows, x_ND.stride(0),
         slope_ND.stride(0), dx_ND.stride(0), eps, D=width, WIDTH=triton.next_power_of_2(width),
         BESIDE=beside_ND is not None, num_warps=row_warps(width),

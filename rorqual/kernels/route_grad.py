@@ -70,7 +70,12 @@ def _slope(
 
 
 def slope_fast(
-    logits_NE: Tensor, ids_NK: Tensor, slope_NK: Tensor, rule: Rule, beside_NE: Tensor | None, kind: torch.dtype
+    logits_NE: Tensor,
+    ids_NK: Tensor,
+    slope_NK: Tensor,
+    rule: Rule,
+    beside_NE: Tensor | None,
+    kind: torch.dtype,
 ) -> Tensor:
     """Gradient of the logits `[N, E]` in `kind` from that of the weights `[N, K]`, plus `beside_NE`."""
     rows, experts = logits_NE.shape
@@ -101,7 +106,9 @@ class _Route(torch.autograd.Function):
     def backward(ctx: Any, *slopes: Any) -> Any:
         x_ND, weight_ED, logits_NE, ids_NK = ctx.saved_tensors
         _, slope_NK, beside_NE = slopes
-        slope_NK = torch.zeros_like(ids_NK, dtype=torch.float32) if slope_NK is None else slope_NK.contiguous()
+        slope_NK = (
+            torch.zeros_like(ids_NK, dtype=torch.float32) if slope_NK is None else slope_NK.contiguous()
+        )
         beside_NE = None if beside_NE is None else beside_NE.contiguous()
         d_NE = slope_fast(logits_NE, ids_NK, slope_NK, ctx.rule, beside_NE, x_ND.dtype)
         return d_NE @ weight_ED, d_NE.t() @ x_ND, None, None, None, None

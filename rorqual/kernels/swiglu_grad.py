@@ -7,8 +7,6 @@ anew on the way.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,7 +57,7 @@ def _gated(gate, up, limit, LIMITED: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _gated_there(
     both_ptr, weight_ptr, out_ptr, row, limit,
     W: tl.constexpr, TILE: tl.constexpr, LIMITED: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +74,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _gated_back(
     both_ptr, weight_ptr, slope_ptr, dboth_ptr, inner_ptr, dweight_ptr, row, slope_row, limit,
     W: tl.constexpr, TILE: tl.constexpr, LIMITED: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +114,7 @@ def forward_fast(both_N2W: Tensor, limit: float | None, weight_N: Tensor | None 
     out_NW = torch.empty(rows, width, dtype=both_N2W.dtype, device=both_N2W.device)
     tile = min(TILE, triton.next_power_of_2(width))
     if rows:
-        _forward[(rows, triton.cdiv(width, tile))](
+        _gated_there[(rows, triton.cdiv(width, tile))](
             both_N2W, both_N2W if weight_N is None else weight_N, out_NW, both_N2W.stride(0), limit or 0.0, W=width,
             TILE=tile, LIMITED=limit is not None, WEIGHTED=weight_N is not None, num_warps=4,
         )  # fmt: skip
@@ -132,7 +130,7 @@ def backward_fast(
     inner = torch.empty(rows, width, dtype=both_N2W.dtype, device=both_N2W.device)
     dweight = None if weight_N is None else torch.empty_like(weight_N)
     if rows:
-        _backward[(rows,)](
+        _gated_back[(rows,)](
             both_N2W, both_N2W if weight_N is None else weight_N, slope_NW, dboth, inner,
             inner if dweight is None else dweight, both_N2W.stride(0), slope_NW.stride(0), limit or 0.0, W=width,
             TILE=min(TILE, triton.next_power_of_2(width)), LIMITED=limit is not None, WEIGHTED=weight_N is not None,

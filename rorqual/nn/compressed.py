@@ -28,6 +28,7 @@ from rorqual.kernels.union import union_decode, union_prefill
 from rorqual.nn.cache import Tail
 from rorqual.nn.compressor import Compressor, PoolState
 from rorqual.nn.errors import InputError
+from rorqual.nn.index_loss import entry_loss
 from rorqual.nn.indexer import choose_in_blocks, gather_blocks, query_blocks
 from rorqual.nn.linear import Linear, Pinned
 from rorqual.nn.norm import RMSNorm, unit_rms, upcast
@@ -75,9 +76,29 @@ class EntryIndexer(nn.Module):
         """Round queries and keys as the released kernels do: Hadamard, then FP4 in blocks of 32."""
 
     def forward(
-        self, x_BTD: Tensor, qr_BTC: Tensor, limit_BT: Tensor, step: Step, state: PoolState | None
+        self,
+        x_BTD: Tensor,
+        qr_BTC: Tensor,
+        finished: tuple[Tensor, Tensor | None],
+        step: Step,
+        state: PoolState | None,
     ) -> Tensor:
-        """Entries each token attends, `[B, T, min(top_k, E)]`, -1 where fewer are finished."""
+        """Entries each token attends, `[B, T, min(top_k, E)]`, -1 where fewer are finished. `finished`: up to which
+        entry, and from which on."""
+        return self.choose(*self.project(x_BTD, qr_BTC, step, state), finished)
+
+    def choose(
+        self, q_BTHd: Tensor, k_BEd: Tensor, w_BTH: Tensor, finished: tuple[Tensor, Tensor | None]
+    ) -> Tensor:
+        """`forward` of what `project` gave."""
+        limit_BT, first_BT = finished
+        return choose_in_blocks(q_BTHd, k_BEd, w_BTH, limit_BT, self.part.top_k, first_BT)
+
+    def project(
+        self, x_BTD: Tensor, qr_BTC: Tensor, step: Step, state: PoolState | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Index queries [B, T, Hi, di], keys of all entries [B, E, di] and fp32 head weights [B, T, Hi] with all
+        scales."""
         p = self.part
         k_BEd = self.compressor(x_BTD, step, state)
         cos, sin = step.rotation(self.rope)
@@ -88,7 +109,7 @@ class EntryIndexer(nn.Module):
             q, k_BEd = fake_fp4(hadamard(q), 32), fake_fp4(hadamard(k_BEd), 32)
         full = upcast(x_BTD)
         w = F.linear(full, self.w.matrix(full.dtype)) * (p.heads**-0.5 * p.dim**-0.5)
-        return choose_in_blocks(q, k_BEd, w, limit_BT, p.top_k)
+        return q, k_BEd, w
 
     def paged(self, x_1ND: Tensor, qr_1NC: Tensor, step: PagedStep, store: Store) -> list[Tensor | None]:
         """The same over pages, by kernels: for each group the chosen entries' indices, int32 `[n, top_k]`."""
@@ -243,8 +264,12 @@ class CompressedAttention(Pinned):
             recent = cache.window.extend(kv_BTd, step.rows)
         else:
             recent = F.pad(kv_BTd, (0, 0, p.window, 0))
-        entries, chosen = self._compressed(x_BTD, qr_BTC, step, cache)
-        o_BTHd = self._attend(q_BTHd, recent, entries, chosen, step)
+        if self.index is not None and step.indexers is not None:
+            assert cache is None
+            o_BTHd = self._learning(x_BTD, qr_BTC, q_BTHd, recent, step)
+        else:
+            entries, chosen = self._compressed(x_BTD, qr_BTC, step, cache)
+            o_BTHd = self._attend(q_BTHd, recent, entries, chosen, step)
         o_BTHd = rotate_tail(o_BTHd, (cos[:, :, None], sin[:, :, None]), inverse=True)
         return self._project_out(o_BTHd)
 
@@ -263,21 +288,64 @@ class CompressedAttention(Pinned):
         entries = self._stored(self.compressor(x_BTD, step, cache.pool if cache else None))
         if self.index is None:
             return entries, None
-        limit_BT = self._finished_BT(step).clamp(max=entries.shape[1])
-        chosen = self.index(x_BTD, qr_BTC, limit_BT, step, cache.index if cache else None)
+        chosen = self.index(
+            x_BTD, qr_BTC, self._finished(step, entries.shape[1]), step, cache.index if cache else None
+        )
         if step.trace is not None:
             step.trace.selected[step.layer] = chosen
         return entries, chosen
 
-    def _finished_BT(self, step: Step) -> Tensor:
-        """Entries finished, and so visible, at each token: floor((t + 1) / ratio)."""
+    def _learning(self, x_BTD: Tensor, qr_BTC: Tensor, q_BTHd: Tensor, recent: Tensor, step: Step) -> Tensor:
+        """Attention while its indexer learns, to all entries or to those chosen, as `step.indexers` says.
+
+        The V4 report has the warm-up (facts 3.10) but not its loss: V3.2's is taken, over entries alone. The indexer
+        and its compressor read detached inputs."""
+        assert self.compressor is not None and self.index is not None and step.indexers is not None
+        mode, entries = step.indexers, self._stored(self.compressor(x_BTD, step, None))
+        chosen = projected = None
+        if mode.learns or not mode.dense:
+            projected = self.index.project(x_BTD.detach(), qr_BTC.detach(), step, None)
+        if projected is not None and not mode.dense:
+            chosen = self.index.choose(*projected, self._finished(step, entries.shape[1]))
+            if step.trace is not None:
+                step.trace.selected[step.layer] = chosen
+        told: list[Tensor] = []
+        o_BTHd = self._attend(q_BTHd, recent, entries, chosen, step, told)
+        if projected is not None and mode.learns and told:
+
+            def seen(block: slice) -> Tensor:
+                return self._seen(step, entries.shape[1], block) if chosen is None else chosen[:, block] >= 0
+
+            mode.losses[step.layer] = entry_loss(projected, torch.cat(told, 1), seen, chosen)
+        return o_BTHd
+
+    def _finished(self, step: Step, entries: int) -> tuple[Tensor, Tensor | None]:
+        """Entries finished, and so visible, at each token, [B, T]: those before floor((t + 1) / ratio), and with
+        documents kept apart from the first one of its own on."""
         assert self.part.compress is not None
-        return (step.rows.positions_BT + 1) // self.part.compress.ratio
+        if step.documents_BT is not None:
+            found = step.pools(self.part.compress.ratio)
+            return found.high, found.low
+        return ((step.rows.positions_BT + 1) // self.part.compress.ratio).clamp(max=entries), None
+
+    def _seen(self, step: Step, entries: int, block: slice) -> Tensor:
+        """True where a token of the block sees an entry, [B, t, E]."""
+        high_BT, low_BT = self._finished(step, entries)
+        entry = torch.arange(entries, device=high_BT.device)
+        seen = entry < high_BT[:, block, None]
+        return seen if low_BT is None else seen & (entry >= low_BT[:, block, None])
 
     def _attend(
-        self, q_BTHd: Tensor, recent: Tensor, entries: Tensor | None, chosen: Tensor | None, step: Step
+        self,
+        q_BTHd: Tensor,
+        recent: Tensor,
+        entries: Tensor | None,
+        chosen: Tensor | None,
+        step: Step,
+        told: list[Tensor] | None = None,
     ) -> Tensor:
-        """One softmax over window, entries and sink, for blocks of queries: [B, T, H, d]."""
+        """One softmax over window, entries and sink, for blocks of queries: [B, T, H, d]. `told` gets each block's
+        weights on entries, summed over heads [B, t, E or k]."""
         p, rows = self.part, step.rows
         batch, time = q_BTHd.shape[:2]
         if entries is None or entries.shape[1] == 0:
@@ -288,18 +356,21 @@ class CompressedAttention(Pinned):
             seen = 0 if entries is None else entries.shape[1]
             per_query = batch * p.heads * (2 * p.window + seen) * 4
             blocks = ((b, entries, None) for b in query_blocks(time, per_query))  # type: ignore[misc]
-        starts = rows.starts_B[:, None, None]
+        # Column j of `recent` holds position start - window + j; nothing stands before a row or a document begins.
+        begin_BT1 = (p.window - rows.starts_B[:, None, None]).expand(-1, time, -1)
+        if step.first_BT is not None:
+            begin_BT1 = begin_BT1 + step.first_BT[..., None]
         sink = self.sink.to(upcast(q_BTHd[:, :1]).dtype)[:, None]
         out = []
         for block, values, exists in blocks:
             for part_of_block in _at_most(block, p.window):
                 q = q_BTHd[:, part_of_block]
                 first, last = part_of_block.start, part_of_block.stop
-                # Column j of `recent` holds position start - window + j; query t sees columns t+1 .. t+window.
+                # Query t sees columns t+1 .. t+window.
                 near = recent[:, first + 1 : p.window + last]
                 column = torch.arange(first + 1, p.window + last, device=q.device)
                 own = torch.arange(first, last, device=q.device)[:, None]
-                mask = (column > own) & (column <= own + p.window) & (column >= p.window - starts)
+                mask = (column > own) & (column <= own + p.window) & (column >= begin_BT1[:, part_of_block])
                 scores = [_masked(_dots(q, near), mask)]
                 if values is not None and exists is not None:
                     inside = slice(first - block.start, last - block.start)
@@ -307,14 +378,14 @@ class CompressedAttention(Pinned):
                     scores.append(_masked(q @ far.transpose(-1, -2), exists[:, inside]))
                 elif values is not None:
                     far = values
-                    entry = torch.arange(far.shape[1], device=q.device)
-                    scores.append(
-                        _masked(_dots(q, far), entry < self._finished_BT(step)[:, part_of_block, None])
-                    )
+                    scores.append(_masked(_dots(q, far), self._seen(step, far.shape[1], part_of_block)))
                 logits = torch.cat(
                     [*(s * p.head_dim**-0.5 for s in scores), sink.expand(*q.shape[:3], 1)], -1
                 )
-                weight = logits.softmax(-1)[..., :-1].to(q.dtype)
+                full = logits.softmax(-1)[..., :-1]
+                if told is not None and values is not None:
+                    told.append(full[..., near.shape[1] :].detach().sum(2))
+                weight = full.to(q.dtype)
                 o = _sum(weight[..., : near.shape[1]], near)
                 if values is not None:
                     w_far = weight[..., near.shape[1] :]

@@ -14,7 +14,7 @@ from rorqual.nn.linear import Linear, Pinned
 from rorqual.nn.norm import RMSNorm, upcast
 from rorqual.nn.paged import Group, Lane, Lanes, Packing, PagedSlots, PagedStep, RingTail, Store
 from rorqual.nn.rope import rotate_tail, rotation
-from rorqual.nn.step import Rows, Step
+from rorqual.nn.step import Rows, Step, within
 
 
 class PoolState:
@@ -107,14 +107,19 @@ class Compressor(Pinned):
         full = upcast(x_BTD)
         kv_BTW = nn.functional.linear(full, self.kv.matrix(full.dtype))
         gate_BTW = nn.functional.linear(full, self.gate.matrix(full.dtype))
+        if step.documents_BT is not None:
+            return self._apart(kv_BTW, gate_BTW, step, x_BTD.dtype)
         gate_BTW = gate_BTW + self.ape[step.rows.positions_BT % self.part.ratio]
         windows = self._windows(kv_BTW, gate_BTW, step.rows, state)
-        pooled = (windows.kv * windows.gate.softmax(2)).sum(2)
-        turn = rotation(self.rope, windows.rows.positions_BT * self.part.ratio)
-        entries = rotate_tail(self.norm(pooled.to(x_BTD.dtype)), turn)
+        entries = self._pooled(windows.kv, windows.gate, windows.rows.positions_BT, x_BTD.dtype)
         if state is None:
             return entries
         return state.entries.append(entries, windows.rows)
+
+    def _pooled(self, kv: Tensor, gate: Tensor, number_BE: Tensor, dtype: torch.dtype) -> Tensor:
+        """Entries of windows `[B, E, slots, dim]`, the n-th of its sequence at position n * ratio."""
+        pooled = (kv * gate.softmax(2)).sum(2)
+        return rotate_tail(self.norm(pooled.to(dtype)), rotation(self.rope, number_BE * self.part.ratio))
 
     def paged(self, x_1ND: Tensor, step: PagedStep, store: Store, prefix: str) -> None:
         """The same over pages and rings, by kernels: finished entries are written, and nothing returned."""
@@ -131,6 +136,29 @@ class Compressor(Pinned):
                 n.position_N, self.norm.weight, self.norm.eps, cos[at], sin[at], store[prefix + "entries"], slots_N[at],
                 ratio=ratio, overlap=self.part.overlap, dim=self.dim,
             )  # fmt: skip
+
+    def _apart(self, kv_BTW: Tensor, gate_BTW: Tensor, step: Step, dtype: torch.dtype) -> Tensor:
+        """Entries of whole rows whose documents each have windows of their own (`Step.pools`)."""
+        ratio, dim = self.part.ratio, self.dim
+        assert step.documents_BT is not None
+        at_BT, begin_BE = within(step.documents_BT), step.pools(ratio).begin
+        gate_BTW = gate_BTW + self.ape[at_BT % ratio]
+        number_BE = at_BT.gather(1, begin_BE) // ratio
+
+        def cut(z_BTW: Tensor, back: int) -> Tensor:
+            """The windows that begin `back` tokens before, `[B, E, ratio, W]`."""
+            column = begin_BE[..., None] - back + torch.arange(ratio, device=begin_BE.device)
+            column = column.clamp(0, z_BTW.shape[1] - 1)
+            flat = column.flatten(1)[..., None].expand(-1, -1, z_BTW.shape[2])
+            return z_BTW.gather(1, flat).unflatten(1, column.shape[1:])
+
+        kv, gate = cut(kv_BTW, 0), cut(gate_BTW, 0)
+        if self.part.overlap:
+            none = (number_BE == 0)[..., None, None]
+            before = cut(gate_BTW, ratio)[..., :dim].masked_fill(none, float("-inf"))
+            kv = torch.cat((cut(kv_BTW, ratio)[..., :dim], kv[..., dim:]), 2)
+            gate = torch.cat((before, gate[..., dim:]), 2)
+        return self._pooled(kv, gate, number_BE, dtype)
 
     def _windows(self, kv_BTW: Tensor, gate_BTW: Tensor, rows: Rows, state: PoolState | None) -> Windows:
         """Tokens of this pass, behind those kept from earlier ones, cut at window borders."""

@@ -48,8 +48,9 @@ def index_scores(q_BTHd: Tensor, k_BKd: Tensor, w_BTH: Tensor) -> Tensor:
     return (w_BTH[..., None, :] @ dots).squeeze(-2)
 
 
-def choose(scores_BTK: Tensor, limit_BT: Tensor, k: int) -> Tensor:
-    """The `k` best-scored positions below each query's `limit`, best first; -1 where fewer exist.
+def choose(scores_BTK: Tensor, limit_BT: Tensor, k: int, first_BT: Tensor | None = None) -> Tensor:
+    """The `k` best-scored positions below each query's `limit`, best first, and from its `first` on; -1 where fewer
+    exist.
 
     Equal scores go to the lowest position (a stable sort), so a choice never depends on how many keys
     lie behind the limit.
@@ -57,19 +58,24 @@ def choose(scores_BTK: Tensor, limit_BT: Tensor, k: int) -> Tensor:
     keys = scores_BTK.shape[-1]
     position = torch.arange(keys, device=scores_BTK.device)
     hidden = position >= limit_BT[..., None]
+    if first_BT is not None:
+        hidden = hidden | (position < first_BT[..., None])
     ranked = scores_BTK.masked_fill(hidden, float("-inf"))
     best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., : min(k, keys)]
-    return best.masked_fill(best >= limit_BT[..., None], -1)
+    none = best >= limit_BT[..., None] if first_BT is None else hidden.gather(-1, best)
+    return best.masked_fill(none, -1)
 
 
 @torch.no_grad()
-def choose_in_blocks(q_BTHd: Tensor, k_BKd: Tensor, w_BTH: Tensor, limit_BT: Tensor, k: int) -> Tensor:
+def choose_in_blocks(
+    q_BTHd: Tensor, k_BKd: Tensor, w_BTH: Tensor, limit_BT: Tensor, k: int, first_BT: Tensor | None = None
+) -> Tensor:
     """`choose(index_scores(...))` for a few queries at a time, so the [T, H, K] dots never stand at once."""
     batch, time, heads = w_BTH.shape
-    blocks = [
-        choose(index_scores(q_BTHd[:, b], k_BKd, w_BTH[:, b]), limit_BT[:, b], k)
-        for b in query_blocks(time, batch * heads * k_BKd.shape[1] * 4)
-    ]
+    blocks = []
+    for b in query_blocks(time, batch * heads * k_BKd.shape[1] * 4):
+        first_Bt = None if first_BT is None else first_BT[:, b]
+        blocks.append(choose(index_scores(q_BTHd[:, b], k_BKd, w_BTH[:, b]), limit_BT[:, b], k, first_Bt))
     return torch.cat(blocks, 1)
 
 
@@ -98,11 +104,14 @@ class Indexer(nn.Module):
 
     def forward(self, x_BTD: Tensor, c_q_BTC: Tensor, step: Step, keys: Slots | PagedSlots | None) -> Tensor:
         """Positions each token attends, `[B, T, min(top_k, K)]` int64, -1 where fewer exist."""
-        p = self.part
         q_BTHd, k_BTd, w_BTH = self.project(x_BTD, c_q_BTC, step)
         k_BKd = keys.append(k_BTd, step.rows) if keys is not None else k_BTd
+        return self.choose(q_BTHd, k_BKd, w_BTH, step)
+
+    def choose(self, q_BTHd: Tensor, k_BKd: Tensor, w_BTH: Tensor, step: Step) -> Tensor:
+        """`forward` of what `project` gave."""
         limit_BT = (step.rows.positions_BT + 1).clamp(max=k_BKd.shape[1])
-        chosen = choose_in_blocks(q_BTHd, k_BKd, w_BTH, limit_BT, p.top_k)
+        chosen = choose_in_blocks(q_BTHd, k_BKd, w_BTH, limit_BT, self.part.top_k, step.first_BT)
         if step.trace is not None:
             step.trace.selected[step.layer] = chosen
         return chosen

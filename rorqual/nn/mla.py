@@ -21,10 +21,12 @@ from rorqual.kernels.linear import Pack
 from rorqual.kernels.mla_decode import mla_decode, pack_latents, packed_bytes, unpack_latents
 from rorqual.kernels.mla_prefill import gather_latents, mla_prefill
 from rorqual.kernels.mla_sparse import mla_sparse
+from rorqual.kernels.mla_sparse_backward import mla_sparse_trained
 from rorqual.kernels.mode import is_invariant
 from rorqual.nn.cache import Slots
 from rorqual.nn.errors import InputError
 from rorqual.nn.gqa import attend
+from rorqual.nn.index_loss import latent_loss
 from rorqual.nn.indexer import Indexer, gather_blocks, query_blocks
 from rorqual.nn.linear import Linear, together
 from rorqual.nn.norm import RMSNorm, upcast
@@ -222,7 +224,10 @@ class MLA(nn.Module):
         latent_BKC = torch.cat((self.kv_a_norm(c_kv), k_rope[:, :, 0]), -1)
         if cache is not None:
             latent_BKC = cache.latent.append(latent_BKC, step.rows)
-        if self.index is not None:
+        if self.index is not None and step.indexers is not None:
+            assert c_q is not None and cache is None
+            o = self._learning(x_BTD, c_q, q_nope, q_rope, latent_BKC, step)
+        elif self.index is not None:
             assert c_q is not None
             keys = cache.index if cache is not None else None
             chosen_BTk = self.index(x_BTD, c_q, step, keys)
@@ -253,9 +258,7 @@ class MLA(nn.Module):
         if p.q_rank is None:
             matrices = mla_grad.Matrices(self.q.weight, None, None, *latent)
         else:
-            matrices = mla_grad.Matrices(
-                self.q_a.weight, self.q_a_norm.weight, self.q_b.weight, *latent
-            )
+            matrices = mla_grad.Matrices(self.q_a.weight, self.q_a_norm.weight, self.q_b.weight, *latent)
         o_NE = mla_grad.mla_trained(x_BTD.flatten(0, 1), matrices, cos, sin, shape)
         return self.o(o_NE).unflatten(0, x_BTD.shape[:2])
 
@@ -321,6 +324,8 @@ class MLA(nn.Module):
         """Absorbed attention of each query to its own chosen positions (-1: none), gathered in blocks."""
         p = self.part
         q_BTHC, w_uv = self._absorb_queries(q_nope, q_rope)
+        if trained_by_kernels(q_BTHC):
+            return _into_values(self._sparse_trained(q_BTHC, latent_BKC, chosen_BTk), w_uv)
         out = []
         for block, seen, mask in gather_blocks(latent_BKC, chosen_BTk):
             score = upcast(q_BTHC[:, block] @ seen.transpose(-1, -2)) * p.scale
@@ -328,10 +333,50 @@ class MLA(nn.Module):
             out.append(weight @ seen[..., : p.kv_rank])
         return _into_values(torch.cat(out, 1), w_uv)
 
+    def _learning(
+        self, x_BTD: Tensor, c_q_BTC: Tensor, q_nope: Tensor, q_rope: Tensor, latent_BKC: Tensor, step: Step
+    ) -> Tensor:
+        """Attention while its indexer learns, dense or sparse as `step.indexers` says (V3.2 report 2.1). The indexer
+        reads detached inputs and takes its gradient from its KL divergence alone."""
+        index, mode = self.index, step.indexers
+        assert index is not None and mode is not None
+        chosen_BTk = projected = None
+        if mode.learns or not mode.dense:
+            projected = index.project(x_BTD.detach(), c_q_BTC.detach(), step)
+        if projected is not None and not mode.dense:
+            chosen_BTk = index.choose(*projected, step)
+        if projected is not None and mode.learns:
+            with torch.no_grad():
+                q_BTHC, _ = self._absorb_queries(q_nope, q_rope)
+            main = q_BTHC, latent_BKC.detach(), self.part.scale
+            mode.losses[step.layer] = latent_loss(projected, main, step, chosen_BTk)
+        if chosen_BTk is None:
+            return self._expanded(q_nope, q_rope, latent_BKC, step)
+        return self._sparse(q_nope, q_rope, latent_BKC, chosen_BTk)
+
+    def _sparse_trained(self, q_BTHC: Tensor, latent_BKC: Tensor, chosen_BTk: Tensor) -> Tensor:
+        """Attended latents `[B, T, H, kv_rank]` by kernels that have gradients."""
+        p, (batch, keys, _) = self.part, latent_BKC.shape
+        firsts_B11 = torch.arange(batch, device=chosen_BTk.device)[:, None, None] * keys
+        slots_BTk = torch.where(chosen_BTk >= 0, chosen_BTk + firsts_B11, -1).int()
+        u_NHc, _ = mla_sparse_trained(
+            q_BTHC.flatten(0, 1),
+            latent_BKC.flatten(0, 1),
+            slots_BTk.flatten(0, 1),
+            rank=p.kv_rank,
+            scale=p.scale,
+        )
+        return u_NHc.unflatten(0, q_BTHC.shape[:2])
+
     def _absorb_queries(self, q_nope: Tensor, q_rope: Tensor) -> tuple[Tensor, Tensor]:
         """Queries in latent space beside their rotary part [B, T, H, kv_rank + rope], and W_UV."""
         w_uk, w_uv = self._up(q_nope.dtype)
         return torch.cat((_by_head(q_nope, w_uk), q_rope), -1), w_uv
+
+
+def trained_by_kernels(q: Tensor) -> bool:
+    """Whether sparse attention of these queries goes through `mla_sparse_trained`."""
+    return torch.is_grad_enabled() and usable(q) and q.dtype == torch.bfloat16
 
 
 def _packing(rank: int, rope: int, dtype: torch.dtype) -> Packing:

@@ -11,10 +11,12 @@ from rorqual.kernels.experts import Shared, Weights, experts
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.linear import Pack, linear_summed, linears
 from rorqual.kernels.mode import is_invariant
+from rorqual.kernels.sequence_loss import affinities
+from rorqual.nn.dropping import Capacity, kept
 from rorqual.nn.linear import GroupedLinear
 from rorqual.nn.mlp import SwiGLU, swiglu
 from rorqual.nn.norm import upcast
-from rorqual.nn.router import Router
+from rorqual.nn.router import Choice, Router
 from rorqual.nn.step import Step
 
 SMALL = 16 * 2**20
@@ -105,7 +107,8 @@ class MoE(nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         if step.trace is None and not torch.is_grad_enabled() and usable(x_ND):
             return self._fast(x_ND, ids_BT.flatten(), step).view_as(x_BTD)
-        choice = self.router(x_ND, ids_BT.flatten())
+        settled = step.routes.get(step.layer) if step.routes is not None else None
+        choice = self.router(x_ND, ids_BT.flatten(), settled)
         if step.watch is not None:
             step.watch.chose(step.layer, choice.ids)
         if step.trace is not None:
@@ -114,18 +117,33 @@ class MoE(nn.Module):
                 real_N = step.rows.real_BT.flatten()
                 seen = choice.ids[real_N], choice.weights[real_N], choice.logits[real_N]
             step.trace.experts[step.layer] = seen
+        ids_NK = choice.ids if step.capacity is None else self._within_capacity(choice, step, step.capacity)
         stacks = self.experts.gate.weight, self.experts.up.weight, self.experts.down.weight
         if torch.is_grad_enabled() and experts_grad.supported(x_ND, *stacks):
             add_ND = self.shared(x_ND) if self.shared is not None else None
             limit, first = self.experts.limit, self.experts.first
             y_ND = experts_grad.routed_trained(
-                x_ND, choice.ids - first, choice.weights, *stacks, limit=limit, add_ND=add_ND
+                x_ND, ids_NK - first, choice.weights, *stacks, limit=limit, add_ND=add_ND
             )
             return y_ND.view_as(x_BTD)
-        y_ND = self.experts(x_ND, choice.ids, choice.weights)
+        y_ND = self.experts(x_ND, ids_NK, choice.weights)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
         return y_ND.view_as(x_BTD)
+
+    @torch.no_grad()
+    def _within_capacity(self, choice: Choice, step: Step, capacity: Capacity) -> Tensor:
+        """The chosen experts, -1 (none) for the pairs that their devices drop."""
+        r = self.router.part
+        ids_NK = choice.ids.long()
+        affinity_NK = affinities(choice.logits, r.score).gather(-1, ids_NK)
+        exempt_N = capacity.exempt_B.repeat_interleave(step.rows.width)
+        experts = choice.logits.shape[1]
+        kept_NK = kept(
+            affinity_NK, ids_NK, exempt_N, experts=experts, devices=r.groups, factor=capacity.factor
+        )
+        capacity.dropped[step.layer] = (~kept_NK).sum()
+        return ids_NK.masked_fill(~kept_NK, -1)
 
     def _fast(self, x_ND: Tensor, token_N: Tensor, step: Step) -> Tensor:
         """The same by kernels: routing, and all experts, shared ones among them, in a few launches."""

@@ -13,6 +13,7 @@ from rorqual.family.parts import MoE
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.route import Rule, route
 from rorqual.kernels.route_grad import route_trained
+from rorqual.kernels.sequence_loss import affinities
 from rorqual.nn.errors import InputError
 from rorqual.nn.linear import keeping_types
 from rorqual.nn.norm import upcast
@@ -24,15 +25,6 @@ class Choice(NamedTuple):
     ids: Tensor
     weights: Tensor
     logits: Tensor
-
-
-def scores(logits: Tensor, kind: str) -> Tensor:
-    """Affinities [N, E] from logits: "softmax", "sigmoid" or "sqrtsoftplus"."""
-    if kind == "softmax":
-        return logits.softmax(-1)
-    if kind == "sigmoid":
-        return logits.sigmoid()
-    return F.softplus(logits).sqrt()
 
 
 def keep_best_groups(ranked_NE: Tensor, groups: int, keep: int, group_score: str) -> Tensor:
@@ -81,20 +73,26 @@ class Router(nn.Module):
             token_N=token_N if self.table is not None else None,
         )  # fmt: skip
 
-    def forward(self, x_ND: Tensor, token_N: Tensor | None = None) -> Choice:
-        """x `[N, D]`, and for a hashed router the token ids `[N]`."""
+    def forward(
+        self, x_ND: Tensor, token_N: Tensor | None = None, settled_NK: Tensor | None = None
+    ) -> Choice:
+        """x `[N, D]`, and for a hashed router the token ids `[N]`. `settled_NK`: experts that were chosen before, of
+        which only the weights are still to be found."""
         r = self.part
-        if torch.is_grad_enabled() and usable(x_ND) and x_ND.dtype == self.weight.dtype == torch.bfloat16:
+        fast = torch.is_grad_enabled() and usable(x_ND) and settled_NK is None
+        if fast and x_ND.dtype == self.weight.dtype == torch.bfloat16:
             rule = Rule(self.top_k, r.score, r.groups, r.keep, r.group_score, r.normalize, r.scale)
             tokens = token_N if self.table is not None else None
             return Choice(*route_trained(x_ND, self.weight, self.bias, rule, self.table, tokens))
         full = upcast(x_ND)
         logits = F.linear(full, self.weight.to(full.dtype))
-        score = scores(logits, r.score)
+        score = affinities(logits, r.score)
         if self.table is not None:
             if token_N is None:
                 raise InputError("a hash-routed layer needs the token ids beside the hidden states")
             ids = self.table[token_N]
+        elif settled_NK is not None:
+            ids = settled_NK
         else:
             ranked = score if self.bias is None else score + self.bias
             if r.groups > 1:

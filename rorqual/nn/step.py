@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rorqual.family.parts import Rope
+from rorqual.nn.dropping import Capacity
 from rorqual.nn.rope import Rotation, rotation
 from rorqual.nn.watch import Watch
 
@@ -86,6 +87,19 @@ class Trace:
     selected: dict[int, Tensor] = field(default_factory=dict)
 
 
+@dataclass
+class IndexerTraining:
+    """How the indexers of sparse attention take part in a pass that is learned from (V3.2 report 2.1; facts 3.8).
+
+    `dense`: attention goes to all it can see, not to what an indexer chooses. `learns`: each indexer is compared with
+    the main attention; `losses[i]` is then layer i's KL divergence, summed over queries.
+    """
+
+    dense: bool = False
+    learns: bool = True
+    losses: dict[int, Tensor] = field(default_factory=dict)
+
+
 def within(documents_BT: Tensor) -> Tensor:
     """Where each token stands in its document: how many before it in the row have the same number, one after the
     other."""
@@ -95,11 +109,38 @@ def within(documents_BT: Tensor) -> Tensor:
     return at_BT - torch.where(begins_BT, at_BT, 0).cummax(1).values
 
 
+class Pools(NamedTuple):
+    """Windows of a fixed number of tokens, counted from each document's first: the column `begin` [B, E] each begins
+    at, in rising order (rows with fewer repeat some), and which a token sees: those from `low` to before `high`
+    [B, T], of its own document and finished."""
+
+    begin: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def pools(documents_BT: Tensor, ratio: int) -> Pools:
+    """The windows of `ratio` tokens that documents finish; what a document leaves over is in none."""
+    at_BT = within(documents_BT)
+    ends_BT = (at_BT + 1) % ratio == 0
+    high_BT = ends_BT.cumsum(1)
+    first_BT = torch.arange(at_BT.shape[1], device=at_BT.device) - at_BT
+    most = int(high_BT[:, -1].max())
+    end_BE = (~ends_BT).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    return Pools((end_BE - ratio + 1).clamp(min=0), (high_BT - ends_BT.long()).gather(1, first_BT), high_BT)
+
+
 class Step:
     """One forward pass: its rows, and rotations and masks shared by all layers."""
 
     watch: Watch | None = None
     """Keeps what a paged pass chose, where somebody looks inside."""
+    indexers: IndexerTraining | None = None
+    """Set while training; otherwise attention goes where indexers say, and they learn nothing."""
+    routes: dict[int, Tensor] | None = None
+    """Experts [N, K] that are settled before the pass, by layer."""
+    capacity: Capacity | None = None
+    """How many tokens a device takes (V2's token dropping); None: all."""
 
     recompute = False
     """Whether a pass with gradients keeps less, and makes again what is cheap to make."""
@@ -109,6 +150,7 @@ class Step:
         self.layer = 0
         self._rotations: dict[Rope, Rotation] = {}
         self._mask: tuple[int, Tensor] | None = None
+        self._pools: dict[int, Pools] = {}
 
     def rotation(self, rope: Rope) -> Rotation:
         """cos and sin of the new tokens, `[B, T, dim / 2]` (`[1, T, ...]` if all rows are alike)."""
@@ -138,6 +180,20 @@ class Step:
     def from_zero(self) -> bool:
         """No row has a past: keys are the new tokens themselves and a plain causal mask serves."""
         return not any(self.rows.starts)
+
+    @cached_property
+    def first_BT(self) -> Tensor | None:
+        """Position where each token's document begins; None where documents are not told apart."""
+        if self.documents_BT is None:
+            return None
+        return self.rows.positions_BT - within(self.documents_BT)
+
+    def pools(self, ratio: int) -> Pools:
+        """The finished windows of `ratio` tokens, document by document."""
+        assert self.documents_BT is not None
+        if ratio not in self._pools:
+            self._pools[ratio] = pools(self.documents_BT, ratio)
+        return self._pools[ratio]
 
     def visible_BTK(self, keys: int) -> Tensor:
         """True where key position k is not after the query's position, and of the same document where those are told

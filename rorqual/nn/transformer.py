@@ -185,15 +185,8 @@ class Transformer(nn.Module):
         return x
 
     def run_whole(self, ids_BT: Tensor, step: Step) -> Tensor:
-        """The same without a cache, for a step whose rows begin at 0; its `documents_BT` are kept apart by attention,
-        where the model's kinds of attention can do that (`InputError`)."""
-        if step.documents_BT is not None:
-            for layer in (*self.config.layers, *self.config.mtp):
-                a = layer.attention
-                if not isinstance(a, parts.GQA) and not (isinstance(a, parts.MLA) and a.index is None):
-                    raise InputError(
-                        f"{type(a).__name__} with sparse or compressed keys can't keep documents apart yet"
-                    )
+        """The same without a cache, for a step whose rows begin at 0; its `documents_BT` are kept apart by
+        attention."""
         return self._through(ids_BT, step, None)
 
     def run_paged(self, ids_1N: Tensor, step: PagedStep, stores: Sequence[Store]) -> Tensor:

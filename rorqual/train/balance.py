@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rorqual.family.parts import Router
-from rorqual.nn.router import scores
+from rorqual.kernels.sequence_loss import affinities
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class V2Balance:
 
 def v2_losses(logits_BTE: Tensor, ids_BTK: Tensor, router: Router, factors: V2Balance) -> Tensor:
     """Mean over sequences of α1 Σ f_i P_i + α2 Σ f'_j P'_j + α3 Σ f''_j P''_j, over experts i and devices j."""
-    score_BTE = scores(logits_BTE, router.score)
+    score_BTE = affinities(logits_BTE, router.score)
     (batch, time, experts), chosen = score_BTE.shape, ids_BTK.shape[-1]
     devices, most = router.groups, router.keep
     p_BE = score_BTE.mean(1)

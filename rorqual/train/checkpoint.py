@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+
+from rorqual.data.shards import write_atomically
 
 NAME = re.compile(r"step-(\d{8})")
 
@@ -119,6 +122,27 @@ def read(folder: Path, step: int) -> Kept:
     return kept
 
 
+def facts_of(folder: Path, step: int) -> dict[str, Any]:
+    """The facts of a checkpoint, its tensors unread; none of one that can't be read."""
+    try:
+        return dict(json.loads((place_of(folder, step) / "state.json").read_text(encoding="utf-8"))["facts"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def best(folder: Path) -> list[int]:
+    """The steps whose checkpoints know their held-out loss (the fact `held`), lowest first, the earlier of equals."""
+    held = [(facts_of(folder, step).get("held"), step) for step in steps_in(folder)]
+    return [step for _, step in sorted((h, s) for h, s in held if h is not None and math.isfinite(h))]
+
+
+def amend(folder: Path, kept: Kept) -> None:
+    """Give the checkpoint of its step other facts; all at once, its tensors untouched."""
+    path = place_of(folder, kept.step) / "state.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    write_atomically(path, json.dumps(state | {"facts": kept.facts}, indent=1).encode())
+
+
 def newest(folder: Path) -> tuple[Kept | None, list[str]]:
     """The newest checkpoint that is whole, and what is wrong with those that are newer. One that was being replaced
     when all ended is put back."""
@@ -145,19 +169,28 @@ def set_aside(folder: Path, after: int) -> None:
             os.replace(place, aside)
 
 
-class Writer:
-    """Writes checkpoints in a thread of its own, one at a time, and deletes old ones: the last `last` stay. A write
-    that fails is told to `warn`, and the next one is tried; two in a row are raised."""
+def drop(folder: Path, after: int) -> None:
+    """Delete the checkpoints of steps after `after`, the newest first."""
+    for step in reversed(steps_in(folder)):
+        if step > after:
+            shutil.rmtree(place_of(folder, step))
 
-    def __init__(self, folder: Path, last: int = 2, warn: Callable[[str], None] = print) -> None:
-        self.folder, self.last, self.warn = folder, max(1, last), warn
+
+class Writer:
+    """Writes checkpoints in a thread of its own, one at a time, and deletes old ones: the last `last` stay, and the
+    `best` ones. A write that fails is told to `warn`, and the next one is tried; two in a row are raised."""
+
+    def __init__(
+        self, folder: Path, last: int = 2, warn: Callable[[str], None] = print, best: int = 0
+    ) -> None:
+        self.folder, self.last, self.warn, self.best = folder, max(1, last), warn, best
         self._failed = 0
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
     def put(self, kept: Kept) -> None:
         """Have it written, after what is being written now. The tensors are copied first."""
-        self._join()
+        self.join()
         copied = {
             group: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
             for group, tensors in kept.tensors.items()
@@ -170,15 +203,18 @@ class Writer:
         try:
             write(self.folder, kept)
             older = [step for step in steps_in(self.folder) if step <= kept.step]
-            for step in older[: -self.last]:
-                shutil.rmtree(place_of(self.folder, step))
+            stay = {*older[-self.last :], *best(self.folder)[: self.best]}
+            for step in older:
+                if step not in stay:
+                    shutil.rmtree(place_of(self.folder, step))
             self._failed = 0
         except Exception as error:
             self._failed += 1
             self._error = error
             self.warn(f"the checkpoint of step {kept.step} could not be written: {error}")
 
-    def _join(self) -> None:
+    def join(self) -> None:
+        """Until nothing is being written. Raises what went wrong if two writes in a row did."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -187,7 +223,7 @@ class Writer:
 
     def wait(self) -> None:
         """Until nothing is being written. Raises what went wrong with the last write."""
-        self._join()
+        self.join()
         if self._error is not None and self._failed:
             raise self._error
 

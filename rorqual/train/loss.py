@@ -88,6 +88,10 @@ def cross_entropy(
     hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, *, full: bool = False, rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """`reference`, `rows` rows at a time, and how many targets were the likeliest token. One backward pass."""
-    rows = rows or max(1, (CHUNK_GPU if hidden_ND.is_cuda else CHUNK) // weight_VD.shape[0])
+    if rows is None:
+        most = max(1, (CHUNK_GPU if hidden_ND.is_cuda else CHUNK) // weight_VD.shape[0])
+        rows = max(
+            1, -(-len(hidden_ND) // max(1, -(-len(hidden_ND) // most)))
+        )  # so that all chunks are alike
     loss, right = _Chunked.apply(hidden_ND, weight_VD, target_N, full, rows)
     return loss, right

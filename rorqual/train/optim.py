@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rorqual.kernels import adamw
+from rorqual.kernels import adamw, muon
 
 HYBRID = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
 """Coefficients of V4's Newton-Schulz steps: eight that grow all singular values fast, two that settle them at 1."""
@@ -55,12 +55,20 @@ def by_muon(name: str, parameter: Tensor) -> bool:
 
 def orthogonalised(m_RC: Tensor, product: torch.dtype = torch.bfloat16) -> Tensor:
     """The nearest semi-orthogonal matrix, about, of a matrix or of each of a stack `[..., R, C]`, in `product`."""
-    tall = m_RC.shape[-2] > m_RC.shape[-1]
-    x = (m_RC.mT if tall else m_RC).to(torch.promote_types(m_RC.dtype, torch.float32))
+    x = m_RC.to(torch.promote_types(m_RC.dtype, torch.float32))
     x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)).to(product)
+    return newton_schulz(x)
+
+
+def newton_schulz(x_RC: Tensor) -> Tensor:
+    """V4's steps on matrices `[..., R, C]` of Frobenius norm 1."""
+    tall = x_RC.shape[-2] > x_RC.shape[-1]
+    x = x_RC.mT if tall else x_RC
+    x = x.flatten(0, -3) if x.dim() > 2 else x[None]
     for a, b, c in HYBRID:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.unflatten(0, x_RC.shape[:-2]) if x_RC.dim() > 2 else x[0]
     return x.mT if tall else x
 
 
@@ -106,11 +114,14 @@ class Optimizer:
                 continue
             state = self.state[name]
             weight = state.get("master", p)
-            by_muon = self._muon(name)
-            if not by_muon and adamw.supported(p, weight, found):
+            by_muon, master = self._muon(name), weight.detach() if weight is not p else None
+            if by_muon and adamw.supported(p, weight, found):
+                self._by_muon_fast(p.detach(), master, found, state["m"], factor, rate)
+                continue
+            if adamw.supported(p, weight, found):
                 s = self._adam()
                 adamw.step(
-                    p.detach(), weight.detach() if weight is not p else None, found, state["m"], state["v"], factor,
+                    p.detach(), master, found, state["m"], state["v"], factor,
                     rate=rate, decay=s.decay if p.dim() >= 2 else 0.0, betas=s.betas, eps=s.eps, number=number,
                 )  # fmt: skip
                 continue
@@ -149,6 +160,16 @@ class Optimizer:
         rows, columns = weight.shape[-2:]
         weight.mul_(1 - rate * s.decay)
         weight.add_(o, alpha=-rate * RMS * max(rows, columns) ** 0.5)
+
+    def _by_muon_fast(
+        self, p: Tensor, master: Tensor | None, grad: Tensor, m: Tensor, factor: Tensor | None, rate: float
+    ) -> None:
+        assert isinstance(self.settings, Muon)
+        s, (rows, columns) = self.settings, p.shape[-2:]
+        update, norm = muon.momentum(grad, m, factor, s.momentum, s.nesterov, s.product)
+        o = newton_schulz(update.div_(norm.clamp(min=1e-30)))
+        stride = rate * RMS * max(rows, columns) ** 0.5
+        muon.move(p, master, o.contiguous(), shrink=1 - rate * s.decay, stride=stride)
 
     # ------------------------------------------------------------------------------------- state
 

@@ -7,10 +7,16 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
-from rorqual.family import ModelConfig
+from rorqual.family import MLA, CompressedAttention, ModelConfig, MoE
+from rorqual.family.parts import Attention
+from rorqual.train.anticipate import Anticipation
 from rorqual.train.balance import V2Balance
 from rorqual.train.optim import AdamW, Settings
 from rorqual.train.schedule import Schedule, Stage
+
+DSA = ("", "dense", "warm-up", "sparse")
+"""How models with indexers are trained: "" sparse, and the indexers learn nothing; "dense" without them; "warm-up"
+dense, and they alone learn; "sparse", and all learn (V3.2 report 2.1; facts 3.8)."""
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -26,18 +32,43 @@ class Source:
 @dataclass(frozen=True)
 class Guard:
     """Against loss spikes: a step whose gradient norm is more than `factor` times the median of the last `window`
-    steps, or whose loss or gradient is not a number, moves nothing; after `most` such steps in a row the run stops."""
+    steps, or whose loss or gradient is not a number, moves nothing; after `most` such steps in a row the run stops.
+
+    With `back` the run goes back to its newest checkpoint and leaves out what was seen from there to that step, that
+    step's batch with it; `most` times to the same one at most. So it does, whatever `back` says, when weights are no
+    longer numbers. To the bit on a CPU, stopped or not, as long as `save_every` stays."""
 
     factor: float = 10.0
     window: int = 50
     most: int = 5
+    back: bool = False
+
+
+@dataclass(frozen=True)
+class Dropping:
+    """V2's token dropping (V2 report 2.2.4): each device (a group of a router's experts) takes `capacity` times its
+    even share of a micro-batch's tokens, those of highest affinity; from a share `exempt` of sequences none is dropped.
+    """
+
+    capacity: float = 1.0
+    exempt: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (self.capacity > 0 and 0 <= self.exempt <= 1):
+            raise ValueError(
+                f"dropping at capacity {self.capacity} with {self.exempt} exempt: the first must be above 0, the "
+                "second a share"
+            )
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything a run is made of. `tokens`: where it ends. `micro`: rows that go through the model at once.
     `v2`: V2's balance losses instead of V3's. `rate`, `mtp` (λ) and `speed` (γ of the routers' biases) are
-    functions of tokens seen. `recompute`: less is kept for the backward pass, and made again there."""
+    functions of tokens seen. `recompute`: less is kept for the backward pass, and made again there. `begin`: a
+    checkpoint whose weights it begins with. `dsa`: how models with indexers are trained (`DSA`). `keep`: the last
+    checkpoints that stay, beside the `keep_best` with the lowest held-out loss, of those at whose step it was
+    evaluated."""
 
     name: str
     config: ModelConfig
@@ -54,6 +85,10 @@ class Recipe:
     guard: Guard | None = field(default_factory=Guard)
     ema: float | None = None
     apart: bool = False
+    begin: str = ""
+    dsa: str = ""
+    drop: Dropping | None = None
+    anticipate: Anticipation | None = None
     recompute: bool = False
     micro: int = 8
     dtype: str = "float32"
@@ -61,6 +96,7 @@ class Recipe:
     evaluate_every: int = 0
     save_every: int = 0
     keep: int = 2
+    keep_best: int = 0
 
     def __post_init__(self) -> None:
         for name in ("tokens", "micro", "keep"):
@@ -72,16 +108,35 @@ class Recipe:
             raise ValueError(f"clip is {self.clip}; it must be above 0, or none")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema is {self.ema}; it must lie between 0 and 1, or be none")
-        if not self.balance >= 0 or self.evaluate_every < 0 or self.save_every < 0:
-            raise ValueError("balance, evaluate_every and save_every must not be below 0")
+        if not self.balance >= 0 or min(self.evaluate_every, self.save_every, self.keep_best) < 0:
+            raise ValueError("balance, evaluate_every, save_every and keep_best must not be below 0")
+
+        layers = (*self.config.layers, *self.config.mtp)
+        if self.dsa not in DSA:
+            raise ValueError(f"dsa is {self.dsa!r}; it can be {', '.join(repr(kind) for kind in DSA)}")
+        if self.dsa and not any(has_index(layer.attention) for layer in layers):
+            raise ValueError(f"dsa is {self.dsa!r}, but the model has no indexers")
+        if self.drop is not None and not any(
+            isinstance(layer.ff, MoE) and layer.ff.router.groups > 1 for layer in layers
+        ):
+            raise ValueError(
+                "tokens are dropped by device, and no router of this model has groups of experts"
+            )
 
     def fingerprint(self) -> str:
         """What two runs compare, to know whether one goes on with the other. How often it is looked at and saved is
         left out, as is what of a folder's name."""
-        left_out = ("name", "evaluate_every", "save_every", "keep", "sources")
+        left_out = ("name", "evaluate_every", "save_every", "keep", "keep_best", "sources", "begin")
         facts = [(f.name, repr(getattr(self, f.name))) for f in fields(self) if f.name not in left_out]
         weights = [source.weight for source in self.sources]
         return hashlib.sha256(repr((facts, weights)).encode()).hexdigest()
+
+
+def has_index(part: Attention) -> bool:
+    """Whether an indexer chooses what attention of this kind sees."""
+    if isinstance(part, CompressedAttention):
+        return part.compress is not None and part.compress.index is not None
+    return isinstance(part, MLA) and part.index is not None
 
 
 def override(recipe: Any, path: str, value: str) -> Any:

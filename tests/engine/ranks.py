@@ -9,7 +9,6 @@ import random
 import socket
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -22,11 +21,8 @@ from rorqual.nn import InputError
 from rorqual.nn.layout import Layout
 from rorqual.nn.paged import page_bytes, ring_bytes
 from tests.engine.conftest import config
+from tests.forks import CONTEXT
 from tests.parity.zoo import stir_ours
-
-# A server that has imported everything once and starts the ranks from itself: they cost next to nothing.
-CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed", "tests.engine.ranks"])
 
 GREEDY = Sampling(0.0, max_new_tokens=10, ignore_eos=True)
 

@@ -74,8 +74,8 @@ def test_bits_by_kernels(kind: str, request: pytest.FixtureRequest) -> None:
     stem = [random.randrange(60) for _ in range(33)]
     launched = request.getfixturevalue("interpreted")
     engine = engine_of(model, 200, step_tokens=24, invariant=True)
-    handles = serve(engine, [stem], 3)
-    handles += serve(engine, [[*stem, 5, 6], [random.randrange(60) for _ in range(7)]], 3)
+    handles = serve(engine, [stem], 2)
+    handles += serve(engine, [[*stem, 5, 6], [random.randrange(60) for _ in range(7)]], 2)
     idle(engine)
     assert handles[1].request.cached > 0 and launched
     check(model, handles)

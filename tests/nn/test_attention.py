@@ -45,6 +45,34 @@ def test_absorbed_equals_expanded(q_rank: int | None) -> None:
         assert largest(outs[0], other) < 1e-12
 
 
+def test_sparse_attention_trains_alike_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and all gradients of a batch of two, as on a CPU and in the form that a GPU takes."""
+    (part,) = {layer.attention for layer in config("v32").layers if isinstance(layer.attention, MLA)}
+    brick = Brick(32, part, 1e-6).double()
+    stir_ours(brick)
+    x = torch.randn(2, 21, 32, dtype=torch.float64, requires_grad=True)
+    step, runs = Step(Rows([0, 0], [21, 21], 21, x.device)), []
+    for kernels in (False, True):
+        monkeypatch.setattr("rorqual.nn.mla.trained_by_kernels", lambda q, kernels=kernels: kernels)
+        y = brick(x, step, None)
+        into = [x, *(w for name, w in brick.named_parameters() if not name.startswith("index"))]
+        runs.append([y, *torch.autograd.grad((y * torch.linspace(-1, 1, 32)).sum(), into)])
+    assert "_TrainedBackward" in graph(y) and len(runs[0]) > 5
+    for plain, trained in zip(*runs, strict=True):
+        assert largest(plain.detach(), trained.detach()) < 1e-9
+
+
+def graph(y: torch.Tensor) -> str:
+    """The names of the operations that gradients of y go back through."""
+    seen, left = [], [y.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.append(node)
+            left += [into for into, _ in node.next_functions]
+    return " ".join(type(node).__name__ for node in seen)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [1, 7, 16, 53])

@@ -13,9 +13,10 @@ from rorqual import Sampling
 from rorqual.family import HyperConnection, Index, MoE, Router
 from rorqual.kernels import linear as kernel
 from rorqual.kernels.quant import quantize_fp8
+from rorqual.kernels.sequence_loss import affinities, sequence_loss
 from rorqual.kernels.simulate import fake_fp4, fake_fp8, hadamard
 from rorqual.nn import InputError, Trace, Transformer
-from rorqual.nn.balance import expert_load, max_violation, sequence_loss, update_bias
+from rorqual.nn.balance import expert_load, max_violation, update_bias
 from rorqual.nn.hyper import Mix, sinkhorn
 from rorqual.nn.linear import Linear, together
 from rorqual.nn.moe import MoE as Brick
@@ -95,17 +96,19 @@ def test_update_follows_the_sign_of_the_mean() -> None:
         update_bias(router(Router("softmax"), 4, 1), torch.ones(4), 0.1)
 
 
-def test_sequence_loss_is_the_formula() -> None:
-    scores, experts, chosen = torch.rand(2, 5, 4), 4, 2
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_sequence_loss_is_the_formula(score: str) -> None:
+    logits, experts, chosen = torch.randn(2, 5, 4), 4, 2
+    scores = affinities(logits, score)
     ids = scores.topk(chosen).indices
     expected = 0.0
     for b in range(2):
         for i in range(experts):
             f = experts / (chosen * 5) * int((ids[b] == i).sum())
             expected += f * float((scores[b] / scores[b].sum(-1, keepdim=True))[:, i].mean()) / 2
-    assert float(sequence_loss(scores, ids)) == pytest.approx(expected, rel=1e-5)
-    even = torch.ones(1, 4, 4)
-    assert float(sequence_loss(even, torch.tensor([[[0, 1], [2, 3], [0, 1], [2, 3]]]))) == pytest.approx(1.0)
+    assert float(sequence_loss(logits, chosen, score)) == pytest.approx(expected, rel=1e-5)
+    even = torch.eye(4).repeat_interleave(2, 0)[None]  # each is once first of two tokens, and equally likely
+    assert float(sequence_loss(even, 1, score)) == pytest.approx(1.0)
 
 
 def test_experts_do_not_see_their_neighbours() -> None:

@@ -8,15 +8,10 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-# One process that has imported everything, and from which servers start: they cost next to nothing.
-CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["tests.serve.processes", "tests.serve.puppet", "rorqual.serve.run", "rorqual.serve.ranks"]
-)
+from tests.forks import CONTEXT
 
 
 def free_port() -> int:

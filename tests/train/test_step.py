@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rorqual.data import Batch
 from rorqual.family import ModelConfig, Router
-from rorqual.nn import InputError, Rows, Trace, Transformer
+from rorqual.nn import Rows, Trace, Transformer
 from rorqual.train.balance import V2Balance
 from rorqual.train.objective import Counts, Factors, Pretraining
 from tests.engine.conftest import config
@@ -116,12 +116,20 @@ def test_balance_counts_in_every_layer_with_a_router_that_learns(name: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "apart"),
-    [("gqa", False), ("gqa", True), ("v3", False), ("v3", True), ("v32", False), ("v4", False)],
+    ("name", "apart", "dsa"),
+    [
+        ("gqa", False, ""),
+        ("gqa", True, ""),
+        ("v3", False, ""),
+        ("v3", True, ""),
+        ("v32", False, "warm-up"),
+        ("v32", True, "sparse"),
+        ("v4", True, "sparse"),
+    ],
 )
-def test_any_cut_into_micro_batches_gives_the_same_step(name: str, apart: bool) -> None:
+def test_any_cut_into_micro_batches_gives_the_same_step(name: str, apart: bool, dsa: str) -> None:
     model = double(config(name))
-    given, objective, factors = batch(4), Pretraining(apart), Factors(0.3, 0.01)
+    given, objective, factors = batch(4), Pretraining(apart, dsa), Factors(0.3, 0.01)
     seen = []
     for pieces in (1, 2, 4):
         for p in model.parameters():
@@ -149,35 +157,38 @@ def test_any_cut_into_micro_batches_gives_the_same_step(name: str, apart: bool) 
         assert all((grads[key] - grad).abs().max() < 1e-12 for key, grad in seen[0][2].items())
 
 
-@pytest.mark.parametrize("name", ["gqa", "v3"])
+@pytest.mark.parametrize("name", ["gqa", "v3", "v32", "v4"])
 def test_documents_kept_apart_are_documents_alone(name: str) -> None:
+    """The next tokens' loss, and what indexers learn: V4's windows are those of each document, too."""
     model = double(replace(config(name), mtp=()))
-    lengths = (5, 1, 8)
-    ids = torch.randint(3, VOCAB, (1, sum(lengths) + 1))
-    documents = torch.repeat_interleave(torch.arange(3), torch.tensor([5, 1, 9]))[None]
-    given = Batch(ids, documents, torch.zeros(1, dtype=torch.long), 1)
-    objective = Pretraining(apart=True)
-    counts = objective.counts([given], 0)
-    assert counts == Counts((4 + 0 + 8,), 1)
-    loss = objective(model, given, counts, Factors()).told["next"] * 12
-    alone, at = torch.zeros((), dtype=torch.float64), 0
-    for n, length in enumerate(lengths):
-        own = ids[:, at : at + length + (n == 2)]
-        if own.shape[1] > 1:
-            logits = model(own[:, :-1])
-            alone = alone + F.cross_entropy(logits[0], own[0, 1:], reduction="sum")
-        at += length
-    assert abs(loss - alone) < 1e-10
-    together = Pretraining()(model, given, Counts((14,), 1), Factors()).told["next"]
-    assert abs(together * 14 - alone) > 0.1
-
-
-@pytest.mark.parametrize("name", ["v32", "v4"])
-def test_documents_that_can_not_be_kept_apart_are_refused(name: str) -> None:
-    model, given = Transformer(config(name), dtype=torch.float64), batch()
-    objective = Pretraining(apart=True)
-    with pytest.raises(InputError, match="apart"):
-        objective(model, given, objective.counts([given], 1), Factors())
+    lengths = (5, 1, 23, 41)
+    ids = torch.randint(3, VOCAB, (2, sum(lengths) + 1))
+    documents = torch.repeat_interleave(torch.arange(4), torch.tensor([*lengths[:-1], lengths[-1] + 1]))
+    # The second row has other borders.
+    both = torch.stack((documents, documents.flip(0).neg()))
+    given = Batch(ids, both, torch.zeros(2, dtype=torch.long), 1)
+    dsa = "sparse" if name in ("v32", "v4") else ""
+    objective = Pretraining(True, dsa)
+    counts, targets = objective.counts([given], 0), 2 * (sum(lengths) - 3)
+    assert counts == Counts((targets,), 2)
+    told = objective(model, given, counts, Factors()).told
+    alone, learnt = torch.zeros(2, dtype=torch.float64)
+    for row, numbers in zip(ids, both, strict=True):
+        for number in numbers.unique():
+            own = row[numbers == number][None]
+            logits = model(own)[0, :-1]
+            alone = alone + F.cross_entropy(logits, own[0, 1:], reduction="sum")
+            if dsa:
+                # The row's last token is only foretold; a document before it needs one that is.
+                read = own if numbers[-1] == number else F.pad(own, (0, 1), value=3)
+                one = Batch(read, torch.zeros_like(read), torch.zeros(1), 1)
+                found = Pretraining(dsa=dsa)(model, one, Counts((1,), 1), Factors()).told
+                learnt = learnt + found.get("index", 0) * (read.shape[1] - 1)
+    assert abs(told["next"] * targets - alone) < 1e-9
+    if dsa:
+        assert abs(told["index"] * 2 * sum(lengths) - learnt) < 1e-10 and learnt > 0.1
+    together = Pretraining()(model, given, Counts((1,), 1), Factors()).told["next"]
+    assert abs(together - alone) > 0.1
 
 
 def test_too_few_tokens_ahead_are_refused() -> None:

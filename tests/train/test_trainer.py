@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -20,12 +19,14 @@ import torch
 
 from rorqual.data import Options, build
 from rorqual.train import checkpoint
+from rorqual.train.anticipate import Anticipation
 from rorqual.train.optim import Muon
-from rorqual.train.recipe import Guard, Recipe, Source, override
+from rorqual.train.recipe import Dropping, Guard, Recipe, Source, override
 from rorqual.train.schedule import Schedule, Stage
 from rorqual.train.trainer import LOG, Trainer, TrainError
 from tests.data.corpora import TOKENIZER, json_lines, texts
 from tests.engine.conftest import config
+from tests.forks import CONTEXT
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,12 @@ def ends(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("gqa", {}), ("v3", {}), ("v3", {"optimizer": Muon(), "dtype": "bfloat16"}), ("v4", {})],
+    [
+        ("gqa", {}),
+        ("v3", {"drop": Dropping(0.8)}),
+        ("v3", {"optimizer": Muon(), "dtype": "bfloat16"}),
+        ("v4", {"apart": True, "dsa": "sparse", "anticipate": Anticipation(2)}),
+    ],
 )
 def test_stopped_and_resumed_it_is_the_same_run(
     tmp_path: Path, corpus: str, kind: str, changes: dict[str, Any]
@@ -90,6 +96,11 @@ def test_stopped_and_resumed_it_is_the_same_run(
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
     assert checkpoint.same(ends(part), ends(whole))
     assert checkpoint.steps_in(tmp_path / "cut") == checkpoint.steps_in(tmp_path / "whole")
+    last = [
+        checkpoint.read(tmp_path / name, checkpoint.steps_in(tmp_path / name)[0]) for name in ("cut", "whole")
+    ]
+    assert ("routes" in last[1].tensors) == ("anticipate" in changes)
+    assert all(checkpoint.same(last[0].tensors[group], last[1].tensors[group]) for group in last[1].tensors)
 
 
 @pytest.mark.parametrize("where", ["told", "optimizer", "evaluate", "gradients"])
@@ -148,11 +159,9 @@ def go_on(corpus: str, folder: str, resume: bool) -> None:
 
 @pytest.mark.slow
 def test_killed_at_twenty_moments_the_curve_is_the_unbroken_one(tmp_path: Path, corpus: str) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rorqual.train.trainer"])
     moments, kills, begun = random.Random(5), 0, False
     for _ in range(60):
-        child = context.Process(target=go_on, args=(corpus, str(tmp_path / "cut"), begun))
+        child = CONTEXT.Process(target=go_on, args=(corpus, str(tmp_path / "cut"), begun))
         child.start()
         end = time.monotonic() + 60
         goal = lines(tmp_path / "cut" / LOG) + moments.randint(1, 5)

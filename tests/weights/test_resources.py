@@ -1,8 +1,6 @@
 """What loading costs: the memory of the model and little more. (Its speed: benchmarks/loading.py.)"""
 
-import json
-import os
-import subprocess
+import resource
 import sys
 
 import pytest
@@ -11,7 +9,8 @@ from safetensors import safe_open
 
 from rorqual.family.hub import from_hub
 from rorqual.nn import Transformer
-from rorqual.weights import save
+from rorqual.weights import load, save
+from tests.forks import CONTEXT
 from tests.weights.tiny import CONFIGS
 
 DENSE = dict(
@@ -50,39 +49,41 @@ def big(tmp_path_factory):
     return make
 
 
-MEASURE = """
-import json, resource, sys, torch
-sys.path.insert(0, {repo!r})
-from rorqual.weights import load
-load({small!r})  # so that what is allocated once is there
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
-model = load({path!r}, {options})
-after = peak()
-print(json.dumps([after - before, sum(t.nbytes for t in model.state_dict().values()),
-                  sum(t.nbytes for t in model.released_scales.values())]))
-"""
+
+
+def measure(told, small, path, options):
+    """In a process of its own: by how much the peak grew, and what the model holds of that."""
+    load(small)  # so that what is allocated once is there
+    before = peak()
+    model = load(path, **options)
+    after = peak()
+    held = sum(t.nbytes for t in model.state_dict().values())
+    told.send((after - before, held, sum(t.nbytes for t in model.released_scales.values())))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux")
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("dense", ""),
-        ("dense", "mapped=False"),
-        ("dense", "dtype=torch.float32"),
-        ("moe", ""),
-        ("moe", "dtype=torch.float32"),
-        ("fp8", ""),
-        ("fp8", "dtype=torch.bfloat16"),
+        ("dense", {}),
+        ("dense", {"mapped": False}),
+        ("dense", {"dtype": torch.float32}),
+        ("moe", {}),
+        ("moe", {"dtype": torch.float32}),
+        ("fp8", {}),
+        ("fp8", {"dtype": torch.bfloat16}),
     ],
 )
 def test_peak_memory_is_the_model_and_one_tensor(big, made, kind, options):
     path = big(kind)
-    code = MEASURE.format(repo=os.getcwd(), small=str(made("llama").path), path=str(path), options=options)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    grown, held, scales = json.loads(done.stdout)
+    here, there = CONTEXT.Pipe(duplex=False)
+    child = CONTEXT.Process(target=measure, args=(there, made("llama").path, path, options))
+    child.start()
+    there.close()  # so that a child that dies is an end, not a wait
+    grown, held, scales = here.recv()
+    child.join()
     with safe_open(path / "model.safetensors", "pt") as f:
         largest = max(f.get_tensor(k).nbytes for k in f.keys())  # noqa: SIM118 - not a dict
     assert held > 100e6
