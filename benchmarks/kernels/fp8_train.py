@@ -23,6 +23,7 @@ from rorqual.kernels import experts_grad
 from rorqual.kernels import fp8_train as layers
 from rorqual.kernels import fp8_train_experts as routed
 from rorqual.kernels import fp8_train_gluon as hopper
+from rorqual.kernels import fp8_train_gluon_tokens as hopper_tokens
 from rorqual.kernels import fp8_train_products as products
 from rorqual.kernels import fp8_train_quant as quant
 from rorqual.kernels import fp8_train_swiglu as gated
@@ -69,7 +70,7 @@ def forms(
 
 
 def product_forms(case: Case) -> list[tuple[str, Any]]:
-    return forms(case.weight_slope, hopper, ("ORDERED", "BAND"), PRODUCTS)
+    return forms(case.weight_slope, hopper_tokens, ("ORDERED", "BAND"), PRODUCTS)
 
 
 def row_forms(case: Case) -> list[tuple[str, Any]]:

@@ -30,9 +30,11 @@ def _refused(device: torch.device) -> list[str]:
 
 def _scaled(a: Codes, b: Tensor, b_scale: Tensor, kind: torch.dtype) -> Tensor | None:
     """a b^T by cuBLASLt, or None if it refuses: b's scales `[O, D / 128]` or `[O / 128, D / 128]`."""
-    refused = _refused(a.codes.device)
-    if refused or (b_scale.shape[1] % 4 and b_scale.shape[0] != len(b)):
-        return None  # blocks' scales are read in rows of four
+    refused, runs = _refused(a.codes.device), b_scale.shape[0] == len(b)
+    # It reads blocks' scales in rows of four, and runs' where they lie without gaps.
+    close = a.scale.stride(1) == len(a.scale) and (not runs or b_scale.stride(1) == len(b))
+    if refused or not close or (not runs and b_scale.shape[1] % 4):
+        return None
     try:
         return torch._scaled_mm(a.codes, b.t(), a.scale, b_scale.t(), out_dtype=kind)
     except (RuntimeError, ValueError, NotImplementedError) as error:

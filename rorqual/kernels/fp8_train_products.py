@@ -4,7 +4,8 @@
 channels by blocks of 128x128. `matrix_product` is the gradient of the weight: runs of 128 tokens by runs of 128 tokens.
 Each 128 that the tensor cores have added up are multiplied by both scales and added to an fp32 sum.
 
-On Hopper `fp8_train_gluon` does them, on other GPUs the Triton kernels here, elsewhere the references.
+On Hopper `fp8_train_gluon` and `fp8_train_gluon_tokens` do them, on other GPUs the Triton kernels here, elsewhere the
+references.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rorqual.kernels import fp8_train_gluon
+from rorqual.kernels import fp8_train_gluon, fp8_train_gluon_tokens
 from rorqual.kernels.fp8_train_quant import BLOCK, Codes, Matrices, room
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.quant import QuantError, dequantize_fp8
@@ -216,7 +217,9 @@ def matrix_product(
     count = groups.ends.shape[0]
     dw = add if add is not None else torch.empty(count, out, width, dtype=dtype, device=x.codes.device)
     if fp8_train_gluon.supported(x.codes):
-        fp8_train_gluon.matrix_product(dy.codes, dy.scale, x.codes, x.scale, groups.ends, dw, add is not None)
+        fp8_train_gluon_tokens.matrix_product(
+            dy.codes, dy.scale, x.codes, x.scale, groups.ends, dw, add is not None
+        )
     else:
         matrix_fast(dy, x, groups, dw, add is not None)
     return dw

@@ -48,6 +48,7 @@ __all__ = [
     "Held",
     "TensorDescriptor",
     "async_copy",
+    "await_turn",
     "described",
     "descriptor",
     "expect",
@@ -58,7 +59,10 @@ __all__ = [
     "let_by",
     "make_room",
     "mbarrier",
+    "order_room",
+    "pass_on",
     "processors",
+    "put",
     "reciprocal",
     "supported",
     "table_room",
@@ -161,6 +165,43 @@ def reciprocal(x):
     return gl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
     )
+
+
+@gluon.jit
+def order_room():
+    """Barriers by which two groups take turns at the tensor cores: left to themselves both multiply at the same time,
+    and then both add while the tensor cores wait."""
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(bars.index(i), count=1)
+    return bars
+
+
+@gluon.jit
+def await_turn(order, number, GROUP: gl.constexpr, ORDERED: gl.constexpr):
+    """Wait until group GROUP may issue its product number `number`: the first group's first may at once."""
+    if ORDERED:
+        mbarrier.wait(order.index(GROUP), (number & 1) ^ (1 - GROUP))
+
+
+@gluon.jit
+def pass_on(order, GROUP: gl.constexpr, ORDERED: gl.constexpr):
+    """The product is issued: the other group's next one may follow."""
+    if ORDERED:
+        mbarrier.arrive(order.index(1 - GROUP))
+
+
+@gluon.jit
+def put(to, values, STORE: gl.constexpr, there, ADD: gl.constexpr):
+    """Store fp32 sums as what `to` points at, added to what is there if ADD: fp32 by the cache, which nobody waits
+    for."""
+    values = gl.convert_layout(values, STORE)
+    if ADD and to.dtype.element_ty == gl.float32:
+        gl.atomic_add(to, values, there, sem="relaxed")
+    else:
+        if ADD:
+            values += gl.load(to, there, other=0.0).to(gl.float32)
+        gl.store(to, values.to(to.dtype.element_ty), there)
 
 
 Held = tuple[Tensor, Tensor]
