@@ -142,29 +142,6 @@ def _fit(x_ND: Tensor, weights: Sequence[Tensor]) -> None:
         raise QuantError(f"weights side by side need outputs in 128s, got {sizes}: take one at a time")
 
 
-@dataclass(frozen=True)
-class Products:
-    """`mla_grad.Products` in FP8: what is kept of rows are their transposed codes."""
-
-    powers: Powers = Powers()
-
-    def keep(self, x_ND: Tensor) -> tuple[Tensor, ...]:
-        kept = quantize_both(x_ND, self.powers.rows)[1]
-        return kept.codes, kept.scale
-
-    def forward(self, x_ND: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        y, kept = forward(x_ND, weights, self.powers)
-        assert kept is not None
-        return y, (kept.codes, kept.scale)
-
-    def backward(
-        self, slope: Tensor, kept: tuple[Tensor, ...], weights: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        dx, dws = backward(slope, Codes(*kept), weights, self.powers)
-        assert dx is not None
-        return dx, [dw for dw in dws if dw is not None]
-
-
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(

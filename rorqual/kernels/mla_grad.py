@@ -8,9 +8,8 @@ what attention keeps of its softmax. The norms and the up-projections, and so ke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +18,13 @@ from rorqual.kernels import attention, mla_turn, norm_grad
 from rorqual.kernels.attention import Kept
 from rorqual.kernels.fuse import rmsnorm
 from rorqual.kernels.gpu import usable
+from rorqual.kernels.products import products
 
 
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a brick: `batch` rows of tokens, heads, a head's channels that don't turn and that do, `rank` of the
-    latent. `keep`: keys and values, and queries made from a latent, are kept."""
+    latent. `keep`: keys and values, and queries made from a latent, are kept. `fp8`: products are in FP8."""
 
     batch: int
     heads: int
@@ -35,6 +35,7 @@ class Shape:
     eps: float
     interleaved: bool
     keep: bool
+    fp8: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,45 +48,6 @@ class Matrices:
     kv: Tensor
     kv_norm: Tensor
     kv_up: Tensor
-
-
-class Products(Protocol):
-    """How rows are multiplied by weights `[O, D]`, several side by side, and back: as they are (`Plain`), or in codes
-    (`fp8_train.Products`)."""
-
-    def keep(self, x_ND: Tensor) -> tuple[Tensor, ...]:
-        """What the weights' gradients need of x."""
-
-    def forward(self, x_ND: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Results side by side `[N, sum of O]`, and what `keep` gives."""
-
-    def backward(
-        self, slope: Tensor, kept: tuple[Tensor, ...], weights: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of x and of the weights."""
-
-
-class Plain:
-    """`Products` in the weights' precision."""
-
-    def keep(self, x_ND: Tensor) -> tuple[Tensor, ...]:
-        return (x_ND,)
-
-    def forward(self, x_ND: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return x_ND @ _beside(weights).t(), (x_ND,)
-
-    def backward(
-        self, slope: Tensor, kept: tuple[Tensor, ...], weights: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        dws = (slope.t() @ kept[0]).split([len(w) for w in weights])
-        return slope @ _beside(weights), list(dws)
-
-
-PLAIN = Plain()
-
-
-def _beside(weights: Sequence[Tensor]) -> Tensor:
-    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
 
 
 def _lay(
@@ -108,54 +70,47 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_ND: Tensor, q_w: Tensor, q_norm: Tensor | None, q_up: Tensor | None, kv_w: Tensor,
-        kv_norm: Tensor, kv_up: Tensor, cos: Tensor, sin: Tensor, s: Shape, products: Products,
+        kv_norm: Tensor, kv_up: Tensor, cos: Tensor, sin: Tensor, s: Shape,
     ) -> Tensor:  # fmt: skip
-        first, kept_x = products.forward(x_ND, (q_w, kv_w))
-        begin = len(q_w)
+        by, begin = products(s.fp8, q_w), len(q_w)
+        first, from_x = by.forward(x_ND, (q_w, kv_w))
         latent, rope = first[:, begin : begin + s.rank], first[:, begin + s.rank :]
-        if q_up is None or q_norm is None:
-            q = first[:, :begin]
-        else:
-            q = products.forward(rmsnorm(first[:, :begin], q_norm, s.eps), (q_up,))[0]
+        q, from_q = first[:, :begin], None
+        if q_up is not None and q_norm is not None:
+            q, from_q = by.forward(rmsnorm(q, q_norm, s.eps), (q_up,))
         q_NHd = q.unflatten(1, (s.heads, -1))
-        up, _ = products.forward(rmsnorm(latent, kv_norm, s.eps), (kv_up,))
+        up, from_latent = by.forward(rmsnorm(latent, kv_norm, s.eps), (kv_up,))
         up_NHe = up.unflatten(1, (s.heads, -1))
         k_NHd = _lay(q_NHd, rope, up_NHe, cos, sin, s)
         q, k, v = _by_head(q_NHd, s), _by_head(k_NHd, s), _by_head(up_NHe[..., s.nope :], s)
-        o, kept = attention.forward(q, k, v, s.scale)
+        o, softmax = attention.forward(q, k, v, s.scale)
         held = (q_NHd if q_up is not None else None, k_NHd, up_NHe) if s.keep else (None, None, None)
         ctx.save_for_backward(
-            q_w, q_norm, q_up, kv_w, kv_norm, kv_up, cos, sin, first, o, *held, *kept_x, *kept.tensors
+            q_w, q_norm, q_up, kv_w, kv_norm, kv_up, cos, sin, first, o, *held, *softmax.tensors
         )
-        ctx.shape, ctx.numbers, ctx.products, ctx.parts = s, kept.numbers, products, len(kept_x)
+        ctx.kept = from_x, *((from_q, from_latent) if s.keep else (None, None))
+        ctx.shape, ctx.numbers = s, softmax.numbers
         return o.transpose(1, 2).reshape(len(x_ND), -1)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
-        s, products = ctx.shape, ctx.products
-        q_w, q_norm, q_up, kv_w, kv_norm, kv_up, cos, sin, first, o, q_NHd, k_NHd, up_NHe, *rest = (
+        s = ctx.shape
+        q_w, q_norm, q_up, kv_w, kv_norm, kv_up, cos, sin, first, o, q_NHd, k_NHd, up_NHe, *softmax = (
             ctx.saved_tensors
         )
-        kept_x, softmax = tuple(rest[: ctx.parts]), rest[ctx.parts :]
-        begin = len(q_w)
-        latent, rope = first[:, begin : begin + s.rank], first[:, begin + s.rank :]
-        normed = rmsnorm(latent, kv_norm, s.eps)
-        q_latent = None if q_up is None else rmsnorm(first[:, :begin], q_norm, s.eps)
+        by, begin, (from_x, from_q, from_latent) = products(s.fp8, q_w), len(q_w), ctx.kept
+        q_part, latent = first[:, :begin], first[:, begin : begin + s.rank]
         if q_up is None:
-            q_NHd = first[:, :begin].unflatten(1, (s.heads, -1))  # turned where it lies
+            q_NHd = q_part.unflatten(1, (s.heads, -1))  # turned where it lies
         if k_NHd is None:
-            up, kept_kv = products.forward(normed, (kv_up,))
+            up, from_latent = by.forward(rmsnorm(latent, kv_norm, s.eps), (kv_up,))
             up_NHe = up.unflatten(1, (s.heads, -1))
-            if q_latent is not None:
-                q, kept_q = products.forward(q_latent, (q_up,))
+            if q_up is not None:
+                q, from_q = by.forward(rmsnorm(q_part, q_norm, s.eps), (q_up,))
                 q_NHd = q.unflatten(1, (s.heads, -1))
+            rope = first[:, begin + s.rank :]
             k_NHd = _lay(q_NHd, rope, up_NHe, cos, sin, s, turn=q_up is not None)
-        else:
-            kept_kv = products.keep(normed)
-            kept_q = products.keep(q_latent) if q_latent is not None else ()
-        del normed
-        (slope,) = slopes
-        slope = _by_head(slope.contiguous().unflatten(1, (s.heads, -1)), s)
+        slope = _by_head(slopes[0].contiguous().unflatten(1, (s.heads, -1)), s)
         q, k, v = _by_head(q_NHd, s), _by_head(k_NHd, s), _by_head(up_NHe[..., s.nope :], s)
         back = attention.backward(slope, q, k, v, o, Kept(tuple(softmax), ctx.numbers), s.scale)
         dq, dk, dv = (t.transpose(1, 2).flatten(0, 1).contiguous() for t in back)
@@ -164,14 +119,14 @@ class _Attend(torch.autograd.Function):
         dq_wide = dfirst[:, :begin] if q_up is None else torch.empty_like(dq).flatten(1)
         dup = _part(dq, dk, dv, cos, sin, dq_wide, dfirst[:, begin + s.rank :], s).flatten(1)
         del dq, dk, dv
-        dnormed, (dkv_up,) = products.backward(dup, kept_kv, (kv_up,))
+        dnormed, (dkv_up,) = by.backward(dup, from_latent, (kv_up,))
         dkv_norm = _norm_back(latent, kv_norm, s.eps, dnormed, dfirst[:, begin : begin + s.rank])
         dq_norm = dq_up = None
-        if q_up is not None and q_latent is not None:
-            dlatent, (dq_up,) = products.backward(dq_wide, kept_q, (q_up,))
-            dq_norm = _norm_back(first[:, :begin], q_norm, s.eps, dlatent, dfirst[:, :begin])
-        dx, (dq_w, dkv_w) = products.backward(dfirst, kept_x, (q_w, kv_w))
-        return dx, dq_w, dq_norm, dq_up, dkv_w, dkv_norm, dkv_up, None, None, None, None
+        if q_up is not None:
+            dnormed, (dq_up,) = by.backward(dq_wide, from_q, (q_up,))
+            dq_norm = _norm_back(q_part, q_norm, s.eps, dnormed, dfirst[:, :begin])
+        dx, (dq_w, dkv_w) = by.backward(dfirst, from_x, (q_w, kv_w))
+        return dx, dq_w, dq_norm, dq_up, dkv_w, dkv_norm, dkv_up, None, None, None
 
 
 def _part(
@@ -197,15 +152,11 @@ def _norm_back(x: Tensor, weight: Tensor, eps: float, slope: Tensor, to: Tensor)
     return dweight
 
 
-def mla_trained(
-    x_ND: Tensor, matrices: Matrices, cos: Tensor, sin: Tensor, shape: Shape, products: Products = PLAIN
-) -> Tensor:
+def mla_trained(x_ND: Tensor, matrices: Matrices, cos: Tensor, sin: Tensor, shape: Shape) -> Tensor:
     """Attended values `[N, H * v]` of hidden states `[N, D]`, N = batch * T, each row of T seeing itself causally;
-    cos and sin `[T, rope / 2]` fp32. `products`: in which numbers the projections are multiplied."""
+    cos and sin `[T, rope / 2]` fp32."""
     m = matrices
-    o: Tensor = _Attend.apply(
-        x_ND, m.q, m.q_norm, m.q_up, m.kv, m.kv_norm, m.kv_up, cos, sin, shape, products
-    )
+    o: Tensor = _Attend.apply(x_ND, m.q, m.q_norm, m.q_up, m.kv, m.kv_norm, m.kv_up, cos, sin, shape)
     return o
 
 

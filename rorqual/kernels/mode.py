@@ -31,6 +31,24 @@ def invariant(on: bool = True) -> Iterator[None]:
         _on.reset(token)
 
 
+_fp8: ContextVar[bool] = ContextVar("fp8", default=False)
+
+
+@contextlib.contextmanager
+def fp8_products(on: bool = True) -> Iterator[None]:
+    """Layers that learn inside multiply in FP8, there and back (`fp8_train`; V3 report 3.3)."""
+    token = _fp8.set(on)
+    try:
+        yield
+    finally:
+        _fp8.reset(token)
+
+
+def learns_in_fp8() -> bool:
+    """Whether a layer is to do so here."""
+    return _fp8.get() and torch.is_grad_enabled()
+
+
 def is_invariant() -> bool:
     """Whether batch-invariant mode is on here."""
     return _on.get()

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rorqual.kernels import fp8_train
 from rorqual.kernels.experts import Weights
 from rorqual.kernels.fixed import linear_fixed
 from rorqual.kernels.fp8_linear import fp8_linear
 from rorqual.kernels.linear import Pack, linear, linear_in_fp32, linears
-from rorqual.kernels.mode import by_fixed_kernels
+from rorqual.kernels.mode import by_fixed_kernels, learns_in_fp8
 from rorqual.kernels.quant import FP4_BLOCK, dequantize_fp4, dequantize_fp8
 
 
@@ -125,6 +126,9 @@ class Linear(Matrix):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scale is None:
+            if learns_in_fp8():
+                y = fp8_train.linear(x, self.weight)
+                return y if self.bias is None else y + self.bias
             return linear(x, self.weight, self.bias, self.pack)
         if x.is_cuda and not self.fp4 and not torch.is_grad_enabled():
             assert self.block is not None
@@ -150,7 +154,7 @@ class Linear(Matrix):
 
 def together(x: Tensor, pack: Pack, *layers: Linear) -> Sequence[Tensor]:
     """x through several `Linear`s that read the same input; on the CPU in one product."""
-    if any(layer.scale is not None for layer in layers):
+    if learns_in_fp8() or any(layer.scale is not None for layer in layers):
         return [layer(x) for layer in layers]
     return linears(x, [layer.weight for layer in layers], [layer.bias for layer in layers], pack)
 

@@ -22,7 +22,7 @@ from rorqual.kernels.mla_decode import mla_decode, pack_latents, packed_bytes, u
 from rorqual.kernels.mla_prefill import gather_latents, mla_prefill
 from rorqual.kernels.mla_sparse import mla_sparse
 from rorqual.kernels.mla_sparse_backward import mla_sparse_trained
-from rorqual.kernels.mode import is_invariant
+from rorqual.kernels.mode import is_invariant, learns_in_fp8
 from rorqual.nn.cache import Slots
 from rorqual.nn.errors import InputError
 from rorqual.nn.gqa import attend
@@ -252,7 +252,7 @@ class MLA(nn.Module):
         cos, sin = (t[0] for t in step.rotation(p.rope))
         shape = mla_grad.Shape(
             len(x_BTD), p.heads, p.nope_dim, p.rope_dim, p.kv_rank, p.scale, norm.eps, p.rope.interleaved,
-            keep=not step.recompute,
+            keep=not step.recompute, fp8=learns_in_fp8(),
         )  # fmt: skip
         latent = self.kv_a.weight, norm.weight, self.kv_b.weight
         if p.q_rank is None:

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rorqual.kernels import experts_grad, fuse
+from rorqual.kernels import experts_grad, fp8_train, fuse
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.linear import Pack
+from rorqual.kernels.mode import learns_in_fp8
 from rorqual.nn.linear import Linear, together
 from rorqual.nn.norm import upcast
 
@@ -39,6 +40,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         matrices = self.gate.weight, self.up.weight, self.down.weight
+        if learns_in_fp8() and self.gate.scale is None:
+            return fp8_train.swiglu_trained(x.flatten(0, -2), *matrices, self.limit).view(x.shape)
         if torch.is_grad_enabled() and experts_grad.supported(x, *matrices):
             return experts_grad.swiglu_trained(x.flatten(0, -2), *matrices, self.limit).view(x.shape)
         gate, up = together(x, self.pack, self.gate, self.up)

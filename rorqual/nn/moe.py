@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from rorqual.family import parts
-from rorqual.kernels import experts_grad
+from rorqual.kernels import experts_grad, fp8_train_experts
 from rorqual.kernels.experts import Shared, Weights, experts
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.linear import Pack, linear_summed, linears
-from rorqual.kernels.mode import is_invariant
+from rorqual.kernels.mode import is_invariant, learns_in_fp8
 from rorqual.kernels.sequence_loss import affinities
 from rorqual.nn.dropping import Capacity, kept
 from rorqual.nn.linear import GroupedLinear
@@ -119,13 +119,12 @@ class MoE(nn.Module):
             step.trace.experts[step.layer] = seen
         ids_NK = choice.ids if step.capacity is None else self._within_capacity(choice, step, step.capacity)
         stacks = self.experts.gate.weight, self.experts.up.weight, self.experts.down.weight
-        if torch.is_grad_enabled() and experts_grad.supported(x_ND, *stacks):
+        fp8 = learns_in_fp8() and self.experts.gate.scale is None
+        if fp8 or (torch.is_grad_enabled() and experts_grad.supported(x_ND, *stacks)):
             add_ND = self.shared(x_ND) if self.shared is not None else None
-            limit, first = self.experts.limit, self.experts.first
-            y_ND = experts_grad.routed_trained(
-                x_ND, ids_NK - first, choice.weights, *stacks, limit=limit, add_ND=add_ND
-            )
-            return y_ND.view_as(x_BTD)
+            routed = fp8_train_experts.routed_trained if fp8 else experts_grad.routed_trained
+            limit, ids_NK = self.experts.limit, ids_NK - self.experts.first
+            return routed(x_ND, ids_NK, choice.weights, *stacks, limit=limit, add_ND=add_ND).view_as(x_BTD)
         y_ND = self.experts(x_ND, ids_NK, choice.weights)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)

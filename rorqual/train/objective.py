@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rorqual.data import Batch
+from rorqual.kernels.mode import fp8_products
 from rorqual.kernels.sequence_loss import sequence_loss
 from rorqual.nn import Rows, Step, Trace, Transformer
 from rorqual.nn.balance import expert_load
@@ -71,8 +72,10 @@ class Pretraining:
     """The objective over packed rows. With `apart` documents of a row don't see each other, and no token is asked for
     what another document says. `dsa`: see `recipe.DSA`."""
 
-    def __init__(self, apart: bool = False, dsa: str = "", recompute: bool = False) -> None:
-        self.apart, self.dsa, self.recompute = apart, dsa, recompute
+    def __init__(
+        self, apart: bool = False, dsa: str = "", recompute: bool = False, fp8: bool = False
+    ) -> None:
+        self.apart, self.dsa, self.recompute, self.fp8 = apart, dsa, recompute, fp8
 
     def targets(self, batch: Batch, distance: int) -> Tensor:
         """What stands `distance` after each of a row's tokens, `IGNORED` where it doesn't count: `[B, T]`."""
@@ -162,13 +165,15 @@ class Pretraining:
             raise ValueError(
                 f"{depths} MTP modules look {depths + 1} tokens ahead, and the batch holds {batch.look}"
             )
-        state = model.run_whole(ids_BT[:, :width], step)
+        with fp8_products(self.fp8):
+            state = model.run_whole(ids_BT[:, :width], step)
         hidden = model.finish(state)
         yield hidden
         state = hidden if model.config.residual is None else state
         for depth in range(depths):
             following = ids_BT[:, depth + 1 : depth + 1 + width]
-            hidden, state = model.further(state, following, step, depth)
+            with fp8_products(self.fp8):
+                hidden, state = model.further(state, following, step, depth)
             yield hidden
 
     def _predicted(self, model: Transformer, hidden: Tensor, target_BT: Tensor) -> tuple[Tensor, Tensor]:

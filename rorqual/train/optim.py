@@ -117,6 +117,7 @@ class Optimizer:
             by_muon, master = self._muon(name), weight.detach() if weight is not p else None
             if by_muon and adamw.supported(p, weight, found):
                 self._by_muon_fast(p.detach(), master, found, state["m"], factor, rate)
+                torch.autograd.graph.increment_version(p)
                 continue
             if adamw.supported(p, weight, found):
                 s = self._adam()
@@ -124,6 +125,7 @@ class Optimizer:
                     p.detach(), master, found, state["m"], state["v"], factor,
                     rate=rate, decay=s.decay if p.dim() >= 2 else 0.0, betas=s.betas, eps=s.eps, number=number,
                 )  # fmt: skip
+                torch.autograd.graph.increment_version(p)  # kernels' writes don't count by themselves
                 continue
             grad = found.to(weight.dtype)
             if factor is not None:

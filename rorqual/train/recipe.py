@@ -65,10 +65,10 @@ class Dropping:
 class Recipe:
     """Everything a run is made of. `tokens`: where it ends. `micro`: rows that go through the model at once.
     `v2`: V2's balance losses instead of V3's. `rate`, `mtp` (λ) and `speed` (γ of the routers' biases) are
-    functions of tokens seen. `recompute`: less is kept for the backward pass, and made again there. `begin`: a
-    checkpoint whose weights it begins with. `dsa`: how models with indexers are trained (`DSA`). `keep`: the last
-    checkpoints that stay, beside the `keep_best` with the lowest held-out loss, of those at whose step it was
-    evaluated."""
+    functions of tokens seen. `recompute`: less is kept for the backward pass, and made again there. `fp8`: layers
+    multiply in FP8 (V3 report 3.3). `begin`: a checkpoint whose weights it begins with. `dsa`: how models with indexers
+    are trained (`DSA`). `keep`: the last checkpoints that stay, beside the `keep_best` with the lowest held-out loss,
+    of those at whose step it was evaluated."""
 
     name: str
     config: ModelConfig
@@ -90,6 +90,7 @@ class Recipe:
     drop: Dropping | None = None
     anticipate: Anticipation | None = None
     recompute: bool = False
+    fp8: bool = False
     micro: int = 8
     dtype: str = "float32"
     seed: int = 0

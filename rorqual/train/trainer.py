@@ -76,7 +76,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.folder, self.warn, self.further = recipe, Path(folder), warn, further
         self.steps = Steps(recipe.stages)
-        self.objective = Pretraining(recipe.apart, recipe.dsa, recipe.recompute)
+        self.objective = Pretraining(recipe.apart, recipe.dsa, recipe.recompute, recipe.fp8)
         self._corpora = [Corpus(source.folder) for source in recipe.sources]
         self._check()
         self.mixtures = [

@@ -112,8 +112,8 @@ def test_stopped_anywhere_around_going_back_it_is_the_same_run(
         if cause == "weights":
             plain = trainer.optimizer.step
 
-            def step(number: int, rate: float) -> None:
-                plain(number, rate)
+            def step(number: int, rate: float, *more: Any) -> None:
+                plain(number, rate, *more)
                 if (
                     trainer.step == 8 and not trainer.skips and not cuts
                 ):  # no fault of the data: it comes once
@@ -179,8 +179,8 @@ def test_a_checkpoint_that_is_not_all_numbers_is_gone_past(tmp_path: Path, corpu
     trainer = Trainer(plan, tmp_path / "a", warn=lambda _: None)
     plain = trainer.optimizer.step
 
-    def step(number: int, rate: float) -> None:
-        plain(number, rate)
+    def step(number: int, rate: float, *more: Any) -> None:
+        plain(number, rate, *more)
         if trainer.step == 7 and not trainer.skips:  # just before step 8 is saved
             trainer.optimizer.state["norm.weight"]["m"][0] = math.inf
 
