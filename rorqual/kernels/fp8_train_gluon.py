@@ -13,15 +13,13 @@ from torch import Tensor
 
 from rorqual.kernels.gluon_rings import (
     AVAILABLE,
-    await_turn,
+    begin_later,
     descriptor,
     gl,
     gluon,
     hand_out,
     make_room,
     mbarrier,
-    order_room,
-    pass_on,
     processors,
     put,
     table_room,
@@ -35,8 +33,8 @@ from rorqual.kernels.gluon_scaled import first_scales
 STAGES = 4
 """Steps' tiles under way or in use."""
 
-ORDERED = True
-"""Whether the two groups take turns at the tensor cores."""
+APART = 0
+"""Nanoseconds that the second group begins later: so far apart, one multiplies while the other writes results."""
 
 
 @gluon.jit
@@ -82,12 +80,12 @@ def _fetch_rows(descriptors, room, turns, table, sizes, GROUPS: gl.constexpr, ST
 
 @gluon.jit
 def _multiply_rows(
-    room, order, number, count, many, pointers, scales, jump,
-    BOTH: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
+    room, count, many, pointers, scales, jump,
+    BOTH: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The products of a group's 64 rows with both halves of `many` tiles from tile number `count` on, or with the
     first alone: fp32 `[64, 128]` twice. `pointers` and `scales`: those of `first_scales`; x's go on `jump` further.
-    `number`: products of this group so far."""
+    """
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     x_tiles, w_tiles, full, free = room
     x_scale_ptrs, one_scale_ptr, two_scale_ptr = pointers
@@ -100,10 +98,7 @@ def _multiply_rows(
         stage = (count + step) % STAGES
         mbarrier.wait(full.index(stage), ((count + step) // STAGES) & 1)
         x = x_tiles.index(GROUPS * stage + GROUP)
-        await_turn(order, number, GROUP, ORDERED)
         part = warpgroup_mma(x, w_tiles.index(2 * stage).permute((1, 0)), part, use_acc=False, is_async=True)
-        pass_on(order, GROUP, ORDERED)
-        number += 1
         one_factor = x_scale * one
         two_factor = x_scale * two
         more = step + 1 < many  # the next step's arrive while this one's products are under way
@@ -119,12 +114,9 @@ def _multiply_rows(
         if BOTH:
             # Nothing is waited for here: the compiler is told that all was added before `part` is written again.
             first = warpgroup_mma_wait(0, deps=[first])
-            await_turn(order, number, GROUP, ORDERED)
             part = warpgroup_mma(
                 x, w_tiles.index(2 * stage + 1).permute((1, 0)), part, use_acc=False, is_async=True
             )
-            pass_on(order, GROUP, ORDERED)
-            number += 1
             part = warpgroup_mma_wait(0, deps=[part])
             mbarrier.arrive(free.index(stage))
             second += part * two_factor[:, None]
@@ -148,8 +140,8 @@ def _aim_rows(pointers, sizes, column, expert, begin):
 
 @gluon.jit
 def _group_rows(
-    room, order, turns, pointers, sizes, WHOLE: gl.constexpr, ADD: gl.constexpr,
-    GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
+    room, turns, pointers, sizes, WHOLE: gl.constexpr, ADD: gl.constexpr,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps: 64 rows of every item. WHOLE: every item has 256 columns."""
     _, _, y_ptr = pointers
@@ -161,8 +153,7 @@ def _group_rows(
     )  # fmt: skip
     kind: gl.constexpr = y_ptr.dtype.element_ty
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
-    count = 0
-    number = 0
+    count = begin_later(APART if GROUP == 1 else 0)
     turn = 1
     column, expert, begin, _ = take(turns, 0)
     begin += GROUP * 64
@@ -176,56 +167,17 @@ def _group_rows(
             # The scales of x's runs of channels lie `places` apart.
             if WHOLE:
                 first, second = _multiply_rows(
-                    room,
-                    order,
-                    number,
-                    count,
-                    steps,
-                    at,
-                    scales,
-                    places,
-                    True,
-                    GROUP,
-                    GROUPS,
-                    STAGES,
-                    ORDERED,
+                    room, count, steps, at, scales, places, True, GROUP, GROUPS, STAGES
                 )
-                number += 2 * steps
             else:
                 if column * 256 + 128 < out_room:
                     first, second = _multiply_rows(
-                        room,
-                        order,
-                        number,
-                        count,
-                        steps,
-                        at,
-                        scales,
-                        places,
-                        True,
-                        GROUP,
-                        GROUPS,
-                        STAGES,
-                        ORDERED,
+                        room, count, steps, at, scales, places, True, GROUP, GROUPS, STAGES
                     )
-                    number += 2 * steps
                 else:
                     first, second = _multiply_rows(
-                        room,
-                        order,
-                        number,
-                        count,
-                        steps,
-                        at,
-                        scales,
-                        places,
-                        False,
-                        GROUP,
-                        GROUPS,
-                        STAGES,
-                        ORDERED,
+                        room, count, steps, at, scales, places, False, GROUP, GROUPS, STAGES
                     )
-                    number += steps
             count += steps
         column, expert, begin, _ = take(turns, turn)
         turn += 1
@@ -241,14 +193,13 @@ def _group_rows(
 
 
 @gluon.jit(do_not_specialize=["items", "across", "experts", "out_room"])
-def rows_kernel(
+def product_of_rows(
     x_desc, w_desc, x_scale_ptr, w_scale_ptr, of_tile_ptr, y_ptr, counter, items, across, experts, out_room,
-    out_width, depth, places, WHOLE: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
+    out_width, depth, places, WHOLE: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     """y `[N, out_width]`: rows times their own matrix; zeros where they are nobody's."""
     GROUPS: gl.constexpr = 2
     room = make_room(x_desc, w_desc, 2, GROUPS, STAGES)
-    order = order_room()
     turns = table_room(GROUPS)
     pointers = (x_scale_ptr, w_scale_ptr, y_ptr)
     sizes = (experts, out_room, out_width, depth // x_desc.block_type.shape[1], places)
@@ -257,8 +208,8 @@ def rows_kernel(
     shape = (experts, out_room, depth)
     gl.warp_specialize(
         [
-            (_group_rows, (room, order, turns, pointers, sizes, WHOLE, ADD, 0, GROUPS, STAGES, ORDERED)),
-            (_group_rows, (room, order, turns, pointers, sizes, WHOLE, ADD, 1, GROUPS, STAGES, ORDERED)),
+            (_group_rows, (room, turns, pointers, sizes, WHOLE, ADD, 0, GROUPS, STAGES, APART)),
+            (_group_rows, (room, turns, pointers, sizes, WHOLE, ADD, 1, GROUPS, STAGES, APART)),
             (_fetch_rows, (descriptors, room, turns, table, shape, GROUPS, STAGES)),
         ],
         [4, 1],
@@ -273,10 +224,10 @@ def rows_product(
     experts, out_room, depth = w_EOD.shape
     across = -(-out_room // 256)
     items = x.shape[0] // 128 * across
-    rows_kernel[(min(processors(x), items),)](
+    product_of_rows[(min(processors(x), items),)](
         descriptor(x, 64), descriptor(w_EOD.flatten(0, 1), 128), x_scale, w_scale, of_tile, y,
         of_tile.new_zeros(1), items, across, experts, out_room, y.shape[1], depth, x_scale.stride(1),
-        WHOLE=y.shape[1] % 256 == 0, ADD=add, STAGES=STAGES, ORDERED=ORDERED, num_warps=4,
+        WHOLE=y.shape[1] % 256 == 0, ADD=add, STAGES=STAGES, APART=APART, num_warps=4,
     )  # fmt: skip
 
 

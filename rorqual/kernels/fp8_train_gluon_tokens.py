@@ -14,15 +14,13 @@ from torch import Tensor
 
 from rorqual.kernels.gluon_rings import (
     TensorDescriptor,
-    await_turn,
+    begin_later,
     descriptor,
     gl,
     gluon,
     hand_out,
     make_room,
     mbarrier,
-    order_room,
-    pass_on,
     processors,
     put,
     table_room,
@@ -35,8 +33,8 @@ from rorqual.kernels.gluon_rings import (
 STAGES = 4
 """Steps' tiles under way or in use."""
 
-ORDERED = True
-"""Whether the two groups take turns at the tensor cores."""
+APART = 0
+"""As `fp8_train_gluon.APART`."""
 
 BAND = 16
 """Tiles of outputs of a weight's gradient that are worked side by side: what a wave of programs reads then is a square
@@ -95,12 +93,12 @@ def _fetch_tokens(
 
 @gluon.jit
 def _multiply_tokens(
-    room, order, number, columns, count, many, row_ptrs, row_scale, jump,
-    BOTH: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
+    room, columns, count, many, row_ptrs, row_scale, jump,
+    BOTH: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The products of a group's 64 outputs with both halves of `many` tiles from tile number `count` on, or with the
     first alone: fp32 `[64, 128]` twice. `row_scale` is the first of the outputs' scales, the next are `jump` further;
-    `columns` has the channels'. `number`: products of this group so far."""
+    `columns` has the channels'."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     ACROSS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     dy_tiles, x_tiles, full, free = room
@@ -112,10 +110,7 @@ def _multiply_tokens(
         stage = (count + step) % STAGES
         mbarrier.wait(full.index(stage), ((count + step) // STAGES) & 1)
         dy = dy_tiles.index(GROUPS * stage + GROUP)
-        await_turn(order, number, GROUP, ORDERED)
         part = warpgroup_mma(dy, x_tiles.index(2 * stage).permute((1, 0)), part, use_acc=False, is_async=True)
-        pass_on(order, GROUP, ORDERED)
-        number += 1
         by = row_scale
         row_scale = gl.load(row_ptrs + at, step + 1 < many)
         at += jump
@@ -124,12 +119,9 @@ def _multiply_tokens(
         if BOTH:
             # Nothing is waited for here: the compiler is told that all was added before `part` is written again.
             first = warpgroup_mma_wait(0, deps=[first])
-            await_turn(order, number, GROUP, ORDERED)
             part = warpgroup_mma(
                 dy, x_tiles.index(2 * stage + 1).permute((1, 0)), part, use_acc=False, is_async=True
             )
-            pass_on(order, GROUP, ORDERED)
-            number += 1
             part = warpgroup_mma_wait(0, deps=[part])
             second += part * by[:, None] * columns.index(2 * stage + 1).load(ACROSS)[None, :]
         mbarrier.arrive(free.index(stage))
@@ -148,8 +140,8 @@ def _aim_tokens(dy_scale_ptr, sizes, place, expert, begin, end, GROUP: gl.conste
 
 @gluon.jit
 def _group_tokens(
-    room, order, columns, turns, pointers, sizes, WHOLE: gl.constexpr, ADD: gl.constexpr,
-    GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
+    room, columns, turns, pointers, sizes, WHOLE: gl.constexpr, ADD: gl.constexpr,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps: 64 outputs of every item. WHOLE: every item lies inside the matrix."""
     dy_scale_ptr, dw_ptr = pointers
@@ -166,8 +158,7 @@ def _group_tokens(
     STORE: gl.constexpr = FOUR if dw_ptr.dtype.element_ty == gl.float32 else EIGHT
     kind: gl.constexpr = dw_ptr.dtype.element_ty
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
-    count = 0
-    number = 0
+    count = begin_later(APART if GROUP == 1 else 0)
     turn = 1
     place, expert, begin, end = take(turns, 0)
     row_ptrs, row_scale = _aim_tokens(dy_scale_ptr, sizes, place, expert, begin, end, GROUP)
@@ -183,23 +174,20 @@ def _group_tokens(
         many = (end - begin) // 128
         if WHOLE:
             first, second = _multiply_tokens(
-                room, order, number, columns, count, many, row_ptrs, row_scale, d_group,
-                True, GROUP, GROUPS, STAGES, ORDERED,
+                room, columns, count, many, row_ptrs, row_scale, d_group,
+                True, GROUP, GROUPS, STAGES,
             )  # fmt: skip
-            number += 2 * many
         else:
             if left + 128 < width_room:
                 first, second = _multiply_tokens(
-                    room, order, number, columns, count, many, row_ptrs, row_scale, d_group,
-                    True, GROUP, GROUPS, STAGES, ORDERED,
+                    room, columns, count, many, row_ptrs, row_scale, d_group,
+                    True, GROUP, GROUPS, STAGES,
                 )  # fmt: skip
-                number += 2 * many
             else:
                 first, second = _multiply_tokens(
-                    room, order, number, columns, count, many, row_ptrs, row_scale, d_group,
-                    False, GROUP, GROUPS, STAGES, ORDERED,
+                    room, columns, count, many, row_ptrs, row_scale, d_group,
+                    False, GROUP, GROUPS, STAGES,
                 )  # fmt: skip
-                number += many
         count += many
         place, expert, begin, end = take(turns, turn)
         turn += 1
@@ -213,15 +201,14 @@ def _group_tokens(
 
 
 @gluon.jit(do_not_specialize=["items", "down", "across", "width_room"])
-def matrix_kernel(
+def product_over_tokens(
     dy_desc, x_desc, s_desc, dy_scale_ptr, ends_ptr, dw_ptr, counter, items, down, across, out, width, width_room,
-    d_group, WHOLE: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
-    BAND: gl.constexpr,
+    d_group, WHOLE: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
+    BAND: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     """dw `[E, out, width]`: transposed rows times transposed rows, over each matrix's tokens."""
     GROUPS: gl.constexpr = 2
     room = make_room(dy_desc, x_desc, 2, GROUPS, STAGES)
-    order = order_room()
     fetched = gl.allocate_shared_memory(s_desc.dtype, [STAGES, 1, 256], s_desc.layout)
     columns = fetched._reinterpret(gl.float32, [2 * STAGES, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     turns = table_room(GROUPS)
@@ -234,11 +221,11 @@ def matrix_kernel(
         [
             (
                 _group_tokens,
-                (room, order, columns, turns, pointers, sizes, WHOLE, ADD, 0, GROUPS, STAGES, ORDERED),
+                (room, columns, turns, pointers, sizes, WHOLE, ADD, 0, GROUPS, STAGES, APART),
             ),
             (
                 _group_tokens,
-                (room, order, columns, turns, pointers, sizes, WHOLE, ADD, 1, GROUPS, STAGES, ORDERED),
+                (room, columns, turns, pointers, sizes, WHOLE, ADD, 1, GROUPS, STAGES, APART),
             ),
             (_fetch_tokens, (descriptors, room, fetched, turns, table, shape, GROUPS, STAGES, BAND)),
         ],
@@ -260,8 +247,8 @@ def matrix_product(
     experts, out, width = dw.shape
     down, across = dy.shape[0] // 128, -(-x.shape[0] // 256)
     items = experts * down * across
-    matrix_kernel[(min(processors(x), items),)](
+    product_over_tokens[(min(processors(x), items),)](
         descriptor(dy, 64), descriptor(x, 128), _scale_rows(x_scale), dy_scale, ends, dw, ends.new_zeros(1), items,
         down, across, out, width, x.shape[0], dy_scale.stride(1),
-        WHOLE=out % 128 == 0 and width % 256 == 0, ADD=add, STAGES=STAGES, ORDERED=ORDERED, BAND=BAND, num_warps=4,
+        WHOLE=out % 128 == 0 and width % 256 == 0, ADD=add, STAGES=STAGES, BAND=BAND, APART=APART, num_warps=4,
     )  # fmt: skip

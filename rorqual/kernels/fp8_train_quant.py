@@ -12,6 +12,7 @@ begin at a multiple of 128, so no run of tokens belongs to two.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -84,54 +85,86 @@ def empty_codes(rows: int, width: int, like: Tensor) -> Codes:
 
 
 @triton.jit
-def scale_of(amax, FLOOR: tl.constexpr, POWERS: tl.constexpr):
+def reciprocal(x, ASM: tl.constexpr):
+    """1 / x to an ulp or two; with ASM in one instruction where a division takes eight."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def scale_of(amax, FLOOR: tl.constexpr, POWERS: tl.constexpr, ASM: tl.constexpr):
     """amax / 448, floored, with POWERS the next power of two; and its reciprocal, to an ulp or two."""
     amax = tl.maximum(amax, FLOOR)
     by = amax * (1.0 / 448.0)
-    by = tl.fma(tl.fma(-by, 448.0, amax), 1.0 / 448.0, by)  # what was left over: now it is rounded correctly
+    by = tl.fma(tl.fma(by, -448.0, amax), 1.0 / 448.0, by)  # what was left over: now it is rounded correctly
     if POWERS:  # any bit of the fraction carries into the exponent
         exponent = (by.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
         return exponent.to(tl.float32, bitcast=True), (0x7F000000 - exponent).to(tl.float32, bitcast=True)
-    return by, 1.0 / by
+    return by, reciprocal(by, ASM)
 
 
 @triton.jit
-def encode(values, by, over, POWERS: tl.constexpr):
-    """values / by, rounded correctly, as codes: a quotient by the reciprocal, and once what is left over (nothing is
-    if by is a power of two). It can't exceed 448 by more than rounding."""
+def quotient(values, by, over, POWERS: tl.constexpr):
+    """values / by, rounded correctly: by the reciprocal, and once what is left over (nothing is if by is a power of
+    two). It can't exceed 448 by more than rounding."""
     ratio = values * over
     if not POWERS:
-        ratio = tl.fma(tl.fma(-ratio, by, values), over, ratio)
-    return ratio.to(tl.float8e4nv)
+        ratio = tl.fma(tl.fma(ratio, -by, values), over, ratio)
+    return ratio
 
 
 @triton.jit
-def store_runs(values, n, d, codes, scale, c_row, s_group, FLOOR: tl.constexpr, POWERS: tl.constexpr):
+def store_runs(
+    values, n, d, codes, scale, c_row, s_group, FLOOR: tl.constexpr, POWERS: tl.constexpr, ASM: tl.constexpr
+):
     """Codes and scales of tokens n and 128 channels d, in runs of channels."""
-    by, over = scale_of(tl.max(tl.abs(values), 1), FLOOR, POWERS)
-    code = encode(values, by[:, None], over[:, None], POWERS)
+    by, over = scale_of(tl.max(tl.abs(values), 1), FLOOR, POWERS, ASM)
+    code = quotient(values, by[:, None], over[:, None], POWERS).to(tl.float8e4nv)
     tl.store(codes + n.to(tl.int64)[:, None] * c_row + d[None, :], code)
     tl.store(scale + tl.min(d, 0) // 128 * s_group.to(tl.int64) + n, by)
 
 
 @triton.jit
-def bits(code):
-    return code.to(tl.uint8, bitcast=True).to(tl.uint32)
+def bits(ratio):
+    return ratio.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.uint32)
+
+
+@triton.jit
+def four_codes(r0, r1, r2, r3, ASM: tl.constexpr):
+    """The codes of four numbers in a word, the first one's lowest; with ASM in three instructions."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high;
+            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+            mov.b32 $0, {low, high};
+            }""",
+            "=r,f,f,f,f", [r0, r1, r2, r3], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        word = bits(r0) | (bits(r1) << 8) | (bits(r2) << 16) | (bits(r3) << 24)
+        return word.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def store_turned(
-    v0, v1, v2, v3, n, d, words, t_scale, t_row, t_group, FLOOR: tl.constexpr, POWERS: tl.constexpr
-):
+    v0, v1, v2, v3, n, d, words, t_scale, t_row, t_group, FLOOR: tl.constexpr, POWERS: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
     """Codes and scales of the transpose of 128 tokens and 128 channels d, in runs of tokens. v0 has every fourth token
     n, v1 those after them, and so on: a thread has the codes of four tokens in a row and moves them as one word, where
     single bytes would take most of the time. `words` are the codes in fours, t_row their number in a row."""
     amax = tl.maximum(tl.maximum(tl.abs(v0), tl.abs(v1)), tl.maximum(tl.abs(v2), tl.abs(v3)))
-    by, over = scale_of(tl.max(amax, 0), FLOOR, POWERS)
+    by, over = scale_of(tl.max(amax, 0), FLOOR, POWERS, ASM)
     by_1, over_1 = by[None, :], over[None, :]
-    word = bits(encode(v0, by_1, over_1, POWERS)) | (bits(encode(v1, by_1, over_1, POWERS)) << 8)
-    high = bits(encode(v2, by_1, over_1, POWERS)) | (bits(encode(v3, by_1, over_1, POWERS)) << 8)
-    word = (word | (high << 16)).to(tl.int32, bitcast=True)
+    r0, r1 = quotient(v0, by_1, over_1, POWERS), quotient(v1, by_1, over_1, POWERS)
+    r2, r3 = quotient(v2, by_1, over_1, POWERS), quotient(v3, by_1, over_1, POWERS)
+    word = four_codes(r0, r1, r2, r3, ASM)
     tl.store(words + d.to(tl.int64)[None, :] * t_row + (n // 4)[:, None], word)
     tl.store(t_scale + tl.min(n, 0) // 128 * t_group.to(tl.int64) + d, by)
 
@@ -168,10 +201,10 @@ def fetch(x, pair, n, d, rows, width, x_row, K: tl.constexpr, EVEN: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["rows"])
-def rows_kernel(
+def quantize_rows_kernel(
     x, pair, codes, scale, words, t_scale, end, rows, width, x_row, c_row, s_group, t_row, t_group,
     FLOOR: tl.constexpr, POWERS: tl.constexpr, BOTH: tl.constexpr, ENDS: tl.constexpr, EVEN: tl.constexpr,
-    K: tl.constexpr, BAND: tl.constexpr,
+    K: tl.constexpr, BAND: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """A tile of 128 rows and channels a program. ENDS: rows from the number at `end` on are left out."""
     tile, n, d = fours(BAND)
@@ -181,12 +214,22 @@ def rows_kernel(
     v1 = fetch(x, pair, n + 1, d, rows, width, x_row, K, EVEN)
     v2 = fetch(x, pair, n + 2, d, rows, width, x_row, K, EVEN)
     v3 = fetch(x, pair, n + 3, d, rows, width, x_row, K, EVEN)
-    store_runs(v0, n, d, codes, scale, c_row, s_group, FLOOR, POWERS)
-    store_runs(v1, n + 1, d, codes, scale, c_row, s_group, FLOOR, POWERS)
-    store_runs(v2, n + 2, d, codes, scale, c_row, s_group, FLOOR, POWERS)
-    store_runs(v3, n + 3, d, codes, scale, c_row, s_group, FLOOR, POWERS)
+    store_runs(v0, n, d, codes, scale, c_row, s_group, FLOOR, POWERS, ASM)
+    store_runs(v1, n + 1, d, codes, scale, c_row, s_group, FLOOR, POWERS, ASM)
+    store_runs(v2, n + 2, d, codes, scale, c_row, s_group, FLOOR, POWERS, ASM)
+    store_runs(v3, n + 3, d, codes, scale, c_row, s_group, FLOOR, POWERS, ASM)
     if BOTH:
-        store_turned(v0, v1, v2, v3, n, d, words, t_scale, t_row, t_group, FLOOR, POWERS)
+        store_turned(v0, v1, v2, v3, n, d, words, t_scale, t_row, t_group, FLOOR, POWERS, ASM)
+
+
+def by_words(x: Tensor) -> bool:
+    """Whether x's device has the instructions that `four_codes` asks for: Nvidia's with FP8."""
+    return x.is_cuda and torch.version.cuda is not None and _capability(x.device) >= (8, 9)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def quantize_runs(x: Tensor, block: tuple[int, int], pow2: bool, floor: float) -> tuple[Tensor, Tensor]:
@@ -224,11 +267,12 @@ def rows_fast(
     full = room(rows), room(width)
     along = empty_codes(*full, x_ND)
     turned = empty_codes(full[1], full[0], x_ND) if both else along
-    rows_kernel[(full[0] // BLOCK, full[1] // BLOCK)](
+    quantize_rows_kernel[(full[0] // BLOCK, full[1] // BLOCK)](
         x_ND, x_ND if pair_P is None else pair_P, along.codes, along.scale, turned.words, turned.scale,
         x_ND if end is None else end, rows, width, x_ND.stride(0), along.codes.stride(0), along.scale.stride(1),
         turned.codes.stride(0) // 4, turned.scale.stride(1), FLOOR=floor, POWERS=pow2, BOTH=both,
-        ENDS=end is not None, EVEN=(rows, width) == full, K=chosen, BAND=BAND, num_warps=WARPS, maxnreg=REGISTERS,
+        ENDS=end is not None, EVEN=(rows, width) == full, K=chosen, BAND=BAND, ASM=by_words(x_ND),
+        num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     return along, turned if both else None
 
@@ -291,7 +335,7 @@ def spread_both(
 
 
 @triton.jit
-def matrices_kernel(
+def quantize_matrices_kernel(
     w, codes, scale, turned, t_scale, out, width, w_matrix, w_row, c_matrix, c_row, s_matrix, s_row,
     t_matrix, t_row, u_matrix, u_row, FLOOR: tl.constexpr, POWERS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -306,8 +350,8 @@ def matrices_kernel(
         values = tl.load(at).to(tl.float32)
     else:
         values = tl.load(at, mask=(o < out)[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
-    by, over = scale_of(tl.max(tl.max(tl.abs(values), 1), 0), FLOOR, POWERS)
-    code = encode(values, by, over, POWERS)
+    by, over = scale_of(tl.max(tl.max(tl.abs(values), 1), 0), FLOOR, POWERS, False)
+    code = quotient(values, by, over, POWERS).to(tl.float8e4nv)
     tl.store(codes + matrix * c_matrix + o.to(tl.int64)[:, None] * c_row + d[None, :], code)
     tl.store(turned + matrix * t_matrix + d.to(tl.int64)[None, :] * t_row + o[:, None], code)
     tl.store(scale + matrix * s_matrix + down * s_row + column, by)
@@ -360,7 +404,7 @@ def matrices_fast(
 ) -> None:
     """The same by the kernel above, both ways."""
     count, out, width = w_EOD.shape
-    matrices_kernel[(codes.shape[1] * codes.shape[2] // BLOCK**2, count)](
+    quantize_matrices_kernel[(codes.shape[1] * codes.shape[2] // BLOCK**2, count)](
         w_EOD, codes, scale, turned, t_scale, out, width, *w_EOD.stride()[:2], *codes.stride()[:2],
         *scale.stride()[:2], *turned.stride()[:2], *t_scale.stride()[:2],
         FLOOR=FP8_FLOOR, POWERS=pow2, EVEN=(out, width) == codes.shape[1:], num_warps=8,

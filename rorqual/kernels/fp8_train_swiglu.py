@@ -16,6 +16,7 @@ from rorqual.kernels.fp8_train_quant import (
     BLOCK,
     GRADIENT_FLOOR,
     Codes,
+    by_words,
     empty_codes,
     fours,
     rows_reference,
@@ -46,9 +47,10 @@ def gated(gate, up, limit, LIMIT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["limit", "rows"])
-def forward_kernel(
+def swiglu_codes_kernel(
     both, weights, codes, scale, end, limit, rows, width, c_row, s_group,
     FLOOR: tl.constexpr, POWERS: tl.constexpr, ENDS: tl.constexpr, WEIGHED: tl.constexpr, LIMIT: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """A tile of 128 rows and channels a program. ENDS: rows from the number at `end` on are left out."""
     n = tl.program_id(0) * 128 + tl.arange(0, 128)
@@ -60,7 +62,7 @@ def forward_kernel(
     values = gate * open * up
     if WEIGHED:
         values *= tl.load(weights + n)[:, None]
-    store_runs(values, n, d, codes, scale, c_row, s_group, FLOOR, POWERS)
+    store_runs(values, n, d, codes, scale, c_row, s_group, FLOOR, POWERS, ASM)
 
 
 @triton.jit
@@ -95,11 +97,11 @@ def part_of(
 
 
 @triton.jit(do_not_specialize=["limit", "rows"])
-def backward_kernel(
+def swiglu_codes_backward_kernel(
     both, weights, slope, h_words, h_scale, codes, scale, words, t_scale, w_slope, end, limit, rows, width, h_row,
     h_group, c_row, s_group, t_row, t_group, FLOOR: tl.constexpr, SMALL: tl.constexpr, POWERS: tl.constexpr,
     SLOPE_POWERS: tl.constexpr, ENDS: tl.constexpr, WEIGHED: tl.constexpr, LIMIT: tl.constexpr, BAND: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """A tile of 128 rows and channels a program: the transposed codes of the product, with floor FLOOR, and the codes
     of gate's and up's gradients, both ways, with floor SMALL. Sums a row of this tile's share of the weight's gradient
@@ -121,14 +123,16 @@ def backward_kernel(
             v2 = part_of(both, weights, slope, shares, n + 2, d, limit, width, PART, WEIGHED, LIMIT)
             v3 = part_of(both, weights, slope, shares, n + 3, d, limit, width, PART, WEIGHED, LIMIT)
             if PART == 0:
-                store_turned(v0, v1, v2, v3, n, d, h_words, h_scale, h_row, h_group, FLOOR, POWERS)
+                store_turned(v0, v1, v2, v3, n, d, h_words, h_scale, h_row, h_group, FLOOR, POWERS, ASM)
             else:
                 channel = d + (PART - 1) * width
-                store_runs(v0, n, channel, codes, scale, c_row, s_group, SMALL, SLOPE_POWERS)
-                store_runs(v1, n + 1, channel, codes, scale, c_row, s_group, SMALL, SLOPE_POWERS)
-                store_runs(v2, n + 2, channel, codes, scale, c_row, s_group, SMALL, SLOPE_POWERS)
-                store_runs(v3, n + 3, channel, codes, scale, c_row, s_group, SMALL, SLOPE_POWERS)
-                store_turned(v0, v1, v2, v3, n, channel, words, t_scale, t_row, t_group, SMALL, SLOPE_POWERS)
+                store_runs(v0, n, channel, codes, scale, c_row, s_group, SMALL, SLOPE_POWERS, ASM)
+                store_runs(v1, n + 1, channel, codes, scale, c_row, s_group, SMALL, SLOPE_POWERS, ASM)
+                store_runs(v2, n + 2, channel, codes, scale, c_row, s_group, SMALL, SLOPE_POWERS, ASM)
+                store_runs(v3, n + 3, channel, codes, scale, c_row, s_group, SMALL, SLOPE_POWERS, ASM)
+                store_turned(
+                    v0, v1, v2, v3, n, channel, words, t_scale, t_row, t_group, SMALL, SLOPE_POWERS, ASM
+                )
 
 
 def reference(both_NW: Tensor, weights_N: Tensor | None, limit: float | None) -> Tensor:
@@ -177,6 +181,7 @@ def _options(both: Tensor, weights: Tensor | None, limit: float | None, end: Ten
         "ENDS": end is not None,
         "WEIGHED": weights is not None,
         "LIMIT": limit is not None,
+        "ASM": by_words(both),
     }
 
 
@@ -185,7 +190,7 @@ def forward_fast(
 ) -> Codes:
     rows, width = both_NW.shape[0], both_NW.shape[1] // 2
     h = empty_codes(rows, width, both_NW)
-    forward_kernel[(rows // BLOCK, width // BLOCK)](
+    swiglu_codes_kernel[(rows // BLOCK, width // BLOCK)](
         both_NW, both_NW if weights_N is None else weights_N, h.codes, h.scale, both_NW if end is None else end,
         limit or 0.0, rows, width, h.codes.stride(0), h.scale.stride(1), POWERS=pow2,
         **_options(both_NW, weights_N, limit, end), num_warps=8,
@@ -207,7 +212,7 @@ def backward_fast(
         empty_codes(a, b, both_NW) for a, b in ((width, rows), (rows, 2 * width), (2 * width, rows))
     )
     shares = both_NW.new_empty((width // BLOCK, rows) if weights_N is not None else (1,), dtype=torch.float32)
-    backward_kernel[(rows // BLOCK, width // BLOCK, 3 if SPLIT else 1)](
+    swiglu_codes_backward_kernel[(rows // BLOCK, width // BLOCK, 3 if SPLIT else 1)](
         both_NW, both_NW if weights_N is None else weights_N, slope_NW, h.words, h.scale, along.codes, along.scale,
         turned.words, turned.scale, shares, both_NW if end is None else end, limit or 0.0, rows, width,
         h.codes.stride(0) // 4, h.scale.stride(1), along.codes.stride(0), along.scale.stride(1),

@@ -48,7 +48,7 @@ __all__ = [
     "Held",
     "TensorDescriptor",
     "async_copy",
-    "await_turn",
+    "begin_later",
     "described",
     "descriptor",
     "expect",
@@ -59,8 +59,6 @@ __all__ = [
     "let_by",
     "make_room",
     "mbarrier",
-    "order_room",
-    "pass_on",
     "processors",
     "put",
     "reciprocal",
@@ -168,27 +166,17 @@ def reciprocal(x):
 
 
 @gluon.jit
-def order_room():
-    """Barriers by which two groups take turns at the tensor cores: left to themselves both multiply at the same time,
-    and then both add while the tensor cores wait."""
-    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(bars.index(i), count=1)
-    return bars
-
-
-@gluon.jit
-def await_turn(order, number, GROUP: gl.constexpr, ORDERED: gl.constexpr):
-    """Wait until group GROUP may issue its product number `number`: the first group's first may at once."""
-    if ORDERED:
-        mbarrier.wait(order.index(GROUP), (number & 1) ^ (1 - GROUP))
-
-
-@gluon.jit
-def pass_on(order, GROUP: gl.constexpr, ORDERED: gl.constexpr):
-    """The product is issued: the other group's next one may follow."""
-    if ORDERED:
-        mbarrier.arrive(order.index(1 - GROUP))
+def begin_later(APART: gl.constexpr):
+    """0, after about APART nanoseconds."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    count = 0
+    if APART > 0:
+        slept = gl.inline_asm_elementwise(
+            "nanosleep.u32 $1; mov.u32 $0, 0;", "=r,r", [gl.full([1], APART, gl.int32, ONE)],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        count = gl.max(slept, 0)
+    return count
 
 
 @gluon.jit
