@@ -39,7 +39,7 @@ def _hopper(device: torch.device) -> bool:
 def _scaled(a: Codes, b: Tensor, b_scale: Tensor, kind: torch.dtype) -> Tensor | None:
     """a b^T by cuBLASLt, or None if it refuses: b's scales `[O, D / 128]` or `[O / 128, D / 128]`."""
     runs = b_scale.shape[0] == len(b)
-    # It reads blocks' scales in rows of four, and runs' where they lie without gaps; results have rows of 16 bytes.
+    # It reads blocks' scales in rows of four, and runs' where they lie without gaps; sizes are in 16s.
     close = a.scale.stride(1) == len(a.scale) and (not runs or b_scale.stride(1) == len(b))
     shape = (a.codes.device, a.codes.shape, len(b), runs, kind)
     if not close or len(b) % 16 or (not runs and b_scale.shape[1] % 4) or shape in _refused:
@@ -103,11 +103,10 @@ def dense_matrix(
     full = room(out)  # all rows of whole tiles: they are written without masks
     tiles, programs = -(-full * room(width) // TILE), processors(x.codes)
     busy = tiles / (-(-tiles // programs) * programs)
-    library = busy > FULL and _hopper(x.codes.device)
-    dw = None
-    if library and dtype == torch.bfloat16 and add is None and width % BLOCK == 0:
-        dw = _scaled(dy, x.codes, x.scale, dtype)
-    if dw is None:
-        parts = parts_of(tiles, x.codes.shape[1] // BLOCK, full * width, programs)
-        dw = in_parts(dy, x, full, width, kind, parts)
+    if busy > FULL and kind == torch.bfloat16 and width % BLOCK == 0 and _hopper(x.codes.device):
+        found = _scaled(dy, x.codes, x.scale, kind)
+        if found is not None:
+            return found[:out]
+    parts = parts_of(tiles, x.codes.shape[1] // BLOCK, full * width, programs)
+    dw = in_parts(dy, x, full, width, kind, parts)
     return dw[:out] if add is None else add.add_(dw[:out])
