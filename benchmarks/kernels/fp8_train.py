@@ -3,8 +3,9 @@
 First all forms against references that multiply the codes out; then, for each shape, the forward product, the gradient
 of the input, that of the weight in bf16 and added in fp32, and what quantises: in a row (CUDA graphs; the GPU then
 draws all the power it may and clocks lower) and one by one (the L2 flushed before each). The share is of DeepGEMM's
-forward product of the same shape in the same run. Forms of a kernel are timed beside the one that was chosen. Then
-dense layers beside cuBLASLt, and routed experts, forward and backward, beside bf16's.
+forward product of the same shape in the same run. Then, of a training step,
+what makes codes, dense layers beside cuBLASLt, and routed experts, forward and backward, beside bf16's. Forms of a
+kernel are timed beside each other.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from benchmarks.kernels.grouped import SHAPES, graph_of, in_turns
 from benchmarks.kernels.timing import guarded
 from rorqual.kernels import experts_grad
 from rorqual.kernels import fp8_train as layers
+from rorqual.kernels import fp8_train_dense as dense
 from rorqual.kernels import fp8_train_experts as routed
 from rorqual.kernels import fp8_train_gluon as hopper
+from rorqual.kernels import fp8_train_gluon_tokens as hopper_tokens
 from rorqual.kernels import fp8_train_products as products
 from rorqual.kernels import fp8_train_quant as quant
 from rorqual.kernels import fp8_train_swiglu as gated
@@ -30,19 +33,22 @@ from rorqual.kernels.ahead import compiled_ahead
 from rorqual.kernels.fp8_train_products import Groups, padded_ends
 from rorqual.kernels.fp8_train_quant import GRADIENT_FLOOR, Codes, Matrices
 
-DENSE = ((4096, 4096, 7168), (4096, 7168, 2048), (16384, 1536, 1536))
-"""Rows, out, in."""
+STEP = ((64, 6144, 1536, 1536), (64, 6144, 1536, 768))
+"""Experts, rows, out, in of a training step's experts: 16 x 4096 tokens of geometry "3b" (docs/benchmarks.md)."""
 
-PRODUCTS = ((True, 16), (True, 8), (True, 1), (False, 16), (False, 1))
-"""Forms of a weight's gradient: whether groups take turns, tiles of outputs in a band."""
-
-ROWS = ((8, 128, 0), (8, 128, 4), (8, 128, 999), (4, None, 0), (4, None, 4))
-"""Forms of the quantiser: warps, registers, tiles of channels in a band."""
-
-BACKWARD = (
-    (True, 8, 128, 0), (True, 8, 128, 4), (True, 16, 64, 0), (False, 16, None, 0), (False, 8, None, 0)
+DENSE = (
+    (65536, 3648, 1536), (65536, 4096, 512), (65536, 1536, 2048), (65536, 3072, 1536), (65536, 1536, 1536)
 )  # fmt: skip
-"""Forms of SwiGLU's backward: whether in parts, warps, registers, tiles in a band."""
+"""Rows, out, in of that step's dense layers: attention's, then the shared experts'."""
+
+APART = ((0,), (1000,), (2000,), (4000,))
+"""Forms of the products: nanoseconds that the second group begins later."""
+
+ROWS = ((8, 128), (16, 64), (4, None))
+"""Forms of the quantisers: warps, registers."""
+
+BACKWARD = ((16, 128), (8, 255))
+"""Forms of SwiGLU's backward: warps, registers."""
 
 
 def as_form(
@@ -68,18 +74,21 @@ def forms(
     return [(" ".join(map(str, form)), as_form(call, module, names, form)) for form in which]
 
 
-def product_forms(case: Case) -> list[tuple[str, Any]]:
-    return forms(case.weight_slope, hopper, ("ORDERED", "BAND"), PRODUCTS)
-
-
-def row_forms(case: Case) -> list[tuple[str, Any]]:
-    call = lambda _: quant.quantize_both(case.x)  # noqa: E731
-    return forms(call, quant, ("WARPS", "REGISTERS", "BAND"), ROWS)
+def row_forms(call: Callable[[int], Any]) -> list[tuple[str, Any]]:
+    return forms(call, quant, ("WARPS", "REGISTERS"), ROWS)
 
 
 def backward_forms(wide: Tensor, p: Tensor, slope: Tensor) -> list[tuple[str, Any]]:
-    call = lambda _: gated.backward(wide, p, slope)  # noqa: E731
-    return forms(call, gated, ("SPLIT", "WARPS", "REGISTERS", "BAND"), BACKWARD)
+    call = lambda _: gated.backward(wide, p, slope, pow2=True, slope_pow2=True)  # noqa: E731
+    return forms(call, gated, ("WARPS", "REGISTERS"), BACKWARD)
+
+
+def apart_forms(case: Case) -> list[tuple[str, list[tuple[str, Any]]]]:
+    return [
+        ("forward", forms(case.forward, hopper, ("APART",), APART)),
+        ("dx", forms(case.input_slope, hopper, ("APART",), APART)),
+        ("dw", forms(case.weight_slope, hopper_tokens, ("APART",), APART)),
+    ]
 
 
 def apart(found: Tensor, want: Tensor) -> float:
@@ -215,63 +224,72 @@ def time_shape(count: int, rows: int, out: int, depth: int) -> None:
         print(f"from DeepGEMM's: {apart(case.forward(), y):.1e}")
         calls.append(("DeepGEMM", theirs))
     rates(f"FP8 {count} x {rows} x {out} x {depth}", case.work, calls)
-    size = case.x.numel()
-    rates(f"dw {count} x {rows} x {out} x {depth}, turns and band", case.work, product_forms(case))
-    turns = forms(case.forward, hopper, ("ORDERED",), ((True,), (False,)))
-    rates(f"forward {count} x {rows} x {out} x {depth}, turns", case.work, turns)
-    rates(
-        f"quantise {tuple(case.x.shape)}, warps, registers, band", 4.0 * size,
-        [*row_forms(case), ("copied", lambda _: case.x.clone())], "GB/s",
-    )  # fmt: skip
-    x_ND, pairs = case.x[::4], torch.randperm(len(case.x), device="cuda")
-    rates(
-        f"spread {tuple(x_ND.shape)} to {tuple(case.x.shape)}", 4.0 * size,
-        [("both ways", lambda _: quant.spread_both(x_ND, pairs, 4))], "GB/s",
-    )  # fmt: skip
-    rates(
-        f"quantise weights {tuple(case.w.shape)}", 4.0 * case.w.numel(),
-        [("both ways", lambda _: quant.quantize_matrices(case.w, case.matrices))], "GB/s",
-    )  # fmt: skip
-    wide = torch.randn(count * rows, out // 256 * 256, device="cuda", dtype=torch.bfloat16)
-    slope = torch.randn(count * rows, wide.shape[1] // 2, device="cuda", dtype=torch.bfloat16)
-    p = torch.rand(count * rows, device="cuda")
+    if (count, rows, out, depth) in STEP:
+        for name, calls in apart_forms(case):
+            rates(f"{name} {count} x {rows} x {out} x {depth}, ns apart", case.work, calls)
+
+
+def time_codes(tokens: int, chosen: int, count: int, width: int, depth: int) -> None:
+    """What makes codes, on the rows of a step."""
+    x = torch.randn(tokens, depth, device="cuda", dtype=torch.bfloat16)
+    calls = row_forms(lambda _: quant.quantize_both(x))
+    calls.append(("copied", lambda _: x.clone()))
+    rates(f"quantise {tuple(x.shape)}, warps, registers", 4.0 * x.numel(), calls, "GB/s")
+    places = routed.by_expert(torch.rand(tokens, count, device="cuda").topk(chosen).indices, count)
+    pairs = places.pair_P
+    calls = row_forms(lambda _: quant.spread_both(x, pairs, chosen, True, end=places.ends_E[-1:]))
+    name = f"spread {tuple(x.shape)} to {len(pairs)}, warps, registers"
+    rates(name, 4.0 * tokens * chosen * depth, calls, "GB/s")
+    w = torch.randn(count, width, depth, device="cuda", dtype=torch.bfloat16)
+    matrices = quant.empty_matrices(count, width, depth, w.device)
+    calls = [("both ways", lambda _: quant.quantize_matrices(w, matrices))]
+    rates(f"quantise weights {tuple(w.shape)}", 4.0 * w.numel(), calls, "GB/s")
+    wide = torch.randn(tokens * chosen, 2 * width, device="cuda", dtype=torch.bfloat16)
+    slope = torch.randn(tokens * chosen, width, device="cuda", dtype=torch.bfloat16)
+    p = torch.rand(tokens * chosen, device="cuda")
     # Forward: 4 bytes in, 1 out; backward: 6 in, 1 of the product and 4 of the gradients out.
     each = float(slope.numel())
-    rates(
-        f"SwiGLU {tuple(wide.shape)} to codes", 5 * each,
-        [("forward", lambda _: gated.forward(wide, p))], "GB/s",
-    )  # fmt: skip
-    rates(
-        f"SwiGLU {tuple(wide.shape)} backward, parts, warps, registers, band", 11 * each,
-        backward_forms(wide, p, slope), "GB/s",
-    )  # fmt: skip
+    calls = [("forward", lambda _: gated.forward(wide, p, pow2=True))]
+    rates(f"SwiGLU {tuple(wide.shape)} to codes", 5 * each, calls, "GB/s")
+    calls = backward_forms(wide, p, slope)
+    rates(f"SwiGLU {tuple(wide.shape)} backward, warps, registers", 11 * each, calls, "GB/s")
 
 
 def time_dense(rows: int, out: int, depth: int) -> None:
-    """One matrix: ours and cuBLASLt's."""
+    """One matrix: ours, cuBLASLt's, and what layers use."""
     case = Case([rows], out, depth)
+    full = quant.room(out)
 
-    def scaled(a: Codes, b: Tensor, b_scale: Tensor, kind: torch.dtype) -> Callable[[int], Tensor]:
-        return lambda _: torch._scaled_mm(a.codes, b.t(), a.scale, b_scale.t(), out_dtype=kind)
+    def scaled(a: Codes, b: Tensor, b_scale: Tensor) -> Callable[[int], Tensor]:
+        return lambda _: torch._scaled_mm(a.codes, b.t(), a.scale, b_scale.t(), out_dtype=torch.bfloat16)
 
-    def one(m: Matrices) -> tuple[Tensor, Tensor]:
-        return m.codes[0], m.scale[0]
+    def used(x: Codes, m: Matrices, width: int) -> Callable[[int], Tensor]:
+        return lambda _: dense.dense_rows(x, m, width, torch.bfloat16)
 
-    forms = {
-        "forward": (case.forward, scaled(case.along, *one(case.matrices[0]), torch.bfloat16)),
-        "dx": (case.input_slope, scaled(case.dy, *one(case.matrices[1]), torch.bfloat16)),
-        "dw": (
-            case.weight_slope,
-            scaled(case.dy_turned, case.turned.codes, case.turned.scale, torch.bfloat16),
+    one, other = case.matrices
+    kinds: dict[str, tuple[Any, Any, Any]] = {
+        "forward": (
+            case.forward, scaled(case.along, one.codes[0, :out], one.scale[0]), used(case.along, one, out)
         ),
-    }
-    for name, (ours, theirs) in forms.items():
+        "dx": (
+            case.input_slope, scaled(case.dy, other.codes[0], other.scale[0]), used(case.dy, other, depth)
+        ),
+        "dw": (
+            case.weight_slope, scaled(case.dy_turned, case.turned.codes, case.turned.scale),
+            lambda _: dense.dense_matrix(case.dy_turned, case.turned, out, depth, torch.bfloat16),
+        ),
+    }  # fmt: skip
+    for name, (ours, theirs, chosen) in kinds.items():
+        want = ours(0).squeeze(0)
         calls: list[tuple[str, Callable[[int], Any]]] = [("ours", ours)]
-        try:
-            off = apart(theirs(0), ours(0).squeeze(0))
-            calls.append((f"cuBLASLt ({off:.0e} apart)", theirs))
-        except (RuntimeError, ValueError) as error:
-            print(f"cuBLASLt, {name}: {str(error).splitlines()[0][:200]}")
+        if name == "dx" and full // 128 % 4:
+            print("cuBLASLt, dx: reads blocks' scales in rows of four")
+        else:
+            try:
+                calls.append((f"cuBLASLt ({apart(theirs(0)[: len(want)], want):.0e} apart)", theirs))
+            except (RuntimeError, ValueError) as error:
+                print(f"cuBLASLt, {name}: {str(error).splitlines()[0][:200]}")
+        calls.append((f"used ({apart(chosen(0), want):.0e} apart)", chosen))
         rates(f"dense {name} {rows} x {out} x {depth}", case.work, calls)
 
 
@@ -321,12 +339,17 @@ def compile_all() -> None:
         case.input_slope()
         wide = torch.randn(128, 512, device="cuda", dtype=torch.bfloat16)
         p = torch.rand(128, device="cuda")
-        turns = forms(case.forward, hopper, ("ORDERED",), ((True,), (False,)))
-        others = [*row_forms(case), *backward_forms(wide, p, wide[:, :256].contiguous())]
-        for _, call in [*product_forms(case), *turns, *others]:
+        pairs = torch.arange(128, device="cuda")
+        end = torch.full((1,), 128, dtype=torch.int32, device="cuda")
+        others = [
+            *row_forms(lambda _: quant.quantize_both(case.x)),  # noqa: B023
+            *row_forms(lambda _: quant.spread_both(case.x, pairs, 6, True, end=end)),  # noqa: B023
+            *backward_forms(wide, p, wide[:, :256].contiguous()),
+            *(form for _, calls in apart_forms(case) for form in calls),
+        ]
+        for _, call in others:
             call(0)
-        gated.forward(wide, p)
-        quant.spread_both(case.x, torch.arange(128, device="cuda"), 4)
+        gated.forward(wide, p, pow2=True)
         for kind in (torch.bfloat16, torch.float32):
             args = case.dy_turned, case.turned, case.groups, case.out, case.depth
             products.matrix_fast(*args[:3], products.matrix_product(*args, kind))
@@ -343,14 +366,15 @@ def main() -> None:
     guarded(check, [100, 300, 0, 1000], 640, 1408, 0)
     guarded(check, [77], 208, 336, 0)
     guarded(check_gradients)
-    for shape in SHAPES:
+    for shape in (*SHAPES, *STEP):
         guarded(time_shape, *shape)
         torch.cuda.empty_cache()
-    for dense in DENSE:
-        guarded(time_dense, *dense)
-    for brick in ((16384, 6, 64, 1408, 2048), (8192, 8, 32, 2048, 7168)):
-        guarded(time_experts, *brick)
+    guarded(time_codes, 65536, 6, 64, 768, 1536)
+    torch.cuda.empty_cache()
+    for matrix in DENSE:
+        guarded(time_dense, *matrix)
         torch.cuda.empty_cache()
+    guarded(time_experts, 65536, 6, 64, 768, 1536)
     print(f"{time.time() - begun:.0f} s", flush=True)
 
 

@@ -120,18 +120,17 @@ def backward(
         dx = dense_rows(dy, held_matrices(weights, powers.weights)[1], width, slope.dtype)[: len(slope)]
     dws: list[Tensor | None] = [None] * len(weights)
     if turned is not None and kept is not None:
+        into = into or [None] * len(weights)
+        if all(one is None for one in into) and len({w.dtype for w in weights}) == 1:
+            dw = dense_matrix(turned, kept, slope.shape[1], width, weights[0].dtype)
+            return dx, list(dw.split([len(w) for w in weights]))
         first = 0
-        for number, w in enumerate(weights):
+        for number, (w, add) in enumerate(zip(weights, into, strict=True)):
             own = turned.rows(first, first + room(len(w)))
-            dws[number] = dense_gradient(own, kept, w, None if into is None else into[number])
+            dw = dense_matrix(own, kept, len(w), width, w.dtype, add)
+            dws[number] = dw if add is None else None
             first += len(w)
     return dx, dws
-
-
-def dense_gradient(dy: Codes, x: Codes, weight: Tensor, into: Tensor | None = None) -> Tensor | None:
-    """The gradient of a weight, or None where it was added to `into`."""
-    dw = dense_matrix(dy, x, weight.shape[0], weight.shape[1], weight.dtype, into)
-    return dw if into is None else None
 
 
 def _fit(x_ND: Tensor, weights: Sequence[Tensor]) -> None:
@@ -202,12 +201,11 @@ class _SwiGLU(torch.autograd.Function):
         if wants_x:
             matrices = held_matrices((gate, up), powers.weights)[1]
             dx = dense_rows(dboth, matrices, gate.shape[1], slope.dtype)[: len(slope)]
-        if learns_gate:
-            dgate = dense_gradient(dboth_turned.rows(0, half), ctx.kept, gate)
-        if learns_up:
-            dup = dense_gradient(dboth_turned.rows(half, 2 * half), ctx.kept, up)
+        if learns_gate or learns_up:
+            dw = dense_matrix(dboth_turned, ctx.kept, 2 * half, gate.shape[1], gate.dtype)
+            dgate, dup = dw[: len(gate)], dw[half : half + len(up)]
         if turned is not None:
-            ddown = dense_gradient(turned, h, down)
+            ddown = dense_matrix(turned, h, down.shape[0], down.shape[1], down.dtype)
         return dx, dgate, dup, ddown, None, None
 
 

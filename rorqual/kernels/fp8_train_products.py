@@ -4,7 +4,8 @@
 channels by blocks of 128x128. `matrix_product` is the gradient of the weight: runs of 128 tokens by runs of 128 tokens.
 Each 128 that the tensor cores have added up are multiplied by both scales and added to an fp32 sum.
 
-On Hopper `fp8_train_gluon` does them, on other GPUs the Triton kernels here, elsewhere the references.
+On Hopper `fp8_train_gluon` and `fp8_train_gluon_tokens` do them, on other GPUs the Triton kernels here, elsewhere the
+references.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rorqual.kernels import fp8_train_gluon
+from rorqual.kernels import fp8_train_gluon, fp8_train_gluon_tokens
 from rorqual.kernels.fp8_train_quant import BLOCK, Codes, Matrices, room
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.quant import QuantError, dequantize_fp8
@@ -66,7 +67,7 @@ def padded_ends(counts: Tensor) -> Tensor:
 
 
 @triton.jit
-def rows_kernel(
+def rows_product_kernel(
     x, x_scale, w, w_scale, of_tile, y, experts, out_width, depth, places, x_row, w_matrix, w_row, s_matrix, s_row,
     y_row, BO: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +108,7 @@ def rows_reference(x: Codes, weights: Matrices, groups: Groups, out_width: int, 
 def rows_fast(x: Codes, weights: Matrices, groups: Groups, y: Tensor, add: bool = False) -> None:
     """`rows_product` by the Triton kernel above."""
     BO = 128
-    rows_kernel[(y.shape[0] // BLOCK * triton.cdiv(y.shape[1], BO),)](
+    rows_product_kernel[(y.shape[0] // BLOCK * triton.cdiv(y.shape[1], BO),)](
         x.codes, x.scale, weights.codes, weights.scale, groups.of_tile, y, weights.codes.shape[0], y.shape[1],
         x.codes.shape[1], x.scale.stride(1), x.codes.stride(0), *weights.codes.stride()[:2],
         *weights.scale.stride()[:2], y.stride(0), BO=BO, ADD=add, STAGES=4, num_warps=8,
@@ -150,7 +151,7 @@ def rows_product(
 
 
 @triton.jit
-def matrix_kernel(
+def matrix_product_kernel(
     dy, dy_scale, x, x_scale, ends, dw, out, width, d_row, d_group, x_row, x_group,
     ADD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -185,7 +186,7 @@ def matrix_reference(dy: Codes, x: Codes, groups: Groups, out: int, width: int) 
 def matrix_fast(dy: Codes, x: Codes, groups: Groups, dw: Tensor, add: bool = False) -> None:
     """`matrix_product` by the Triton kernel above."""
     count, out, width = dw.shape
-    matrix_kernel[(triton.cdiv(out, 128) * triton.cdiv(width, 128), count)](
+    matrix_product_kernel[(triton.cdiv(out, 128) * triton.cdiv(width, 128), count)](
         dy.codes, dy.scale, x.codes, x.scale, groups.ends, dw, out, width, dy.codes.stride(0), dy.scale.stride(1),
         x.codes.stride(0), x.scale.stride(1), ADD=add, STAGES=4, num_warps=8,
     )  # fmt: skip
@@ -216,7 +217,9 @@ def matrix_product(
     count = groups.ends.shape[0]
     dw = add if add is not None else torch.empty(count, out, width, dtype=dtype, device=x.codes.device)
     if fp8_train_gluon.supported(x.codes):
-        fp8_train_gluon.matrix_product(dy.codes, dy.scale, x.codes, x.scale, groups.ends, dw, add is not None)
+        fp8_train_gluon_tokens.matrix_product(
+            dy.codes, dy.scale, x.codes, x.scale, groups.ends, dw, add is not None
+        )
     else:
         matrix_fast(dy, x, groups, dw, add is not None)
     return dw

@@ -12,6 +12,7 @@ begin at a multiple of 128, so no run of tokens belongs to two.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +38,8 @@ GRADIENT_FLOOR = 1e-20
 """Smallest amax a gradient is scaled by: no gradient meets it but zeros. (Of a mean loss over many tokens all are
 below the 1e-4 of activations, and would lose bits to it.)"""
 
-WARPS, REGISTERS, BAND = 8, 128, 0
-"""Warps of a program that quantises 128x128, registers of a thread at most, and tiles of channels that are quantised
-side by side before those of the next 128 tokens (0: all tokens first)."""
+WARPS, REGISTERS = 8, 128
+"""Warps of a program that quantises 128x128, and registers of a thread at most."""
 
 KINDS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -84,72 +84,116 @@ def empty_codes(rows: int, width: int, like: Tensor) -> Codes:
 
 
 @triton.jit
-def scale_of(amax, FLOOR: tl.constexpr, POWERS: tl.constexpr):
+def reciprocal(x, ASM: tl.constexpr):
+    """1 / x to an ulp or two; with ASM in one instruction where a division takes eight."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def scale_of(amax, FLOOR: tl.constexpr, POWERS: tl.constexpr, ASM: tl.constexpr):
     """amax / 448, floored, with POWERS the next power of two; and its reciprocal, to an ulp or two."""
     amax = tl.maximum(amax, FLOOR)
     by = amax * (1.0 / 448.0)
-    by = tl.fma(tl.fma(-by, 448.0, amax), 1.0 / 448.0, by)  # what was left over: now it is rounded correctly
+    by = tl.fma(tl.fma(by, -448.0, amax), 1.0 / 448.0, by)  # what was left over: now it is rounded correctly
     if POWERS:  # any bit of the fraction carries into the exponent
         exponent = (by.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
         return exponent.to(tl.float32, bitcast=True), (0x7F000000 - exponent).to(tl.float32, bitcast=True)
-    return by, 1.0 / by
+    return by, reciprocal(by, ASM)
 
 
 @triton.jit
-def encode(values, by, over, POWERS: tl.constexpr):
-    """values / by, rounded correctly, as codes: a quotient by the reciprocal, and once what is left over (nothing is
-    if by is a power of two). It can't exceed 448 by more than rounding."""
+def quotient(values, by, over, POWERS: tl.constexpr):
+    """values / by, rounded correctly: by the reciprocal, and once what is left over (nothing is if by is a power of
+    two). It can't exceed 448 by more than rounding."""
     ratio = values * over
     if not POWERS:
-        ratio = tl.fma(tl.fma(-ratio, by, values), over, ratio)
-    return ratio.to(tl.float8e4nv)
+        ratio = tl.fma(tl.fma(ratio, -by, values), over, ratio)
+    return ratio
 
 
 @triton.jit
-def store_runs(values, n, d, codes, scale, c_row, s_group, FLOOR: tl.constexpr, POWERS: tl.constexpr):
-    """Codes and scales of tokens n and 128 channels d, in runs of channels."""
-    by, over = scale_of(tl.max(tl.abs(values), 1), FLOOR, POWERS)
-    code = encode(values, by[:, None], over[:, None], POWERS)
+def store_runs(values, n, d, codes, c_row, FLOOR: tl.constexpr, POWERS: tl.constexpr, ASM: tl.constexpr):
+    """Codes of tokens n and 128 channels d, in runs of channels; gives their scales."""
+    by, over = scale_of(tl.max(tl.abs(values), 1), FLOOR, POWERS, ASM)
+    code = quotient(values, by[:, None], over[:, None], POWERS).to(tl.float8e4nv)
     tl.store(codes + n.to(tl.int64)[:, None] * c_row + d[None, :], code)
-    tl.store(scale + tl.min(d, 0) // 128 * s_group.to(tl.int64) + n, by)
+    return by
 
 
 @triton.jit
-def bits(code):
-    return code.to(tl.uint8, bitcast=True).to(tl.uint32)
+def store_fours(b0, b1, b2, b3, to):
+    """128 numbers, of which b0 has every fourth, b1 those after them, and so on."""
+    joined = tl.reshape(tl.join(tl.join(b0, b2), tl.join(b1, b3)), (128,))
+    tl.store(to + tl.arange(0, 128), joined)
+
+
+@triton.jit
+def store_four_runs(
+    v0, v1, v2, v3, n, d, tile, column, codes, scale, c_row, s_group, FLOOR: tl.constexpr, POWERS: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of 128 tokens: v0 has every fourth token n, v1 those after them, and so on. Channels d are
+    those of tile number `column`."""
+    b0 = store_runs(v0, n, d, codes, c_row, FLOOR, POWERS, ASM)
+    b1 = store_runs(v1, n + 1, d, codes, c_row, FLOOR, POWERS, ASM)
+    b2 = store_runs(v2, n + 2, d, codes, c_row, FLOOR, POWERS, ASM)
+    b3 = store_runs(v3, n + 3, d, codes, c_row, FLOOR, POWERS, ASM)
+    store_fours(b0, b1, b2, b3, scale + column * s_group.to(tl.int64) + tile * 128)
+
+
+@triton.jit
+def bits(ratio):
+    return ratio.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.uint32)
+
+
+@triton.jit
+def four_codes(r0, r1, r2, r3, ASM: tl.constexpr):
+    """The codes of four numbers in a word, the first one's lowest; with ASM in three instructions."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high;
+            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+            mov.b32 $0, {low, high};
+            }""",
+            "=r,f,f,f,f", [r0, r1, r2, r3], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        word = bits(r0) | (bits(r1) << 8) | (bits(r2) << 16) | (bits(r3) << 24)
+        return word.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def store_turned(
-    v0, v1, v2, v3, n, d, words, t_scale, t_row, t_group, FLOOR: tl.constexpr, POWERS: tl.constexpr
-):
-    """Codes and scales of the transpose of 128 tokens and 128 channels d, in runs of tokens. v0 has every fourth token
-    n, v1 those after them, and so on: a thread has the codes of four tokens in a row and moves them as one word, where
-    single bytes would take most of the time. `words` are the codes in fours, t_row their number in a row."""
+    v0, v1, v2, v3, n, d, tile, words, t_scale, t_row, t_group, FLOOR: tl.constexpr, POWERS: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of the transpose of 128 tokens, those of tile number `tile`, and 128 channels d, in runs of
+    tokens. v0 has every fourth token n, v1 those after them, and so on: a thread has the codes of four tokens in a row
+    and moves them as one word, where single bytes would take most of the time. `words` are the codes in fours, t_row
+    their number in a row."""
     amax = tl.maximum(tl.maximum(tl.abs(v0), tl.abs(v1)), tl.maximum(tl.abs(v2), tl.abs(v3)))
-    by, over = scale_of(tl.max(amax, 0), FLOOR, POWERS)
+    by, over = scale_of(tl.max(amax, 0), FLOOR, POWERS, ASM)
     by_1, over_1 = by[None, :], over[None, :]
-    word = bits(encode(v0, by_1, over_1, POWERS)) | (bits(encode(v1, by_1, over_1, POWERS)) << 8)
-    high = bits(encode(v2, by_1, over_1, POWERS)) | (bits(encode(v3, by_1, over_1, POWERS)) << 8)
-    word = (word | (high << 16)).to(tl.int32, bitcast=True)
+    r0, r1 = quotient(v0, by_1, over_1, POWERS), quotient(v1, by_1, over_1, POWERS)
+    r2, r3 = quotient(v2, by_1, over_1, POWERS), quotient(v3, by_1, over_1, POWERS)
+    word = four_codes(r0, r1, r2, r3, ASM)
     tl.store(words + d.to(tl.int64)[None, :] * t_row + (n // 4)[:, None], word)
-    tl.store(t_scale + tl.min(n, 0) // 128 * t_group.to(tl.int64) + d, by)
+    tl.store(t_scale + tile * t_group.to(tl.int64) + d, by)
 
 
 @triton.jit
-def fours(BAND: tl.constexpr):
-    """The tile of a program, its every fourth token, and its channels. BAND > 0: as many tiles of channels are worked
-    side by side, then those of the next 128 tokens."""
+def place():
+    """A program's tile of tokens and tile of channels, every fourth of its tokens, and its channels. All tokens of some
+    channels come before the next channels: what several places read of a token is still in the cache."""
     tile, column = tl.program_id(0), tl.program_id(1)
-    if BAND > 0:
-        down, across = tl.num_programs(0), tl.num_programs(1)
-        number = tile + column * down
-        left = number // (down * BAND) * BAND
-        wide = tl.minimum(BAND, across - left)
-        inside = number - left * down
-        tile, column = inside // wide, left + inside % wide
-    n = tile * 128 + 4 * tl.arange(0, 32)
-    return tile, n, column * 128 + tl.arange(0, 128)
+    return tile, column, tile * 128 + 4 * tl.arange(0, 32), column * 128 + tl.arange(0, 128)
 
 
 @triton.jit
@@ -157,8 +201,8 @@ def fetch(x, pair, n, d, rows, width, x_row, K: tl.constexpr, EVEN: tl.constexpr
     """Rows n of x in fp32; with K > 0 the tokens of the pairs at places n, zeros where a pair is below 0."""
     row = n.to(tl.int64)
     if K > 0:
-        which = tl.load(pair + n)
-        row = which.to(tl.int64) // K
+        which = tl.load(pair + n).to(tl.int32)
+        row = (which // K).to(tl.int64)
         there = (which >= 0)[:, None] & (d < width)[None, :]
         return tl.load(x + row[:, None] * x_row + d[None, :], mask=there, other=0.0).to(tl.float32)
     at = x + row[:, None] * x_row + d[None, :]
@@ -168,25 +212,32 @@ def fetch(x, pair, n, d, rows, width, x_row, K: tl.constexpr, EVEN: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["rows"])
-def rows_kernel(
+def quantize_rows_kernel(
     x, pair, codes, scale, words, t_scale, end, rows, width, x_row, c_row, s_group, t_row, t_group,
     FLOOR: tl.constexpr, POWERS: tl.constexpr, BOTH: tl.constexpr, ENDS: tl.constexpr, EVEN: tl.constexpr,
-    K: tl.constexpr, BAND: tl.constexpr,
+    K: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """A tile of 128 rows and channels a program. ENDS: rows from the number at `end` on are left out."""
-    tile, n, d = fours(BAND)
+    tile, column, n, d = place()
     if tile * 128 >= (tl.load(end) if ENDS else rows):
         return
     v0 = fetch(x, pair, n, d, rows, width, x_row, K, EVEN)
     v1 = fetch(x, pair, n + 1, d, rows, width, x_row, K, EVEN)
     v2 = fetch(x, pair, n + 2, d, rows, width, x_row, K, EVEN)
     v3 = fetch(x, pair, n + 3, d, rows, width, x_row, K, EVEN)
-    store_runs(v0, n, d, codes, scale, c_row, s_group, FLOOR, POWERS)
-    store_runs(v1, n + 1, d, codes, scale, c_row, s_group, FLOOR, POWERS)
-    store_runs(v2, n + 2, d, codes, scale, c_row, s_group, FLOOR, POWERS)
-    store_runs(v3, n + 3, d, codes, scale, c_row, s_group, FLOOR, POWERS)
+    store_four_runs(v0, v1, v2, v3, n, d, tile, column, codes, scale, c_row, s_group, FLOOR, POWERS, ASM)
     if BOTH:
-        store_turned(v0, v1, v2, v3, n, d, words, t_scale, t_row, t_group, FLOOR, POWERS)
+        store_turned(v0, v1, v2, v3, n, d, tile, words, t_scale, t_row, t_group, FLOOR, POWERS, ASM)
+
+
+def by_words(x: Tensor) -> bool:
+    """Whether x's device has the instructions that `four_codes` asks for: Nvidia's with FP8."""
+    return x.is_cuda and torch.version.cuda is not None and _capability(x.device) >= (8, 9)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def quantize_runs(x: Tensor, block: tuple[int, int], pow2: bool, floor: float) -> tuple[Tensor, Tensor]:
@@ -224,11 +275,12 @@ def rows_fast(
     full = room(rows), room(width)
     along = empty_codes(*full, x_ND)
     turned = empty_codes(full[1], full[0], x_ND) if both else along
-    rows_kernel[(full[0] // BLOCK, full[1] // BLOCK)](
+    quantize_rows_kernel[(full[0] // BLOCK, full[1] // BLOCK)](
         x_ND, x_ND if pair_P is None else pair_P, along.codes, along.scale, turned.words, turned.scale,
         x_ND if end is None else end, rows, width, x_ND.stride(0), along.codes.stride(0), along.scale.stride(1),
         turned.codes.stride(0) // 4, turned.scale.stride(1), FLOOR=floor, POWERS=pow2, BOTH=both,
-        ENDS=end is not None, EVEN=(rows, width) == full, K=chosen, BAND=BAND, num_warps=WARPS, maxnreg=REGISTERS,
+        ENDS=end is not None, EVEN=(rows, width) == full, K=chosen, ASM=by_words(x_ND),
+        num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     return along, turned if both else None
 
@@ -291,7 +343,7 @@ def spread_both(
 
 
 @triton.jit
-def matrices_kernel(
+def quantize_matrices_kernel(
     w, codes, scale, turned, t_scale, out, width, w_matrix, w_row, c_matrix, c_row, s_matrix, s_row,
     t_matrix, t_row, u_matrix, u_row, FLOOR: tl.constexpr, POWERS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -306,8 +358,8 @@ def matrices_kernel(
         values = tl.load(at).to(tl.float32)
     else:
         values = tl.load(at, mask=(o < out)[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
-    by, over = scale_of(tl.max(tl.max(tl.abs(values), 1), 0), FLOOR, POWERS)
-    code = encode(values, by, over, POWERS)
+    by, over = scale_of(tl.max(tl.max(tl.abs(values), 1), 0), FLOOR, POWERS, False)
+    code = quotient(values, by, over, POWERS).to(tl.float8e4nv)
     tl.store(codes + matrix * c_matrix + o.to(tl.int64)[:, None] * c_row + d[None, :], code)
     tl.store(turned + matrix * t_matrix + d.to(tl.int64)[None, :] * t_row + o[:, None], code)
     tl.store(scale + matrix * s_matrix + down * s_row + column, by)
@@ -360,7 +412,7 @@ def matrices_fast(
 ) -> None:
     """The same by the kernel above, both ways."""
     count, out, width = w_EOD.shape
-    matrices_kernel[(codes.shape[1] * codes.shape[2] // BLOCK**2, count)](
+    quantize_matrices_kernel[(codes.shape[1] * codes.shape[2] // BLOCK**2, count)](
         w_EOD, codes, scale, turned, t_scale, out, width, *w_EOD.stride()[:2], *codes.stride()[:2],
         *scale.stride()[:2], *turned.stride()[:2], *t_scale.stride()[:2],
         FLOOR=FP8_FLOOR, POWERS=pow2, EVEN=(out, width) == codes.shape[1:], num_warps=8,

@@ -16,39 +16,54 @@ from rorqual.kernels.fp8_train_quant import (
     BLOCK,
     GRADIENT_FLOOR,
     Codes,
+    by_words,
     empty_codes,
-    fours,
+    place,
     rows_reference,
+    store_four_runs,
+    store_fours,
     store_runs,
     store_turned,
 )
 from rorqual.kernels.gpu import tl, triton, usable
 from rorqual.kernels.quant import FP8_FLOOR
 
-WARPS, REGISTERS, BAND = 8, 128, 0
-"""Warps of a program of the backward pass, registers of a thread at most, and tiles of channels that are worked side
-by side before those of the next 128 rows (0: all rows first)."""
-
-SPLIT = True
-"""Whether the product and the two gradients have a program each."""
+WARPS, REGISTERS = 16, 128
+"""Warps of a program of the backward pass, and registers of a thread at most."""
 
 
 @triton.jit
-def gated(gate, up, limit, LIMIT: tl.constexpr):
+def sigmoid(x, ASM: tl.constexpr):
+    """1 / (1 + exp(-x)); with ASM in four instructions where the operators take a dozen."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 t;
+            mul.f32 t, $1, 0fBFB8AA3B;
+            ex2.approx.ftz.f32 t, t;
+            add.f32 t, t, 0f3F800000;
+            rcp.approx.ftz.f32 $0, t;
+            }""",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def gated(gate, up, limit, LIMIT: tl.constexpr, ASM: tl.constexpr):
     """gate and up clamped if LIMIT, and sigmoid(gate), from what the products gave."""
     if LIMIT:
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
-    root = tl.rsqrt(
-        1.0 + tl.exp(-gate)
-    )  # squared it is the sigmoid, in fewer instructions than a division takes
-    return gate, up, root * root
+    return gate, up, sigmoid(gate, ASM)
 
 
 @triton.jit(do_not_specialize=["limit", "rows"])
-def forward_kernel(
+def swiglu_codes_kernel(
     both, weights, codes, scale, end, limit, rows, width, c_row, s_group,
     FLOOR: tl.constexpr, POWERS: tl.constexpr, ENDS: tl.constexpr, WEIGHED: tl.constexpr, LIMIT: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """A tile of 128 rows and channels a program. ENDS: rows from the number at `end` on are left out."""
     n = tl.program_id(0) * 128 + tl.arange(0, 128)
@@ -56,79 +71,71 @@ def forward_kernel(
     if tl.program_id(0) * 128 >= (tl.load(end) if ENDS else rows):
         return
     at = both + n.to(tl.int64)[:, None] * (2 * width) + d[None, :]
-    gate, up, open = gated(tl.load(at).to(tl.float32), tl.load(at + width).to(tl.float32), limit, LIMIT)
+    gate, up, open = gated(tl.load(at).to(tl.float32), tl.load(at + width).to(tl.float32), limit, LIMIT, ASM)
     values = gate * open * up
     if WEIGHED:
         values *= tl.load(weights + n)[:, None]
-    store_runs(values, n, d, codes, scale, c_row, s_group, FLOOR, POWERS)
+    by = store_runs(values, n, d, codes, c_row, FLOOR, POWERS, ASM)
+    tl.store(scale + tl.program_id(1) * s_group.to(tl.int64) + n, by)
 
 
 @triton.jit
-def part_of(
-    both, weights, slope, w_slope, n, d, limit, width,
-    PART: tl.constexpr, WEIGHED: tl.constexpr, LIMIT: tl.constexpr,
-):  # fmt: skip
-    """Of rows n and channels d: the product (PART 0), whose share of the weights' gradient goes to `w_slope`, the
-    gradient of gate (1) or that of up (2)."""
+def back(
+    both, weights, slope, n, d, limit, width, WEIGHED: tl.constexpr, LIMIT: tl.constexpr, ASM: tl.constexpr
+):
+    """Of rows n and channels d: the product, the gradients of gate and up, and this tile's share of the gradient of the
+    rows' weights."""
     at = both + n.to(tl.int64)[:, None] * (2 * width) + d[None, :]
     raw_gate, raw_up = tl.load(at).to(tl.float32), tl.load(at + width).to(tl.float32)
-    gate, up, open = gated(raw_gate, raw_up, limit, LIMIT)
-    if PART > 0 or WEIGHED:
-        dh = tl.load(slope + n.to(tl.int64)[:, None] * width + d[None, :]).to(tl.float32)
+    dh = tl.load(slope + n.to(tl.int64)[:, None] * width + d[None, :]).to(tl.float32)
+    gate, up, open = gated(raw_gate, raw_up, limit, LIMIT, ASM)
+    silu = gate * open
+    h = silu * up
+    share = tl.sum(dh * h, 1)
     if WEIGHED:
         weight = tl.load(weights + n)[:, None]
-    if PART == 0:
-        found = gate * open * up
-        if WEIGHED:
-            tl.store(w_slope + n, tl.sum(dh * found, 1))
-    elif PART == 1:
-        found = dh * up * open * (1.0 + gate * (1.0 - open))
-        if LIMIT:
-            found = tl.where(raw_gate <= limit, found, 0.0)
-    else:
-        found = dh * (gate * open)
-        if LIMIT:
-            found = tl.where(tl.abs(raw_up) <= limit, found, 0.0)
-    if WEIGHED:
-        found *= weight
-    return found
+        h *= weight
+        dh *= weight
+    dgate = dh * up * tl.fma(silu, 1.0 - open, open)
+    dup = dh * silu
+    if LIMIT:
+        dgate = tl.where(raw_gate <= limit, dgate, 0.0)
+        dup = tl.where(tl.abs(raw_up) <= limit, dup, 0.0)
+    return h, dgate, dup, share
 
 
 @triton.jit(do_not_specialize=["limit", "rows"])
-def backward_kernel(
+def swiglu_codes_backward_kernel(
     both, weights, slope, h_words, h_scale, codes, scale, words, t_scale, w_slope, end, limit, rows, width, h_row,
     h_group, c_row, s_group, t_row, t_group, FLOOR: tl.constexpr, SMALL: tl.constexpr, POWERS: tl.constexpr,
-    SLOPE_POWERS: tl.constexpr, ENDS: tl.constexpr, WEIGHED: tl.constexpr, LIMIT: tl.constexpr, BAND: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SLOPE_POWERS: tl.constexpr, ENDS: tl.constexpr, WEIGHED: tl.constexpr, LIMIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """A tile of 128 rows and channels a program: the transposed codes of the product, with floor FLOOR, and the codes
     of gate's and up's gradients, both ways, with floor SMALL. Sums a row of this tile's share of the weight's gradient
-    go to `w_slope` `[W / 128, N]`.
-
-    The three parts come one after the other, or with SPLIT each by a program of its own; what they read again is in the
-    cache, where registers would not hold it."""
-    tile, n, d = fours(BAND)
-    shares = w_slope + tl.min(d, 0) // 128 * h_row * 4
+    go to `w_slope` `[W / 128, N]`."""
+    tile, column, n, d = place()
+    shares = w_slope + column * h_row * 4 + tile * 128
     if tile * 128 >= (tl.load(end) if ENDS else rows):
         if WEIGHED:
-            for r in tl.static_range(4):
-                tl.store(shares + n + r, tl.zeros((32,), tl.float32))
+            tl.store(shares + tl.arange(0, 128), tl.zeros((128,), tl.float32))
         return
-    for PART in tl.static_range(3):
-        if not SPLIT or tl.program_id(2) == PART:
-            v0 = part_of(both, weights, slope, shares, n, d, limit, width, PART, WEIGHED, LIMIT)
-            v1 = part_of(both, weights, slope, shares, n + 1, d, limit, width, PART, WEIGHED, LIMIT)
-            v2 = part_of(both, weights, slope, shares, n + 2, d, limit, width, PART, WEIGHED, LIMIT)
-            v3 = part_of(both, weights, slope, shares, n + 3, d, limit, width, PART, WEIGHED, LIMIT)
-            if PART == 0:
-                store_turned(v0, v1, v2, v3, n, d, h_words, h_scale, h_row, h_group, FLOOR, POWERS)
-            else:
-                channel = d + (PART - 1) * width
-                store_runs(v0, n, channel, codes, scale, c_row, s_group, SMALL, SLOPE_POWERS)
-                store_runs(v1, n + 1, channel, codes, scale, c_row, s_group, SMALL, SLOPE_POWERS)
-                store_runs(v2, n + 2, channel, codes, scale, c_row, s_group, SMALL, SLOPE_POWERS)
-                store_runs(v3, n + 3, channel, codes, scale, c_row, s_group, SMALL, SLOPE_POWERS)
-                store_turned(v0, v1, v2, v3, n, channel, words, t_scale, t_row, t_group, SMALL, SLOPE_POWERS)
+    h0, g0, u0, s0 = back(both, weights, slope, n, d, limit, width, WEIGHED, LIMIT, ASM)
+    h1, g1, u1, s1 = back(both, weights, slope, n + 1, d, limit, width, WEIGHED, LIMIT, ASM)
+    h2, g2, u2, s2 = back(both, weights, slope, n + 2, d, limit, width, WEIGHED, LIMIT, ASM)
+    h3, g3, u3, s3 = back(both, weights, slope, n + 3, d, limit, width, WEIGHED, LIMIT, ASM)
+    if WEIGHED:
+        store_fours(s0, s1, s2, s3, shares)
+    store_turned(h0, h1, h2, h3, n, d, tile, h_words, h_scale, h_row, h_group, FLOOR, POWERS, ASM)
+    store_four_runs(
+        g0, g1, g2, g3, n, d, tile, column, codes, scale, c_row, s_group, SMALL, SLOPE_POWERS, ASM
+    )
+    store_turned(g0, g1, g2, g3, n, d, tile, words, t_scale, t_row, t_group, SMALL, SLOPE_POWERS, ASM)
+    d += width
+    column += width // 128
+    store_four_runs(
+        u0, u1, u2, u3, n, d, tile, column, codes, scale, c_row, s_group, SMALL, SLOPE_POWERS, ASM
+    )
+    store_turned(u0, u1, u2, u3, n, d, tile, words, t_scale, t_row, t_group, SMALL, SLOPE_POWERS, ASM)
 
 
 def reference(both_NW: Tensor, weights_N: Tensor | None, limit: float | None) -> Tensor:
@@ -177,6 +184,7 @@ def _options(both: Tensor, weights: Tensor | None, limit: float | None, end: Ten
         "ENDS": end is not None,
         "WEIGHED": weights is not None,
         "LIMIT": limit is not None,
+        "ASM": by_words(both),
     }
 
 
@@ -185,7 +193,7 @@ def forward_fast(
 ) -> Codes:
     rows, width = both_NW.shape[0], both_NW.shape[1] // 2
     h = empty_codes(rows, width, both_NW)
-    forward_kernel[(rows // BLOCK, width // BLOCK)](
+    swiglu_codes_kernel[(rows // BLOCK, width // BLOCK)](
         both_NW, both_NW if weights_N is None else weights_N, h.codes, h.scale, both_NW if end is None else end,
         limit or 0.0, rows, width, h.codes.stride(0), h.scale.stride(1), POWERS=pow2,
         **_options(both_NW, weights_N, limit, end), num_warps=8,
@@ -207,12 +215,12 @@ def backward_fast(
         empty_codes(a, b, both_NW) for a, b in ((width, rows), (rows, 2 * width), (2 * width, rows))
     )
     shares = both_NW.new_empty((width // BLOCK, rows) if weights_N is not None else (1,), dtype=torch.float32)
-    backward_kernel[(rows // BLOCK, width // BLOCK, 3 if SPLIT else 1)](
+    swiglu_codes_backward_kernel[(rows // BLOCK, width // BLOCK)](
         both_NW, both_NW if weights_N is None else weights_N, slope_NW, h.words, h.scale, along.codes, along.scale,
         turned.words, turned.scale, shares, both_NW if end is None else end, limit or 0.0, rows, width,
         h.codes.stride(0) // 4, h.scale.stride(1), along.codes.stride(0), along.scale.stride(1),
         turned.codes.stride(0) // 4, turned.scale.stride(1), SMALL=GRADIENT_FLOOR, POWERS=pow2,
-        SLOPE_POWERS=slope_pow2, **_options(both_NW, weights_N, limit, end), BAND=BAND, SPLIT=SPLIT, num_warps=WARPS,
+        SLOPE_POWERS=slope_pow2, **_options(both_NW, weights_N, limit, end), num_warps=WARPS,
         maxnreg=REGISTERS,
     )  # fmt: skip
     return h, along, turned, shares.sum(0) if weights_N is not None else None

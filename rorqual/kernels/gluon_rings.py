@@ -48,6 +48,7 @@ __all__ = [
     "Held",
     "TensorDescriptor",
     "async_copy",
+    "begin_later",
     "described",
     "descriptor",
     "expect",
@@ -59,6 +60,7 @@ __all__ = [
     "make_room",
     "mbarrier",
     "processors",
+    "put",
     "reciprocal",
     "supported",
     "table_room",
@@ -161,6 +163,33 @@ def reciprocal(x):
     return gl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
     )
+
+
+@gluon.jit
+def begin_later(APART: gl.constexpr):
+    """0, after about APART nanoseconds."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    count = 0
+    if APART > 0:
+        slept = gl.inline_asm_elementwise(
+            "nanosleep.u32 $1; mov.u32 $0, 0;", "=r,r", [gl.full([1], APART, gl.int32, ONE)],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        count = gl.max(slept, 0)
+    return count
+
+
+@gluon.jit
+def put(to, values, STORE: gl.constexpr, there, ADD: gl.constexpr):
+    """Store fp32 sums as what `to` points at, added to what is there if ADD: fp32 by the cache, which nobody waits
+    for."""
+    values = gl.convert_layout(values, STORE)
+    if ADD and to.dtype.element_ty == gl.float32:
+        gl.atomic_add(to, values, there, sem="relaxed")
+    else:
+        if ADD:
+            values += gl.load(to, there, other=0.0).to(gl.float32)
+        gl.store(to, values.to(to.dtype.element_ty), there)
 
 
 Held = tuple[Tensor, Tensor]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -10,10 +12,12 @@ import torch
 from torch import Tensor
 
 from rorqual.kernels import fp8_train as op
+from rorqual.kernels import fp8_train_dense as dense
 from rorqual.kernels import fp8_train_experts as routed
 from rorqual.kernels import fp8_train_products as products
 from rorqual.kernels import fp8_train_quant as quant
 from rorqual.kernels import fp8_train_swiglu as gated
+from rorqual.kernels import mla_grad
 from rorqual.kernels.fp8_train_products import Groups, padded_ends
 from rorqual.kernels.fp8_train_quant import GRADIENT_FLOOR, Codes
 from rorqual.kernels.quant import FP8, FP8_FLOOR, QuantError, dequantize_fp8
@@ -133,6 +137,44 @@ def test_products(device: torch.device, counts: list[int], out: int, width: int,
         assert dw.dtype == dtype and apart(dw, sums) < bound
         assert not dw[[e for e, count in enumerate(counts) if not count]].any()
         assert apart(products.matrix_product(dy_turned, turned, groups, out, width, add=dw), 2 * sums) < bound
+
+
+def test_gradients_in_parts(device: torch.device) -> None:
+    """Tokens in parts give the same sums; as many parts as fill the processors, one where tiles do."""
+    x, dy = (torch.randn(640, width, device=device).bfloat16() for width in (256, 100))
+    turned = [quant.quantize_both(t)[1] for t in (dy, x)]
+    want = dense.in_parts(*turned, 100, 256, torch.float32, 1)
+    for parts in (2, 5):
+        assert apart(dense.in_parts(*turned, 100, 256, torch.float32, parts), want) < 1e-5
+    assert apart(dense.dense_matrix(*turned, 100, 256, torch.bfloat16), want) < 2**-8
+    add = torch.ones(100, 256, device=device)
+    assert apart(dense.dense_matrix(*turned, 100, 256, torch.float32, add), want + 1) < 1e-5
+    assert dense.parts_of(72, 512, 1536 * 1536, 132) == 5 and dense.parts_of(768, 512, 16384 * 1536, 132) == 1
+
+
+def test_refusals_are_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cuBLASLt refuses is multiplied here, and it is not asked again; other shapes still go to it."""
+    asked = []
+
+    def library(a: Tensor, b: Tensor, *scales: Tensor, out_dtype: torch.dtype) -> Tensor:
+        asked.append((*a.shape, b.shape[1]))
+        if b.shape[1] == 256:
+            raise RuntimeError("no such product")
+        return torch.full((a.shape[0], b.shape[1]), 7.0, dtype=out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", library)
+    monkeypatch.setattr(dense, "_hopper", lambda _: True)
+    monkeypatch.setattr(dense, "_refused", set())
+    found = []
+    for out in (256, 208, 256, 208, 200):  # 200 is not in 16s
+        w = quant.empty_matrices(1, out, 512, torch.device("cpu"))
+        quant.quantize_matrices(torch.randn(1, out, 512), w)
+        x = quant.quantize_along(torch.randn(128, 512).bfloat16())
+        with pytest.warns(UserWarning, match="refuses") if not found else contextlib.nullcontext():
+            found.append(dense.dense_rows(x, w[0], out, torch.bfloat16))
+        want = products.rows_reference(x, w[0], products.whole(128, x.codes.device), out, torch.bfloat16)
+        assert torch.equal(found[-1], torch.full_like(want, 7) if out == 208 else want)
+    assert asked == [(128, 512, 256), (128, 512, 208), (128, 512, 208)]
 
 
 @pytest.mark.parametrize("limit, weighed", [(None, True), (0.5, False)])
@@ -303,6 +345,37 @@ def test_experts_places_are_whole_tiles(device: torch.device) -> None:
     for codes, want in zip(found, wants, strict=True):
         assert codes is not None
         same(codes, want)
+
+
+@pytest.mark.parametrize("q_rank, keep", [(128, True), (None, False)])
+def test_mla_is_close_to_full_precision(device: torch.device, q_rank: int | None, keep: bool) -> None:
+    """All results and gradients, made anew or kept; the projections' own exactness is tested above."""
+    batch, heads, width, rank, nope, rope, v = 2, 2, 192, 64, 64, 64, 128
+    shape = mla_grad.Shape(batch, heads, nope, rope, rank, 128**-0.5, 1e-6, True, keep)
+    first = heads * (nope + rope) if q_rank is None else q_rank
+
+    def make(*size: int) -> Tensor:
+        return (torch.randn(size) * size[-1] ** -0.5).to(device, torch.bfloat16).requires_grad_()
+
+    def norm(size: int) -> Tensor:
+        return torch.rand(size).add(0.5).to(device, torch.bfloat16).requires_grad_()
+
+    up = None if q_rank is None else make(heads * (nope + rope), first)
+    matrices = mla_grad.Matrices(
+        make(first, width), None if up is None else norm(first), up,
+        make(rank + rope, width), norm(rank), make(heads * (nope + v), rank),
+    )  # fmt: skip
+    turns = torch.arange(24)[:, None] * torch.logspace(0, -3, rope // 2)
+    cos, sin = turns.cos().to(device), turns.sin().to(device)
+    x = torch.randn(batch * 24, width).to(device, torch.bfloat16).requires_grad_()
+    leaves = [x, *(t for t in vars(matrices).values() if t is not None)]
+    slope = torch.randn(batch * 24, heads * v).to(device, torch.bfloat16)
+    wants, found = (
+        gradients(mla_grad.mla_trained(x, matrices, cos, sin, replace(shape, fp8=fp8)), slope, *leaves)
+        for fp8 in (False, True)
+    )
+    for got, want in zip(found, wants, strict=True):
+        assert got.shape == want.shape and 0.01 < apart(got, want) < 0.15
 
 
 def test_codes_follow_their_weight(device: torch.device) -> None:
