@@ -1,6 +1,6 @@
 """Training a miniature of ten million parameters on a CPU, beside transformers: the same model, batch and optimizer.
 
-V3-type: 5 layers, width 256, first layer dense, then 16 experts of 128, 4 a token, and a shared one; 4 heads; vocabulary
+V3-type: 5 layers, width 256, first layer dense, then 16 experts of 128, 4 a token, a shared one; 4 heads; vocabulary
 4,096; fp32. A step is loss, gradients and AdamW on 8 sequences of 256 tokens.
 """
 

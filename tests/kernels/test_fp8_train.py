@@ -73,9 +73,12 @@ def test_rows_are_quantised_both_ways(
         assert apart(values(along)[6:7, :width], real[6:7]) < 2**-4.5
 
 
-def test_weights_are_quantised_both_ways_and_side_by_side(device: torch.device) -> None:
-    one, two = (torch.randn(2, out, 200, device=device) * 0.1 for out in (128, 72))
-    made = quant.empty_matrices(2, 256, 200, device)
+@pytest.mark.parametrize(("second", "width"), [(72, 200), (128, 256)])
+def test_weights_are_quantised_both_ways_and_side_by_side(
+    device: torch.device, second: int, width: int
+) -> None:
+    one, two = (torch.randn(2, out, width, device=device) * 0.1 for out in (128, second))
+    made = quant.empty_matrices(2, 256, width, device)
     for first, w in ((0, one), (128, two)):
         quant.quantize_matrices(w, made, first)
         codes, scale = quant.matrices_reference(w.cpu())
@@ -85,6 +88,15 @@ def test_weights_are_quantised_both_ways_and_side_by_side(device: torch.device) 
     assert torch.equal(made[1].scale.cpu(), made[0].scale.transpose(1, 2).cpu())
     with pytest.raises(QuantError, match="do not fit"):
         quant.quantize_matrices(one, made, 192)
+
+
+def test_whole_blocks_of_weights_by_the_kernel(device: torch.device) -> None:
+    w, made = torch.randn(2, 128, 256, device=device) * 0.1, quant.empty_matrices(2, 128, 256, device)
+    quant.matrices_fast(w, *(t for m in made for t in (m.codes, m.scale)))
+    codes, scale = quant.matrices_reference(w.cpu())
+    assert torch.equal(made[0].codes.cpu().float(), codes.float()) and torch.equal(made[0].scale.cpu(), scale)
+    assert torch.equal(made[1].codes.cpu().float(), codes.transpose(1, 2).float())
+    assert torch.equal(made[1].scale.cpu(), scale.transpose(1, 2))
 
 
 def case(device: torch.device, counts: list[int], out: int, width: int, spare: int = 0) -> tuple[Any, ...]:

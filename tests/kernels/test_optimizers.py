@@ -10,6 +10,7 @@ import torch
 from rorqual.kernels import adamw
 from rorqual.train.optim import AdamW, Muon, Optimizer
 from tests.interpreter import repair
+from tests.kernels.test_gradients import near
 from tests.train.test_optim import Little, give_gradients
 
 
@@ -32,9 +33,9 @@ def test_kernels_take_the_same_steps(
         with monkeypatch.context() as here:
             here.setattr(adamw, "supported", lambda *_: True)
             fast.step(number, 0.01, factor)
-    for mine, theirs in zip(two.parameters(), one.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-6 if kind == torch.float32 else 2**-8, atol=1e-6)
     # Moments may differ in the last place before they are rounded to bf16, and the next step's weights with them.
     rounds = isinstance(settings, AdamW) and settings.moments == torch.bfloat16
+    for mine, theirs in zip(two.parameters(), one.parameters(), strict=True):
+        near(mine, theirs, 2**-9 if kind == torch.bfloat16 else 1e-4 if rounds else 1e-6)
     for name, mine in fast.tensors().items():
-        torch.testing.assert_close(mine, plain.tensors()[name], rtol=2**-7 if rounds else 1e-5, atol=1e-6)
+        near(mine, plain.tensors()[name], 2**-8 if mine.dtype == torch.bfloat16 else 1e-4 if rounds else 1e-5)
