@@ -35,6 +35,7 @@ CPU = {
     "tiny": tiny.main,
     "turns": turns.turns,
     "serve-tiny": later("benchmarks.serving", "cpu"),
+    "train-tiny": later("benchmarks.train_tiny", "main"),
 }
 LONG = {"soak": later("benchmarks.soak", "main"), "vllm-tiny": later("benchmarks.vllm_tiny", "main")}
 """Run only where named: these take many minutes, or need a peer."""
