@@ -387,7 +387,7 @@ def quantize_matrices(
         raise QuantError(
             f"weights {tuple(w_EOD.shape)} do not fit from row {first} on into {tuple(into[0].codes.shape)}"
         )
-    if _takes(w_EOD) and out % BLOCK == 0 and width % BLOCK == 0:
+    if _takes(w_EOD) and w_EOD.element_size() == 2 and out % BLOCK == 0 and width % BLOCK == 0:
         matrices_fast(w_EOD, codes, scale, turned, t_scale, pow2)
         return
     found, by = matrices_reference(w_EOD, pow2)
@@ -407,8 +407,8 @@ def matrices_reference(w_EOD: Tensor, pow2: bool = False) -> tuple[Tensor, Tenso
 def matrices_fast(
     w_EOD: Tensor, codes: Tensor, scale: Tensor, turned: Tensor, t_scale: Tensor, pow2: bool = False
 ) -> None:
-    """The same by the kernel above, both ways, of whole blocks alone: with masked loads Triton 3.6 leaves every second
-    code of the transposes unwritten on a GPU."""
+    """The same by the kernel above, both ways, of 16-bit weights in whole blocks. (Of fp32 ones Triton 3.6 turns codes
+    instead of numbers, and loses every second one on a GPU.)"""
     count, _, width = w_EOD.shape
     quantize_matrices_kernel[(codes.shape[1] * codes.shape[2] // BLOCK**2, count)](
         w_EOD, codes, scale, turned, t_scale, width, *w_EOD.stride()[:2], *codes.stride()[:2],

@@ -91,7 +91,8 @@ def test_weights_are_quantised_both_ways_and_side_by_side(
 
 
 def test_whole_blocks_of_weights_by_the_kernel(device: torch.device) -> None:
-    w, made = torch.randn(2, 128, 256, device=device) * 0.1, quant.empty_matrices(2, 128, 256, device)
+    w = (torch.randn(2, 128, 256, device=device) * 0.1).bfloat16()
+    made = quant.empty_matrices(2, 128, 256, device)
     quant.matrices_fast(w, *(t for m in made for t in (m.codes, m.scale)))
     codes, scale = quant.matrices_reference(w.cpu())
     assert torch.equal(made[0].codes.cpu().float(), codes.float()) and torch.equal(made[0].scale.cpu(), scale)
