@@ -88,15 +88,15 @@ def counts(ids_BM: Tensor, experts: int) -> Tensor:
 
 def spread_reference(x_ND: Tensor, places: Places) -> Tensor:
     """Each place's token: `[P, D]`; places without an expert hold anything."""
-    return x_ND[places.pair_P // places.place_NK.shape[1]]
+    return x_ND.index_select(0, places.pair_P // places.place_NK.shape[1])
 
 
 def gather_reference(x_PD: Tensor, places: Places, add_ND: Tensor | None = None) -> Tensor:
     """The sum over each token's places, and of `add_ND`, in at least fp32: `[N, D]`."""
     wide = torch.promote_types(x_PD.dtype, torch.float32)
     at_NK = places.place_NK
-    rows_NKD = x_PD[at_NK.clamp(min=0)].to(wide).masked_fill((at_NK < 0)[..., None], 0)
-    total_ND = rows_NKD.sum(1)
+    rows_NKD = x_PD.index_select(0, at_NK.clamp(min=0).flatten()).unflatten(0, at_NK.shape).to(wide)
+    total_ND = rows_NKD.masked_fill_((at_NK < 0)[..., None], 0).sum(1)
     return (total_ND if add_ND is None else total_ND + add_ND.to(wide)).to(x_PD.dtype)
 
 
