@@ -108,7 +108,7 @@ def run() -> None:
     """The command, its errors as one line."""
     try:
         app()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"experiments: {error}") from None
 
 
