@@ -10,6 +10,7 @@ from rich.console import Console
 
 from experiments import attention, balance, card, corpus, fp8, mtp, muon, pool
 from experiments.frame import Setup
+from rorqual.cli.pretrain import usable
 from rorqual.data import DataError, Manifest
 
 EXPERIMENTS = {
@@ -81,7 +82,7 @@ def main(
             f"{place}: {sum(entry.tokens for entry in manifest.shards):,} tokens of {manifest.vocab:,}"
         )
         return
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     setup = Setup(str(place), manifest.vocab, quick, device, steps, seeds)
     chosen = []
     for name in names or EXPERIMENTS:
@@ -108,7 +109,7 @@ def run() -> None:
     """The command, its errors as one line."""
     try:
         app()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"experiments: {error}") from None
 
 

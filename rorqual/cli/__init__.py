@@ -440,5 +440,19 @@ def main() -> None:
     except (ValueError, OSError) as problem:
         Console(stderr=True).print(f"rorqual: {problem}", style="red", markup=False, highlight=False)
         raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as problem:
+        if not _out_of_memory(problem):
+            raise
+        said = f"rorqual: there is too little memory: {str(problem).splitlines()[0]}"
+        if "pretrain" in sys.argv[1:2]:
+            said += ". Take fewer sequences at once (--override micro=1); --dry-run says what a run takes"
+        Console(stderr=True).print(said, style="red", markup=False, highlight=False)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _out_of_memory(problem: Exception) -> bool:
+    """Whether Python, a GPU or PyTorch's allocator on the CPU had no room."""
+    named = isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(problem)

@@ -153,8 +153,9 @@ def pretrain(
                 else "nothing was saved yet"
             )
             raise
-    if window is not None and traced.path.is_file():
-        console.print(f"the trace: {traced.path}")
+    if window is not None:
+        told_of = f"the trace: {traced.path}" if traced.path.is_file() else f"no trace: no step {window[0]}"
+        console.print(told_of)
     made = exported(trainer, export, tokenizer, folder / "model", console)
     console.print(f'the model: {made}. Try: rorqual generate {made} "The" --temperature 0.5')
 

@@ -112,7 +112,7 @@ def foretell(plan: Any, device: str, console: Console) -> None:
     from rorqual.train.budget import flops_per_token, memory
     from rorqual.train.pace import pace
 
-    need = memory(plan)
+    need = memory(plan, device)
     table = Table(box=None, show_header=False, padding=(0, 2))
     table.add_column(justify="left")
     table.add_column(justify="right")

@@ -57,8 +57,8 @@ def counts_reference(ids_BM: Tensor, experts: int) -> Tensor:
 
 @triton.jit
 def _count(ids, counts, M, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     e = tl.arange(0, EP)
     found = tl.load(ids + row * M + at, mask=at < M, other=-1)
     mine = tl.sum((found[:, None] == e[None, :]).to(tl.int64), 0)
@@ -72,7 +72,8 @@ def counts_fast(ids_BM: Tensor, experts: int) -> Tensor:
     wide = triton.next_power_of_2(experts)
     block = max(16, 8192 // wide)
     if ids_BM.numel():
-        _count[(rows, triton.cdiv(many, block))](
+        # Rows second: a GPU takes 65,535 there, and one row of a long step's pairs is more blocks than that.
+        _count[(triton.cdiv(many, block), rows)](
             ids_BM, count_BE, many, E=experts, EP=wide, BLOCK=block, num_warps=4
         )
     return count_BE

@@ -291,7 +291,7 @@ class CompressedAttention(Pinned):
         chosen = self.index(
             x_BTD, qr_BTC, self._finished(step, entries.shape[1]), step, cache.index if cache else None
         )
-        if step.trace is not None:
+        if step.trace is not None and not step.trace.only_experts:
             step.trace.selected[step.layer] = chosen
         return entries, chosen
 
@@ -307,7 +307,7 @@ class CompressedAttention(Pinned):
             projected = self.index.project(x_BTD.detach(), qr_BTC.detach(), step, None)
         if projected is not None and not mode.dense:
             chosen = self.index.choose(*projected, self._finished(step, entries.shape[1]))
-            if step.trace is not None:
+            if step.trace is not None and not step.trace.only_experts:
                 step.trace.selected[step.layer] = chosen
         told: list[Tensor] = []
         o_BTHd = self._attend(q_BTHd, recent, entries, chosen, step, told)

@@ -131,7 +131,7 @@ class Indexer(nn.Module):
         """`forward` of what `project` gave."""
         limit_BT = (step.rows.positions_BT + 1).clamp(max=k_BKd.shape[1])
         chosen = choose_in_blocks(q_BTHd, k_BKd, w_BTH, limit_BT, self.part.top_k, step.first_BT)
-        if step.trace is not None:
+        if step.trace is not None and not step.trace.only_experts:
             step.trace.selected[step.layer] = chosen
         return chosen
 

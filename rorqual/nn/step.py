@@ -81,8 +81,8 @@ class Trace:
     """
 
     hidden: list[Tensor] = field(default_factory=list)
-    keep_hidden: bool = True
-    """Whether `hidden` is filled at all."""
+    only_experts: bool = False
+    """Whether `hidden` and `selected` stay empty: of a long row they are gigabytes."""
     experts: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     selected: dict[int, Tensor] = field(default_factory=dict)
 

@@ -206,14 +206,14 @@ class Transformer(nn.Module):
 
     def _through(self, ids_BT: Tensor, step: Step, caches: Sequence[Any] | None) -> Tensor:
         x = self.embed(ids_BT)
-        looked_at = step.trace is not None and step.trace.keep_hidden
+        looked_at = step.trace is not None and not step.trace.only_experts
         if torch.is_grad_enabled() and self.config.residual is None and usable(x) and not looked_at:
             return self._deferred(x, ids_BT, step, caches)
         if self.config.residual is not None:
             x = x[:, :, None].expand(-1, -1, self.config.residual.streams, -1)
         for index, layer in enumerate(self.layers):
             step.layer = index
-            if step.trace is not None and step.trace.keep_hidden:
+            if step.trace is not None and not step.trace.only_experts:
                 step.trace.hidden.append(x)
             x = layer(x, ids_BT, step, caches[index] if caches is not None else None)
         return x
@@ -221,7 +221,7 @@ class Transformer(nn.Module):
     def finish(self, state: Tensor, trace: Trace | None = None) -> Tensor:
         """Residual state -> normed hidden state `[B, T, D]`, what the head reads."""
         hidden = self.norm(state if self.mix_head is None else self.mix_head(state))
-        if trace is not None and trace.keep_hidden:
+        if trace is not None and not trace.only_experts:
             trace.hidden.append(hidden)
         return hidden
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,10 @@ class V2Balance:
     expert: float = 0.003
     device: float = 0.05
     communication: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not all(0 <= factor < math.inf for factor in (self.expert, self.device, self.communication)):
+            raise ValueError(f"{self}: each factor must be a number and not below 0")
 
 
 def v2_losses(logits_BTE: Tensor, ids_BTK: Tensor, router: Router, factors: V2Balance) -> Tensor:

@@ -14,7 +14,7 @@ from rorqual.family.account import flops
 from rorqual.family.parts import GQA, MLA, Attention, FeedForward, ModelConfig, SwiGLU
 from rorqual.family.pieces import all_mtp_pieces
 from rorqual.nn import Transformer
-from rorqual.train.loss import CHUNK
+from rorqual.train.loss import CHUNK, CHUNK_GPU
 from rorqual.train.optim import Optimizer
 from rorqual.train.recipe import Recipe
 
@@ -64,17 +64,24 @@ class Memory:
         return self.weights + self.gradients + self.master + self.moments + self.activations + self.loss
 
 
-def memory(recipe: Recipe) -> Memory:
-    """What a recipe takes, at its longest sequences."""
+def memory(recipe: Recipe, device: torch.device | str = "cpu") -> Memory:
+    """What a recipe takes on a kind of device, at its longest sequences."""
     config, dtype = recipe.config, getattr(torch, recipe.dtype)
     model = Transformer(config, dtype=dtype, device="meta")
-    state = Optimizer(model.named_parameters(), recipe.optimizer).tensors()
+    learnt = [(name, p) for name, p in model.named_parameters() if recipe.moves(name)]
+    state = Optimizer(learnt, recipe.optimizer).tensors()
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    gradients = sum(p.numel() * p.element_size() for _, p in learnt)
+    if recipe.micro < max(
+        max(s.batch, s.to or 0) for s in recipe.stages
+    ):  # those of a micro-batch beside their sums
+        gradients += sum(p.numel() * max(4, p.element_size()) for _, p in learnt)
     master = sum(t.numel() * t.element_size() for name, t in state.items() if name.endswith(".master"))
     tokens = max(min(recipe.micro, max(s.batch, s.to or 0)) * s.length for s in recipe.stages)
     wide = max(4, dtype.itemsize)
-    logits = min(CHUNK, tokens * config.vocab) * (wide + 2 * dtype.itemsize)
+    on_gpu = torch.device(device).type == "cuda"  # where the gradient is written over the logits
+    chunk, each = (CHUNK_GPU, dtype.itemsize) if on_gpu else (CHUNK, wide + 2 * dtype.itemsize)
+    logits = min(chunk, tokens * config.vocab) * each
     return Memory(
         weights=weights,
         gradients=gradients,

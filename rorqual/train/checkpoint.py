@@ -218,14 +218,22 @@ class Writer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._error is not None and self._failed > 1:
-            raise self._error
+        self._raise(more_than=1)
 
     def wait(self) -> None:
         """Until nothing is being written. Raises what went wrong with the last write."""
         self.join()
-        if self._error is not None and self._failed:
-            raise self._error
+        self._raise(more_than=0)
+
+    def _raise(self, more_than: int) -> None:
+        if self._error is None or self._failed <= more_than:
+            return
+        if isinstance(self._error, OSError):
+            raise OSError(
+                f"{self.folder}: no checkpoint could be written ({self._error}). Make room, and go on from the last "
+                "one by --resume"
+            ) from self._error
+        raise self._error
 
 
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

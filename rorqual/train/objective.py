@@ -151,7 +151,7 @@ class Pretraining:
         """A pass over all rows of a micro-batch."""
         count, width = len(batch.ids_BT), batch.ids_BT.shape[1] - batch.look
         rows = Rows([0] * count, [width] * count, width, batch.ids_BT.device)
-        step = Step(rows, Trace(keep_hidden=False), batch.documents_BT[:, :width] if self.apart else None)
+        step = Step(rows, Trace(only_experts=True), batch.documents_BT[:, :width] if self.apart else None)
         step.recompute = self.recompute
         if self.dsa:
             learns = self.dsa != "dense" and torch.is_grad_enabled()

@@ -6,6 +6,7 @@ plain functions of (parameters, gradients, state, step): nothing is hidden in th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,13 @@ class AdamW:
     decay: float = 0.1
     moments: torch.dtype = torch.float32
 
+    def __post_init__(self) -> None:
+        if not (all(0 <= beta < 1 for beta in self.betas) and self.eps > 0 and 0 <= self.decay < math.inf):
+            raise ValueError(
+                f"AdamW with betas {self.betas}, eps {self.eps} and decay {self.decay}: betas lie from 0 to under 1, "
+                "eps above 0, decay not below 0"
+            )
+
 
 @dataclass(frozen=True)
 class Muon:
@@ -42,6 +50,13 @@ class Muon:
     rest: AdamW = AdamW(eps=1e-20)
     product: torch.dtype = torch.bfloat16
     """Type of the Newton-Schulz products."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.momentum < 1 and 0 <= self.decay < math.inf):
+            raise ValueError(
+                f"Muon with momentum {self.momentum} and decay {self.decay}: the first lies from 0 to under 1, the "
+                "second not below 0"
+            )
 
 
 Settings = AdamW | Muon

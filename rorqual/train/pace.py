@@ -30,7 +30,7 @@ def pace(recipe: Recipe, device: torch.device | str) -> tuple[float, str]:
     rate = peak(device) or product_rate(device, recipe.dtype)
     guess = SHARE * rate / flops_per_token(recipe.config, stage.length)
     rows = min(recipe.micro, samples)
-    fits = memory(recipe).total < 0.8 * room(device)
+    fits = memory(recipe, device).total < 0.8 * room(device)
     if fits and 2 * rows * stage.length / guess < PATIENCE:
         micro, update = timed(recipe, device, rows, stage.length)
         return samples * stage.length / (micro * samples / rows + update), "measured on random tokens"
@@ -61,8 +61,11 @@ def product_rate(device: torch.device, dtype: str) -> float:
 def timed(recipe: Recipe, device: torch.device, rows: int, length: int) -> tuple[float, float]:
     """Seconds of a micro-batch of `rows` sequences, forward and backward, and of an update; the second of two."""
     model = Transformer(recipe.config, dtype=getattr(torch, recipe.dtype), device=device, seed=0)
+    for name, p in model.named_parameters():
+        p.requires_grad_(recipe.moves(name))
     optimizer = Optimizer(model.named_parameters(), recipe.optimizer)
-    objective, look = Pretraining(recipe.apart), 1 + len(model.mtp)
+    objective = Pretraining(recipe.apart, recipe.dsa, recipe.recompute, recipe.fp8)
+    look = 1 + len(model.mtp)
     made = torch.Generator().manual_seed(0)
     ids = torch.randint(recipe.config.vocab, (rows, length + look), generator=made)
     batch = Batch(ids, torch.zeros_like(ids), torch.zeros(rows, dtype=torch.int64), look)

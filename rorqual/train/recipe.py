@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+import math
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
+
+import torch
 
 from rorqual.family import MLA, CompressedAttention, ModelConfig, MoE
 from rorqual.family.parts import Attention
@@ -42,6 +45,13 @@ class Guard:
     window: int = 50
     most: int = 5
     back: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.factor > 1 and self.window >= 1 and self.most >= 0):
+            raise ValueError(
+                f"a guard of factor {self.factor}, window {self.window} and most {self.most}: the first must be above "
+                "1, the second above 0, the third not below; guard=none is without"
+            )
 
 
 @dataclass(frozen=True)
@@ -109,9 +119,10 @@ class Recipe:
             raise ValueError(f"clip is {self.clip}; it must be above 0, or none")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema is {self.ema}; it must lie between 0 and 1, or be none")
-        if not self.balance >= 0 or min(self.evaluate_every, self.save_every, self.keep_best) < 0:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must not be below 0, and below 2^63")
+        if not 0 <= self.balance < math.inf or min(self.evaluate_every, self.save_every, self.keep_best) < 0:
             raise ValueError("balance, evaluate_every, save_every and keep_best must not be below 0")
-
         layers = (*self.config.layers, *self.config.mtp)
         if self.dsa not in DSA:
             raise ValueError(f"dsa is {self.dsa!r}; it can be {', '.join(repr(kind) for kind in DSA)}")
@@ -123,6 +134,10 @@ class Recipe:
             raise ValueError(
                 "tokens are dropped by device, and no router of this model has groups of experts"
             )
+
+    def moves(self, name: str) -> bool:
+        """Whether the parameter of that name learns."""
+        return self.dsa != "warm-up" or ".index." in name
 
     def fingerprint(self) -> str:
         """What two runs compare, to know whether one goes on with the other. How often it is looked at and saved is
@@ -141,8 +156,8 @@ def has_index(part: Attention) -> bool:
 
 
 def override(recipe: Any, path: str, value: str) -> Any:
-    """`recipe` with the field at `path` ("optimizer.decay", "stages.0.batch") read from text in the field's type.
-    ValueError names what is there instead."""
+    """`recipe` with the field at `path` ("optimizer.decay", "stages.0.batch") read from text in the field's type; what
+    is none so far ("drop.capacity") begins with its defaults. ValueError names what is there instead."""
     head, _, rest = path.partition(".")
     if isinstance(recipe, tuple):
         if not head.isdigit() or int(head) >= len(recipe):
@@ -156,7 +171,16 @@ def override(recipe: Any, path: str, value: str) -> Any:
     if head not in names:
         raise ValueError(f"{type(recipe).__name__} has no {head!r}; it has {', '.join(names)}")
     old, kind = getattr(recipe, head), get_type_hints(type(recipe))[head]
+    old = _default(kind) if old is None else old
     return replace(recipe, **{head: override(old, rest, value) if rest else _read(old, value, head, kind)})
+
+
+def _default(kind: Any) -> Any:
+    """What a field of settings or none is when it isn't none; None for all other fields."""
+    found: list[Any] = [part for part in get_args(kind) if is_dataclass(part)]
+    if len(found) != 1 or any(f.default is f.default_factory is MISSING for f in fields(found[0])):
+        return None
+    return found[0]()
 
 
 def _read(old: Any, value: str, name: str, kind: Any) -> Any:
@@ -170,6 +194,8 @@ def _read(old: Any, value: str, name: str, kind: Any) -> Any:
             return {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}[low]
         if Schedule in kinds:
             return Schedule(float(value))
+        if torch.dtype in kinds:
+            return {name: getattr(torch, name) for name in DTYPES}[low]
         if str in kinds:
             return value
         if int in kinds:

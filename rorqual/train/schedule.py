@@ -29,8 +29,11 @@ class Schedule:
 
     def __post_init__(self) -> None:
         ends = [phase.until for phase in self.phases]
-        if any(b <= a for a, b in zip([0.0, *ends], ends, strict=False)):
+        if not all(b > a for a, b in zip([0.0, *ends], ends, strict=False)):
             raise ValueError(f"the phases of a schedule must end one after the other, not at {ends}")
+        values = [self.start, *(phase.to for phase in self.phases)]
+        if not all(0 <= value < math.inf for value in values):
+            raise ValueError(f"a schedule goes through {values}: each must be a number and not below 0")
 
     def __call__(self, tokens: float) -> float:
         begun, value = 0.0, self.start
@@ -121,10 +124,11 @@ class Steps:
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
             raise ValueError(f"stages begin at 0 and one after the other, not at {starts}")
         for stage in self.stages:
-            if stage.length < 1 or stage.batch < 1 or stage.batch % stage.multiple:
-                raise ValueError(
-                    f"{stage} has no steps: lengths and batches are above 0, batches multiples of `multiple`"
-                )
+            to = stage.batch if stage.to is None else stage.to
+            if min(stage.length, stage.batch, to, stage.multiple) < 1 or stage.ramp < 0:
+                raise ValueError(f"{stage}: length, batch, to and multiple must be above 0, ramp not below")
+            if stage.batch % stage.multiple:
+                raise ValueError(f"{stage} has no steps: batches must be multiples of `multiple`")
 
     def __getitem__(self, step: int) -> tuple[int, int, int, int]:
         """Of step `step`: its stage, its first sample in that stage, its samples, and the tokens seen before it."""

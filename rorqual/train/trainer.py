@@ -27,6 +27,7 @@ from rorqual.nn.dropping import Capacity
 from rorqual.train.anticipate import Routes
 from rorqual.train.begin import begin_with
 from rorqual.train.checkpoint import Kept, Writer, amend, drop, newest, set_aside, steps_in
+from rorqual.train.hold import hold
 from rorqual.train.interrupts import interrupts
 from rorqual.train.objective import Factors, Pretraining, Routing
 from rorqual.train.optim import Optimizer, clipping, gradient_norms
@@ -88,9 +89,8 @@ class Trainer:
             fresh = begin_with(self.model, recipe.begin)
             if fresh:
                 warn(f"{recipe.begin} has no {fresh[0]} and {len(fresh) - 1} more: these begin fresh")
-        if recipe.dsa == "warm-up":
-            for name, p in self.model.named_parameters():
-                p.requires_grad_(".index." in name)
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(recipe.moves(name))
         self.routes = Routes(recipe.anticipate, self._routes) if recipe.anticipate is not None else None
         self.optimizer = Optimizer(self.model.named_parameters(), recipe.optimizer)
         self.ema: dict[str, Tensor] | None = None
@@ -151,13 +151,15 @@ class Trainer:
     # --------------------------------------------------------------------------------- begin, resume
 
     def _begin(self, resume: bool) -> None:
+        if not resume:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._hold = hold(self.folder) if self.folder.is_dir() else None
         there = steps_in(self.folder)
         if not resume:
             if there or (self.folder / LOG).exists():
                 raise TrainError(
                     f"{self.folder} holds a run: go on with it by --resume, or give this one another folder"
                 )
-            self.folder.mkdir(parents=True, exist_ok=True)
             return
         going_back = begun(self.folder)
         if going_back is not None:
@@ -268,8 +270,13 @@ class Trainer:
         """A line more in the log; the file is opened anew each time, as going back puts another in its place."""
         why = {"skipped": report.skipped, "back": report.back}
         line = {"step": report.step, **report.values, **{key: text for key, text in why.items() if text}}
-        with (self.folder / LOG).open("a", encoding="utf-8") as log:
-            log.write(json.dumps(line) + "\n")
+        try:
+            with (self.folder / LOG).open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"{self.folder / LOG} can't be written ({error}). Make room, and go on by --resume"
+            ) from error
 
     def __iter__(self) -> Iterator[Report]:
         recipe = self.recipe

@@ -109,6 +109,8 @@ def test_what_is_wrong_is_said(data: Path, tmp_path: Path, capsys: pytest.Captur
         go(data, tmp_path, "nope")
     with pytest.raises(ValueError, match="--jobs 0"):
         go(data, tmp_path, "mtp", jobs=0)
+    with pytest.raises(ValueError, match="--device sofa can't be used"):
+        go(data, tmp_path, "mtp", device="sofa")
     source = json_lines(tmp_path / "a.jsonl", texts(30))
     build([str(source)], tmp_path / "c", TOKENIZER, workers=1)
     with pytest.raises(ValueError, match="holds nothing out"):

@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from rich.console import Console
 
 import rorqual
+from rorqual import cli
 from rorqual.cli import app
 from rorqual.cli.pretrain import Tasks
 from rorqual.cli.view import View, duration
@@ -185,3 +187,22 @@ def test_the_view() -> None:
         assert text in shown, (text, shown)
     spans = {45: "45 s", 99.4: "99 s", 130: "2 min", 7000: "1 h 57 min", 10**6: "11.6 days"}
     assert {seconds: duration(seconds) for seconds in spans} == spans
+
+
+def test_too_little_memory_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = [
+        torch.OutOfMemoryError("CUDA out of memory. Tried\nmuch"),
+        RuntimeError("can't allocate memory: 8 B"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["rorqual", "pretrain", "recipe:v3"])
+    for problem in problems:
+        monkeypatch.setattr(cli, "app", Mock(side_effect=problem))
+        with pytest.raises(SystemExit, match="1"):
+            cli.main()
+        said = " ".join(capsys.readouterr().err.split())
+        assert "too little memory" in said and "micro=1" in said and "much" not in said
+    monkeypatch.setattr(cli, "app", Mock(side_effect=RuntimeError("anything else")))
+    with pytest.raises(RuntimeError, match="anything else"):
+        cli.main()

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,7 @@ from rorqual.train.optim import AdamW, Muon
 from rorqual.train.parts import PARTS, norms_by_part, part_of
 from rorqual.train.profiling import Profile, steps_of
 from rorqual.train.recipe import Guard
+from rorqual.train.schedule import Stage
 from rorqual.train.trainer import Report, Trainer
 from tests.engine.conftest import config
 from tests.train.test_rollback import spiking
@@ -262,7 +264,8 @@ def test_memory_is_what_a_run_has(tmp_path: Path, corpus: str) -> None:
         (Muon(), "bfloat16"),
         (AdamW(), "float32"),
     ):
-        plan = recipe(corpus, "v3", optimizer=settings, dtype=dtype, evaluate_every=0)
+        stages = (Stage(length=16, batch=2),)
+        plan = recipe(corpus, "v3", optimizer=settings, dtype=dtype, evaluate_every=0, stages=stages)
         trainer, need = Trainer(plan, tmp_path / f"{settings}{dtype}"[:60]), memory(plan)
         next(iter(trainer))
         state = trainer.optimizer.tensors()
@@ -272,7 +275,13 @@ def test_memory_is_what_a_run_has(tmp_path: Path, corpus: str) -> None:
         assert need.gradients == size(p.grad for p in trainer.model.parameters() if p.grad is not None)
         assert need.ema == size(trainer.ema.values())
         assert need.total > need.weights + need.gradients + need.master + need.moments
+        _, _, sums = trainer.gradients(trainer.mixtures[0].batch(0, 3), 0)  # a micro-batch and a half
+        both = memory(replace(plan, stages=(Stage(length=16, batch=3),)))
+        assert both.gradients == need.gradients + size(sums.values())
     assert (need.master, memory(recipe(corpus, ema=None)).ema) == (0, 0)
+    plan = recipe(corpus, "v32", dsa="warm-up", evaluate_every=0)
+    trainer, need = Trainer(plan, tmp_path / "warm-up"), memory(plan)
+    assert need.moments == size(trainer.optimizer.tensors().values())
 
 
 def test_flops_are_six_a_parameter_and_token() -> None:

@@ -58,4 +58,15 @@ def test_batches_grow_and_sequences_lengthen() -> None:
             Steps(stages)
     with pytest.raises(ValueError, match="multiples"):
         Steps((Stage(4, 3, multiple=2),))
+    for wrong in ({"multiple": 0}, {"to": 0}, {"ramp": -1}):
+        with pytest.raises(ValueError, match="above 0"):
+            Steps((Stage(4, 2, **wrong),))
+    for start, until, to in (
+        (math.nan, 1.0, 1.0),
+        (-1.0, 1.0, 1.0),
+        (0.0, 1.0, math.inf),
+        (0.0, math.nan, 1.0),
+    ):
+        with pytest.raises(ValueError, match="schedule"):
+            Schedule(start, (Phase(until, to),))
     assert math.isfinite(seen)

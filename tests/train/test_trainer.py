@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import math
 import os
 import random
 import shutil
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,8 @@ import torch
 from rorqual.data import Options, build
 from rorqual.train import checkpoint
 from rorqual.train.anticipate import Anticipation
+from rorqual.train.balance import V2Balance
+from rorqual.train.hold import Busy
 from rorqual.train.optim import Muon
 from rorqual.train.recipe import Dropping, Guard, Recipe, Source, override
 from rorqual.train.schedule import Schedule, Stage
@@ -246,9 +250,10 @@ def test_a_full_disk_loses_only_that_checkpoint(
         assert checkpoint.same(ends(trainer), ends(whole))
         assert checkpoint.steps_in(tmp_path / "a") == checkpoint.steps_in(tmp_path / "b")
         return
-    with pytest.raises(OSError, match="No space"):  # the second in a row ends it
+    with pytest.raises(OSError, match="No space") as full:  # the second in a row ends it
         trainer.run()
     monkeypatch.undo()
+    assert "--resume" in str(full.value)
     assert checkpoint.steps_in(tmp_path / "a") == [4] and not list((tmp_path / "a").glob(".*.part"))
     again = Trainer(plan, tmp_path / "a", resume=True)
     assert again.step == 4
@@ -327,6 +332,31 @@ def test_a_run_goes_on_only_as_what_it_was(tmp_path: Path, corpus: str) -> None:
         Trainer(replace(plan, stages=(Stage(201, 2),)), tmp_path / "b")
 
 
+def begin_there(corpus: str, folder: str) -> None:
+    """Exits by 3 if another process is at a run."""
+    try:
+        Trainer(recipe(corpus, "gqa"), folder, resume=True)
+    except Busy:
+        sys.exit(3)
+
+
+def test_a_run_belongs_to_one_process(tmp_path: Path, corpus: str) -> None:
+    def other() -> int | None:
+        child = CONTEXT.Process(target=begin_there, args=(corpus, str(tmp_path / "a")))
+        child.start()
+        child.join(60)
+        return child.exitcode
+
+    first = run_to(tmp_path / "a", recipe(corpus, "gqa", tokens=200))
+    second = Trainer(recipe(corpus, "gqa", tokens=200), tmp_path / "a", resume=True)
+    del first
+    gc.collect()
+    assert other() == 3  # the second still has it
+    del second
+    gc.collect()
+    assert other() == 1  # it gets as far as the recipe, which is another one
+
+
 def test_steps_that_are_not_numbers_or_spikes_move_nothing(tmp_path: Path, corpus: str) -> None:
     plan = recipe(corpus, "gqa", guard=Guard(factor=5, window=4, most=2), tokens=2000, save_every=0)
     trainer = Trainer(plan, tmp_path / "a")
@@ -370,6 +400,9 @@ def test_overrides() -> None:
     assert override(plan, "sources.0.folder", "x").sources == (Source("x"),)
     assert override(replace(plan, stages=(Stage(8, 2),)), "stages.0.to", "4").stages[0].to == 4
     assert override(plan, "v2", "none").v2 is None and override(plan, "ema", "0.5").ema == 0.5
+    assert override(plan, "optimizer.moments", "bfloat16").optimizer.moments == torch.bfloat16
+    assert override(plan, "v2.expert", "0.1").v2 == V2Balance(expert=0.1)
+    assert override(plan, "anticipate.steps", "3").anticipate == Anticipation(3)
     for path, value, why in (
         ("nope", "1", "has no 'nope'; it has name"),
         ("optimizer.nope", "1", "AdamW has no 'nope'"),
@@ -384,6 +417,15 @@ def test_overrides() -> None:
         ("clip", "-1", "above 0"),
         ("v2", "0.1", "name a field of it"),
         ("stages.0.to", "4.5", "can't be read"),
+        ("rate", "nan", "can't be read"),
+        ("seed", "-1", "must not be below 0"),
+        ("guard.window", "0", "the second above 0"),
+        ("guard.factor", "nan", "the first must be above"),
+        ("optimizer.betas.0", "1", "betas lie from 0 to under 1"),
+        ("optimizer.eps", "0", "eps above 0"),
+        ("optimizer.moments", "int8", "can't be read"),
+        ("v2.expert", "nan", "each factor must be"),
+        ("drop", "true", "such as drop.capacity"),
     ):
         with pytest.raises(ValueError, match=why):
             override(plan, path, value)
