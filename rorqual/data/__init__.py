@@ -2,6 +2,7 @@
 
 from rorqual.data.batches import Ahead, Batch, Mixture
 from rorqual.data.build import Options, build, fingerprint
+from rorqual.data.checking import Checking
 from rorqual.data.errors import DataError
 from rorqual.data.reshape import Shape
 from rorqual.data.shards import HELD, TRAIN, Corpus, Manifest
@@ -12,6 +13,7 @@ __all__ = [
     "TRAIN",
     "Ahead",
     "Batch",
+    "Checking",
     "Corpus",
     "DataError",
     "Manifest",

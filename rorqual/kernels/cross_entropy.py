@@ -51,7 +51,8 @@ def _rows(logits, target, loss, right, row, V, BLOCK: tl.constexpr, LEARNS: tl.c
         best = higher
     total = best + tl.log(total)
     counts = wanted >= 0
-    logit = tl.load(here + tl.maximum(wanted, 0)).to(tl.float32)
+    # A target that is no token makes the loss no number: one reads nothing outside the row.
+    logit = tl.load(here + tl.maximum(wanted, 0), mask=wanted < V, other=float("nan")).to(tl.float32)
     tl.store(loss + n, tl.where(counts, total - logit, 0.0))
     tl.store(right + n, counts & (place == wanted))
     if LEARNS:

@@ -83,7 +83,7 @@ def memory(recipe: Recipe, device: torch.device | str = "cpu") -> Memory:
     chunk, each = (CHUNK_GPU, dtype.itemsize) if on_gpu else (CHUNK, wide + 2 * dtype.itemsize)
     logits = min(chunk, tokens * config.vocab) * each
     return Memory(
-        weights=weights,
+        weights=weights + (2 * sum(p.numel() for p in model.layers.parameters()) if recipe.fp8 else 0),
         gradients=gradients,
         master=master,
         moments=sum(t.numel() * t.element_size() for t in state.values()) - master,

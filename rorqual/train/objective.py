@@ -110,7 +110,8 @@ class Pretraining:
         if routing is not None:
             step.routes, step.capacity = routing.routes, routing.capacity
         parts: Parts | None = None
-        depths = len(model.mtp) if factors.mtp else 0
+        # In the warm-up MTP's indexers learn, too, though nothing is asked of MTP itself.
+        depths = len(model.mtp) if factors.mtp or self.dsa == "warm-up" else 0
         for depth, hidden in enumerate(self._hidden(model, here, step, depths)):
             ce, right = self._predicted(model, hidden, self.targets(here, depth + 1))
             mean, share = ce / counts.targets[depth], right / counts.targets[depth]

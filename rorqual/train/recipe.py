@@ -141,8 +141,20 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """What two runs compare, to know whether one goes on with the other. How often it is looked at and saved is
-        left out, as is what of a folder's name."""
-        left_out = ("name", "evaluate_every", "save_every", "keep", "keep_best", "sources", "begin")
+        left out, as is what of a folder's name, and what only decides how much memory a step takes (its bits may
+        change with that)."""
+        left_out = {
+            "name",
+            "evaluate_every",
+            "save_every",
+            "keep",
+            "keep_best",
+            "sources",
+            "begin",
+            "recompute",
+        }
+        if self.drop is None:  # whose room is a micro-batch's
+            left_out.add("micro")
         facts = [(f.name, repr(getattr(self, f.name))) for f in fields(self) if f.name not in left_out]
         weights = [source.weight for source in self.sources]
         return hashlib.sha256(repr((facts, weights)).encode()).hexdigest()

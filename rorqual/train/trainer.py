@@ -19,30 +19,27 @@ from torch import Tensor
 from rorqual.data import HELD, Ahead, Batch, Corpus, Mixture
 from rorqual.data.numbers import uniform, word
 from rorqual.data.shards import write_atomically
-from rorqual.family import ConfigError
-from rorqual.family.hub import to_hub
 from rorqual.nn import Transformer
 from rorqual.nn.balance import update_bias
 from rorqual.nn.dropping import Capacity
 from rorqual.train.anticipate import Routes
 from rorqual.train.begin import begin_with
+from rorqual.train.check import TrainError, check
 from rorqual.train.checkpoint import Kept, Writer, amend, drop, newest, set_aside, steps_in
 from rorqual.train.hold import hold
 from rorqual.train.interrupts import interrupts
 from rorqual.train.objective import Factors, Pretraining, Routing
 from rorqual.train.optim import Optimizer, clipping, gradient_norms
 from rorqual.train.parts import evenness, norms_by_part
-from rorqual.train.recipe import Recipe, has_index
+from rorqual.train.recipe import Recipe
 from rorqual.train.rollback import Skip, as_facts, back_to, begun, from_facts, left_out, sound_before
 from rorqual.train.schedule import Steps
+
+__all__ = ["LOG", "Report", "TrainError", "Trainer"]
 
 LOG = "log.jsonl"
 _MIXTURE, _HELD, _EXEMPT = 10, 11, 12
 """What numbers are drawn for (see `data.numbers.word`)."""
-
-
-class TrainError(ValueError):
-    """A run that can't begin or go on; the message says what to do."""
 
 
 @dataclass
@@ -79,7 +76,7 @@ class Trainer:
         self.steps = Steps(recipe.stages)
         self.objective = Pretraining(recipe.apart, recipe.dsa, recipe.recompute, recipe.fp8)
         self._corpora = [Corpus(source.folder) for source in recipe.sources]
-        self._check()
+        self._checking = check(recipe, self._corpora, torch.device(device), warn)
         self.mixtures = [
             Ahead(self._mixture(self._corpora, n, word(recipe.seed, _MIXTURE, n)))
             for n in range(len(recipe.stages))
@@ -125,28 +122,6 @@ class Trainer:
             self.warn(f"{short[0]} holds less than one sample of {need} tokens out, so nothing is evaluated")
             return None
         return self._mixture(held, 0, word(self.recipe.seed, _HELD))
-
-    def _check(self) -> None:
-        recipe, config = self.recipe, self.recipe.config
-        for corpus in self._corpora:
-            if corpus.manifest.vocab > config.vocab:
-                raise TrainError(
-                    f"{corpus.folder} was built with {corpus.manifest.vocab} token ids, and the model has "
-                    f"{config.vocab}: build it with the model's tokenizer"
-                )
-        if recipe.keep_best and not recipe.evaluate_every:
-            raise TrainError("keep_best keeps what has the lowest held-out loss: set evaluate_every, too")
-        try:
-            to_hub(config)
-        except ConfigError as error:
-            self.warn(f"what is trained can be resumed but not written in a released format: {error}")
-        if not recipe.dsa and any(has_index(layer.attention) for layer in (*config.layers, *config.mtp)):
-            self.warn("the model's indexers stay as they are: dsa=sparse lets them learn, too")
-        for stage in recipe.stages:
-            if stage.length > config.max_positions:
-                raise TrainError(
-                    f"sequences of {stage.length} are longer than the model's {config.max_positions} positions"
-                )
 
     # --------------------------------------------------------------------------------- begin, resume
 
@@ -281,6 +256,7 @@ class Trainer:
     def __iter__(self) -> Iterator[Report]:
         recipe = self.recipe
         while self.steps[self.step][3] < recipe.tokens:
+            self._sound()
             report, self._score = self._take(), None
             if report.skipped and self._back(report.skipped):
                 continue
@@ -293,8 +269,20 @@ class Trainer:
             if self.further is not None:
                 report.values |= self.further(self.step, ended)
             yield report  # and have it written down: what a checkpoint holds, the log has
+            if ended:
+                self._sound(wait=True)
+            if ended and not self.updates:
+                raise TrainError(f"no step moved anything; the last one: {report.skipped}")
             if ended or (recipe.save_every and self.step % recipe.save_every == 0):
                 self.save()
+
+    def _sound(self, wait: bool = False) -> None:
+        wrong = self._checking.wrong(wait)
+        if wrong:
+            raise TrainError(
+                f"{wrong} (found at step {self.step}). The command that built the corpus replaces such shards; what "
+                "was learned from it since the last sound checkpoint had better be left out"
+            )
 
     def factors(self, tokens: float) -> Factors:
         """What the parts of the objective count for then."""

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from rorqual.data import Options, build
+from rorqual.data import Options, build, checking
 from rorqual.train import checkpoint
 from rorqual.train.anticipate import Anticipation
 from rorqual.train.balance import V2Balance
@@ -429,3 +429,33 @@ def test_overrides() -> None:
     ):
         with pytest.raises(ValueError, match=why):
             override(plan, path, value)
+
+
+def test_changed_bytes_of_a_corpus_are_found(
+    tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is built; of large corpora while it runs, and before it ends."""
+    place = tmp_path / "c"
+    shutil.copytree(corpus, place)
+    shard = next(place.glob("train*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    at = len(data) // 3
+    data[at : at + 2], data[at + 2 : at + 4] = data[at + 2 : at + 4], data[at : at + 2]
+    assert bytes(data) != shard.read_bytes()
+    shard.write_bytes(data)
+    plan = recipe(str(place), "gqa", tokens=64, evaluate_every=0)
+    with pytest.raises(TrainError, match=r"train.*is not what its manifest says.*replaces such shards"):
+        Trainer(plan, tmp_path / "a")
+    monkeypatch.setattr(checking, "AT_ONCE", 0)
+    with pytest.raises(TrainError, match=r"its bytes have changed.*found at step"):
+        Trainer(plan, tmp_path / "b").run()
+
+
+def test_memory_may_change_on_resuming(tmp_path: Path, corpus: str) -> None:
+    plan = recipe(corpus, "gqa", evaluate_every=0)
+    short = iter(Trainer(plan, tmp_path / "a"))
+    for _ in range(6):
+        next(short)
+    short.close()
+    Trainer(replace(plan, micro=1, recompute=True), tmp_path / "a", resume=True, warn=lambda _: None).run()
+    assert plan.fingerprint() == replace(plan, micro=1).fingerprint()
