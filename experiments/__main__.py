@@ -84,13 +84,7 @@ def main(
         return
     device = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     setup = Setup(str(place), manifest.vocab, quick, device, steps, seeds)
-    chosen = []
-    for name in names or EXPERIMENTS:
-        why = EXPERIMENTS[name].missing()
-        if why:
-            console.print(f"{name}: left out, {why}")
-        else:
-            chosen.append(EXPERIMENTS[name])
+    chosen = [EXPERIMENTS[name] for name in names or EXPERIMENTS]
     found = pool.go(chosen, setup, out / "runs", jobs=jobs, commit=commit, told=console.print)
     cards = cards or (out / "cards" if quick else Path(__file__).parent / "cards")
     short = []

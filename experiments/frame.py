@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rorqual.train.recipe import Recipe
@@ -71,15 +71,10 @@ def together(*parts: Verdict) -> Verdict:
     return Verdict(held, tuple(line for part in parts for line in part.because))
 
 
-def _ready() -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class Experiment:
     """`claims`: numbers of the list of claims. `rule`: what decides, in words; `judge` is the same in code. `limits`:
-    what it does not show. `measures`: what the table shows. `more`: arms that follow from the first ones' results.
-    `missing`: what it still waits for, if anything."""
+    what it does not show. `measures`: what the table shows. `more`: arms that follow from the first ones' results."""
 
     name: str
     claims: tuple[int, ...]
@@ -90,4 +85,3 @@ class Experiment:
     judge: Callable[[Results], Verdict]
     measures: tuple[str, ...] = ("held-out loss", "training loss")
     more: Callable[[Setup, Results], tuple[Arm, ...]] | None = None
-    missing: Callable[[], str] = field(default=_ready)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rorqual.kernels.affinity import affinities
 from rorqual.kernels.fixed import matmul_fixed
 from rorqual.kernels.fuse import FLOATS, chained
 from rorqual.kernels.gpu import tl, triton, usable
@@ -52,12 +53,7 @@ def choose_reference(
     logits_NE: Tensor, bias_E: Tensor | None, rule: Rule, chosen_NK: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Experts and weights from logits; `chosen_NK` are experts that a table has named."""
-    if rule.score == "softmax":
-        score_NE = logits_NE.softmax(-1)
-    elif rule.score == "sigmoid":
-        score_NE = logits_NE.sigmoid()
-    else:
-        score_NE = F.softplus(logits_NE).sqrt()
+    score_NE = affinities(logits_NE, rule.score)
     if chosen_NK is None:
         ranked_NE = score_NE if bias_E is None else score_NE + bias_E
         if rule.groups > 1:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rorqual.kernels.affinity import affinities_and_slopes
 from rorqual.kernels.gpu import tl, triton
 from rorqual.kernels.route import Rule, chosen
 
@@ -30,19 +31,8 @@ def _slope(
     e = tl.arange(0, EP)
     live = n < rows
     real = live[:, None] & (e < E)[None, :]
-    logit = tl.load(logits + n[:, None] * E + e[None, :], mask=real, other=-float("inf"))
-    if SCORE == "softmax":
-        grown = tl.exp(logit - tl.max(tl.where(live[:, None], logit, 0.0), 1)[:, None])
-        grown = tl.where(real, grown, 0.0)
-        score = grown / tl.where(live, tl.sum(grown, 1), 1.0)[:, None]
-        bend = score
-    elif SCORE == "sigmoid":
-        score = 1.0 / (1.0 + tl.exp(-logit))
-        bend = score * (1.0 - score)
-    else:
-        soft = tl.where(logit > 20.0, logit, tl.log(1.0 + tl.exp(tl.minimum(logit, 20.0))))
-        score = tl.sqrt(soft)
-        bend = tl.where(score > 0, 1.0 / (1.0 + tl.exp(-logit)) / (2.0 * score), 0.0)
+    logit = tl.load(logits + n[:, None] * E + e[None, :], mask=real, other=0.0)
+    score, bend = affinities_and_slopes(logit, real, SCORE)
     # The chosen experts' scores add up to `total`; `mean` is their slopes' sum, each times its score.
     total = tl.zeros((ROWS,), tl.float32)
     mean = tl.zeros((ROWS,), tl.float32)

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from rorqual.kernels.affinity import affinities, affinities_and_slopes
 from rorqual.kernels.experts_sort import counts
 from rorqual.kernels.gpu import tl, triton, usable
 
@@ -24,13 +24,6 @@ TILES = 4
 """Such lots that a program adds up."""
 
 
-def affinities(logits: Tensor, kind: str) -> Tensor:
-    """Affinities from logits `[..., E]`: "softmax", "sigmoid" or "sqrtsoftplus" (facts 3.3)."""
-    if kind == "softmax":
-        return logits.softmax(-1)
-    return logits.sigmoid() if kind == "sigmoid" else F.softplus(logits).sqrt()
-
-
 def reference(logits_BTE: Tensor, top_k: int, score: str) -> Tensor:
     """The loss, one number."""
     score_BTE = affinities(logits_BTE, score)
@@ -39,23 +32,6 @@ def reference(logits_BTE: Tensor, top_k: int, score: str) -> Tensor:
     f_BE = counts(best_BTK.flatten(1), experts).to(score_BTE.dtype) * (experts / (top_k * time))
     p_BE = (score_BTE / score_BTE.sum(-1, keepdim=True)).mean(1)
     return (f_BE * p_BE).sum(-1).mean()
-
-
-@triton.jit
-def _scored(logit, real, E: tl.constexpr, SCORE: tl.constexpr):
-    """Affinities of rows of logits and their slopes, softmax's without what all experts share."""
-    if SCORE == "softmax":
-        grown = tl.where(real, tl.exp(logit - tl.max(tl.where(real, logit, -1e30), 1)[:, None]), 0.0)
-        score = grown / tl.maximum(tl.sum(grown, 1), 1e-30)[:, None]
-        bend = score
-    elif SCORE == "sigmoid":
-        score = 1.0 / (1.0 + tl.exp(-logit))
-        bend = score * (1.0 - score)
-    else:
-        soft = tl.where(logit > 20.0, logit, tl.log(1.0 + tl.exp(tl.minimum(logit, 20.0))))
-        score = tl.sqrt(soft)
-        bend = 0.5 / (1.0 + tl.exp(-logit)) / tl.maximum(score, 1e-30)
-    return tl.where(real, score, 0.0), bend
 
 
 @triton.jit
@@ -72,7 +48,7 @@ def _sums(
         t = (chunk * TILES + tile) * ROWS + tl.arange(0, ROWS)
         real = (t < T)[:, None] & (e < E)
         at = (b.to(tl.int64) * T + t)[:, None] * E + e
-        score, _ = _scored(tl.load(logits + at, mask=real, other=0.0), real, E, SCORE)
+        score, _ = affinities_and_slopes(tl.load(logits + at, mask=real, other=0.0), real, SCORE)
         total = tl.sum(score, 1)
         share += tl.sum(score / tl.where(t < T, total, 1.0)[:, None], 0)
         left = tl.where(real, score, -1.0)
@@ -97,7 +73,7 @@ def _slopes(
     t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     real = (t < T)[:, None] & (e < E)
     at = (b.to(tl.int64) * T + t)[:, None] * E + e
-    score, bend = _scored(tl.load(logits + at, mask=real, other=0.0), real, E, SCORE)
+    score, bend = affinities_and_slopes(tl.load(logits + at, mask=real, other=0.0), real, SCORE)
     c = tl.load(slope + b * E + e, mask=e < E, other=0.0) / T
     total = tl.where(t < T, tl.sum(score, 1), 1.0)[:, None]
     d = (c - tl.sum(score * c, 1)[:, None] / total) / total

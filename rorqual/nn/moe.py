@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from rorqual.family import parts
 from rorqual.kernels import experts_grad, fp8_train_experts
+from rorqual.kernels.affinity import affinities
 from rorqual.kernels.experts import Shared, Weights, experts
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.linear import Pack, linear_summed, linears
 from rorqual.kernels.mode import is_invariant, learns_in_fp8
-from rorqual.kernels.sequence_loss import affinities
 from rorqual.nn.dropping import Capacity, kept
 from rorqual.nn.linear import GroupedLinear
 from rorqual.nn.mlp import SwiGLU, swiglu

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.family.parts import MoE
+from rorqual.kernels.affinity import affinities
 from rorqual.kernels.gpu import usable
 from rorqual.kernels.route import Rule, route
 from rorqual.kernels.route_grad import route_trained
-from rorqual.kernels.sequence_loss import affinities
 from rorqual.nn.errors import InputError
 from rorqual.nn.linear import keeping_types
 from rorqual.nn.norm import upcast

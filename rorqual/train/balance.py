@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rorqual.family.parts import Router
-from rorqual.kernels.sequence_loss import affinities
+from rorqual.kernels.affinity import affinities
 
 
 @dataclass(frozen=True)

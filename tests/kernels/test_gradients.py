@@ -155,7 +155,13 @@ def test_experts_are_their_definition(limit: float | None) -> None:
 @pytest.mark.parametrize("normalize", [True, False])
 def test_routing_backward(device: torch.device, score: str, normalize: bool) -> None:
     rule = Rule(3, score, normalize=normalize, scale=2.5)
-    logits = (2 * torch.randn(21, 10, device=device)).requires_grad_()
+    logits = 2 * torch.randn(21, 10, device=device)
+    logits[3], logits[4, :3], logits[5, 2] = (
+        -30.0,
+        -18.0,
+        40.0,
+    )  # where 1 + exp(x) is 1, and where it is exp(x)
+    logits.requires_grad_()
     ids, weights = choose_reference(logits, None, rule)
     slope, beside = torch.randn_like(weights), torch.randn(21, 10, device=device)
     (expected,) = torch.autograd.grad((weights * slope).sum() + (logits * beside).sum(), logits)
@@ -164,7 +170,9 @@ def test_routing_backward(device: torch.device, score: str, normalize: bool) -> 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_balance_loss(device: torch.device, score: str) -> None:
-    logits = (2 * torch.randn(2, 150, 10, device=device)).requires_grad_()
+    logits = 2 * torch.randn(2, 150, 10, device=device)
+    logits[0, 3] = -18.0 - 3 * torch.arange(10, device=device)  # where 1 + exp(x) is 1
+    logits.requires_grad_()
     mine, theirs = sequence_loss._Loss.apply(logits, 3, score), sequence_loss.reference(logits, 3, score)
     near(mine, theirs)
     near(torch.autograd.grad(3 * mine, logits), torch.autograd.grad(3 * theirs, logits))

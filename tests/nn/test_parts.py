@@ -12,8 +12,9 @@ import torch
 from rorqual import Sampling
 from rorqual.family import HyperConnection, Index, MoE, Router
 from rorqual.kernels import linear as kernel
+from rorqual.kernels.affinity import affinities
 from rorqual.kernels.quant import quantize_fp8
-from rorqual.kernels.sequence_loss import affinities, sequence_loss
+from rorqual.kernels.sequence_loss import sequence_loss
 from rorqual.kernels.simulate import fake_fp4, fake_fp8, hadamard
 from rorqual.nn import InputError, Trace, Transformer
 from rorqual.nn.balance import expert_load, max_violation, update_bias
