@@ -86,6 +86,8 @@ def pretrain(
     if not name.startswith(PREFIX):
         raise ValueError(f"{name!r} is no recipe: write {PREFIX}NAME, such as {PREFIX}mini-cpu")
     folder = out or Path("runs") / name.removeprefix(PREFIX)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name a folder by --out")
     found = entry(name.removeprefix(PREFIX))
     plan: Any = found.make(folder)
     if data:

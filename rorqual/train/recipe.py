@@ -218,8 +218,7 @@ def _read(old: Any, value: str, name: str, kind: Any) -> Any:
         if float in kinds:
             return float(value)
     except (KeyError, ValueError, OverflowError):
-        raise ValueError(
-            f"{name}={value}: it is {old!r} now, and this can't be read as one of its kind"
-        ) from None
+        now = "a schedule now; a number makes it constant" if isinstance(old, Schedule) else f"{old!r} now"
+        raise ValueError(f"{name}={value} can't be read as one of its kind: it is {now}") from None
     inner = next((f.name for f in fields(old)), "") if is_dataclass(old) else "0"
     raise ValueError(f"{name} is {old!r}: name a field of it, such as {name}.{inner}")

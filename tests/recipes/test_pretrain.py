@@ -96,6 +96,7 @@ def test_what_is_wrong_is_said_at_once(
         (["recipe:nope"], "there is no recipe 'nope'; there are v1-7b.*mini-cpu"),
         (["recipe:mini-cpu", "--override", "rate"], "write path=value"),
         (["recipe:mini-cpu", "--override", "nope=1"], "has no 'nope'"),
+        (["recipe:mini-cpu", "--override", "rate=fast"], r"rate=fast can't .* a number makes it constant$"),
         (["recipe:mini-cpu", "--data", "c:x"], "'x' is no weight"),
         (["recipe:mini-cpu", "--data", "nowhere"], "nowhere has no manifest.json"),
         (["recipe:mini-cpu", "--log", "paper"], "no log 'paper'"),
@@ -107,6 +108,9 @@ def test_what_is_wrong_is_said_at_once(
     ):
         with pytest.raises(ValueError, match=why):
             run(*words, *([] if words == ["mini-cpu"] else ["--out", str(tmp_path / "a")]))
+    (tmp_path / "f").write_text("no folder")
+    with pytest.raises(ValueError, match="f is a file: name a folder by --out"):
+        run("recipe:mini-cpu", "--out", str(tmp_path / "f"))
     run(*small(tmp_path / "b", "--dry-run", "--device", "cpu"))
     said = capsys.readouterr().err
     assert "4.1M parameters" in said and "tokens/s (measured on random tokens)" in " ".join(said.split())
